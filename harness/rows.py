@@ -1,0 +1,75 @@
+"""The row: one fact in one line, measured or published, with its unit, its count and its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+SCHEMA_VERSION = 1
+
+# Column -> pandas dtype. Long format: the identity of the cell, then what was measured, then the value.
+COLUMNS: dict[str, str] = {
+    "cell_id": "string",
+    "model": "string",
+    "family": "string",
+    "activation": "string",
+    "method": "string",  # nested methods joined by "+", outermost first: "relu2+cett"
+    "variant": "string",  # the method's hyper-parameters that differ from its defaults: "allocation=greedy"
+    "sparsity_requested": "Float64",
+    "scope": "string",  # native (the method's own sites) | model (share of all block weight bytes)
+    "phase": "string",  # which tokens are sparse: all | decode
+    "dense_prefix": "Int64",  # tokens at the start of a prompt that stay dense
+    "probe": "string",  # quality | sparsity | latency | predictivity
+    "layer": "Int64",  # missing = summed over layers
+    "site": "string",  # a site, a projection, or the totals "mlp" and "model"
+    "step_phase": "string",  # the tokens that the value is about: prefill | decode | all
+    "task": "string",
+    "split": "string",  # which split of the data was scored
+    "metric": "string",
+    "value": "Float64",
+    "stderr": "Float64",
+    "n": "Int64",  # how many items, tokens or repeats the value rests on
+    "unit": "string",
+    "execution": "string",  # masked | kernel | dense_slice | dense
+    "batch": "Int64",
+    "context": "Int64",  # tokens already in the KV cache, for latency rows
+    "dtype": "string",
+    "device": "string",
+    "seed": "Int64",
+    "limited": "boolean",  # a smoke run (limit set): never drawn as a result
+    "source": "string",  # measured | published
+    "paper": "string",
+    "table": "string",
+    "status": "string",  # ok | failed | unsupported | oom
+    "message": "string",
+}
+
+REQUIRED = ("metric", "unit", "n", "source", "status")
+
+
+class RowError(ValueError):
+    """A row without a unit, a count or a source: a defect of the probe that made it."""
+
+
+def make_row(**facts: Any) -> dict[str, Any]:
+    """Return one row with every column; unknown columns and missing unit, count or source raise `RowError`."""
+    unknown = facts.keys() - COLUMNS.keys()
+    if unknown:
+        raise RowError(f"unknown column(s) {sorted(unknown)}")
+    row = dict.fromkeys(COLUMNS) | {"source": "measured", "status": "ok"} | facts
+    if row["status"] == "ok":
+        missing = [name for name in REQUIRED if row[name] is None or row[name] == ""]
+        if missing:
+            raise RowError(f"row {row['metric']!r} lacks {missing}")
+        if row["value"] is None or (isinstance(row["value"], float) and math.isnan(row["value"])):
+            raise RowError(f"row {row['metric']!r} has no value")
+    return row
+
+
+def to_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a typed table; the same columns in the same order whatever the rows hold."""
+    frame = pd.DataFrame(list(rows), columns=list(COLUMNS))
+    return frame.astype(COLUMNS)
