@@ -1,0 +1,517 @@
+"""Cells and fits on disk: who may write a cell, what of it is whole, what must run again.
+
+A cell lives in `<root>/cells/<cell_id>/`:
+
+    config.yaml  env.json  status.json     written when the cell is claimed, each replaced atomically
+    lock.json                              who is at work on it; absent otherwise
+    error.txt                              the traceback, if the last attempt failed
+    probes/<probe>/rows.parquet            one folder a committed probe: it appears by one rename, so a
+                  /samples.parquet         probe is there whole or not at all, whenever the process dies
+                  /tensors.safetensors
+
+A fit (what a method learnt from calibration text) lives in `<root>/fits/<key>.safetensors`; the key is a
+hash of what the fit depends on, so one fit serves every cell of a sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import psutil
+import torch
+import yaml
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from harness.environment import environment
+from harness.errors import ConfigError, UnsupportedError
+from harness.rows import COLUMNS, SCHEMA_VERSION, make_row, to_frame
+
+State = Literal["run", "partial", "skip", "stale", "failed", "unsupported", "locked"]
+
+# Keys that say where or how a cell is run and logged, not what is measured; dropped at any depth.
+VOLATILE = frozenset(
+    {"hydra", "paths", "logger", "launcher", "device_index", "results", "sweep", "dry", "retry", "progress"}
+)
+STATUS_PROBE = "status"  # holds the one row that a failed, out-of-memory or unsupported cell leaves
+HEARTBEAT_S = 15.0
+STALE_S = 300.0  # far above HEARTBEAT_S: hosts' clocks differ and a busy machine may starve the thread
+
+# Errors of the place we write to. They are the user's to mend, so they end as one sentence.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+class LockedError(RuntimeError):
+    """Another live process holds the cell, or took it over from this one."""
+
+
+class SchemaError(RuntimeError):
+    """A stored table has other columns than `harness.rows`: written by another version of this project."""
+
+
+def cell_id(config: Mapping[str, Any]) -> str:
+    """Return `<model>_<method>_s<sparsity>_<hash>`; equal for configs that measure the same thing.
+
+    `config` is a resolved config of plain types. The hash covers all of it but the `VOLATILE` keys. Key
+    order, tuples or lists, and 0 or 0.0 make no difference.
+    """
+    method = config.get("method")
+    sparsity = config.get("sparsity", method.get("sparsity") if isinstance(method, Mapping) else None)
+    parts = [_name(config.get("model")), _name(method), "" if sparsity is None else f"s{_plain(sparsity)}"]
+    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.") for part in parts if part)
+    return f"{slug[:80]}_{content_key(config)[:10]}"
+
+
+def content_key(facts: Any) -> str:
+    """Return the hex digest (32 characters) of plain data without its volatile keys."""
+    text = json.dumps(_plain(facts), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _name(part: Any) -> str:
+    if isinstance(part, Mapping):
+        return str(part.get("name") or str(part.get("_target_", "")).rpartition(".")[2].lower())
+    return "" if part is None else str(part)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if key not in VOLATILE}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        return int(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+class Store:
+    """The results folder `root`. Cheap to make; nothing is written before the first claim or fit."""
+
+    def __init__(self, root: Path | str, *, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S):
+        self.root = Path(root)
+        self.heartbeat_s = heartbeat_s
+        self.stale_s = stale_s
+
+    def check_writable(self) -> None:
+        """Raise `ConfigError` unless a file can be written in `root` (which is made if need be)."""
+        with _place_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as probe:
+                probe.write(bytes(1 << 16))
+                probe.flush()
+
+    def cells(self) -> list[str]:
+        """Ids of every cell that was ever claimed, sorted."""
+        return sorted(path.parent.name for path in self.root.glob("cells/*/status.json"))
+
+    def view(self, cell_id: str) -> CellView:
+        """The cell for reading only; it takes no lock."""
+        return CellView(self._path(cell_id), cell_id)
+
+    def state(self, cell_id: str, versions: Mapping[str, Any]) -> State:
+        """What a run of this cell would do now. Writes nothing.
+
+        run: nothing is there; partial: some probes are; skip: finished; stale: made by other `versions` or
+        another row schema; failed, unsupported: how the last attempt ended (failed covers out of memory);
+        locked: a live process is at work on it.
+        """
+        path = self._path(cell_id)
+        if _live_owner(path / "lock.json", self.stale_s) is not None:
+            return "locked"
+        status = _read_json(path / "status.json")
+        if not status:
+            return "run"
+        if status.get("versions") != _versions(versions):
+            return "stale"
+        ended = status.get("status")
+        if ended == "done":
+            return "skip"
+        if ended == "unsupported":
+            return "unsupported"
+        if ended in ("failed", "oom"):
+            return "failed"
+        return "partial" if self.view(cell_id).probes() else "run"
+
+    @contextlib.contextmanager
+    def claim(
+        self,
+        cell_id: str,
+        config: Mapping[str, Any],
+        versions: Mapping[str, Any],
+        identity: Mapping[str, Any] | None = None,
+    ) -> Iterator[Cell]:
+        """Hold the cell exclusively; committed probes of the same `versions` are kept, others removed.
+
+        `identity`: row columns (model, method, seed …) that fill whatever a committed row leaves empty.
+        An `Exception` that leaves the block is recorded with `Cell.fail` unless it already was, and goes on.
+        Raises `LockedError` if a live process holds the cell.
+        """
+        path = self._path(cell_id)
+        with _place_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _Lock(path, self.heartbeat_s, self.stale_s)
+        with lock:
+            cell = Cell(path, cell_id, lock, dict(identity or {}))
+            cell._open(config, _versions(versions))
+            try:
+                yield cell
+            except Exception as error:
+                if not cell.failed:
+                    # The first error is the one to report, even where recording it fails too (a full disk).
+                    with contextlib.suppress(ConfigError, LockedError):
+                        cell.fail(error)
+                raise
+
+    def fit(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the fit stored under `key`, made with `make` if it isn't there or is damaged.
+
+        `key`: from `content_key`. Tensors come back on the CPU. A second process asking for the same key
+        waits for the first. Scalars must be 0-d tensors; an empty dict is a fit too.
+        """
+        path = self.root / "fits" / f"{key}.safetensors"
+        with _place_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            guard = FileLock(path.with_suffix(".lock"))
+            guard.acquire()  # the kernel frees it if this process is killed
+        try:
+            stored = _load_fit(path)
+            if stored is not None:
+                return stored
+            state = _owned(make())
+            with _place_errors(path):
+                _write_atomic(path, save(state, metadata={"digest": _digest(state)}))
+                with open(path.parent / "made.log", "a") as log:
+                    log.write(f"{key}\n")
+            return state
+        finally:
+            guard.release()
+
+    def fits_made(self) -> list[str]:
+        """Keys of all fits ever made here, in order, a key once for each time that it was made."""
+        log = self.root / "fits" / "made.log"
+        return log.read_text().split() if log.exists() else []
+
+    def _path(self, cell_id: str) -> Path:
+        return self.root / "cells" / cell_id
+
+
+class CellView:
+    """A cell as it lies on disk."""
+
+    def __init__(self, path: Path, cell_id: str):
+        self.path = path
+        self.cell_id = cell_id
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.path / "config.yaml").read_text())
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return _read_json(self.path / "env.json")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status (running, done, failed, oom, unsupported), versions, started, ended, message."""
+        return _read_json(self.path / "status.json")
+
+    def probes(self) -> list[str]:
+        """Names of the committed probes, sorted; `STATUS_PROBE` is not one of them."""
+        found = (entry.name for entry in (self.path / "probes").glob("[!.]*"))
+        return sorted(name for name in found if name != STATUS_PROBE)
+
+    def done(self, probe: str) -> bool:
+        return self._file(probe, "rows.parquet").exists()
+
+    def read(self, probe: str) -> pd.DataFrame:
+        """Rows of a committed probe, typed as `harness.rows.COLUMNS`; `SchemaError` if they have drifted."""
+        path = self._file(probe, "rows.parquet")
+        frame = pd.read_parquet(path)
+        if list(frame.columns) != list(COLUMNS):
+            differing = sorted(set(frame.columns) ^ set(COLUMNS)) or ["the order of the columns"]
+            raise SchemaError(f"{path} has another row schema than this version: {', '.join(differing)}")
+        return frame.astype(COLUMNS)
+
+    def samples(self, probe: str) -> pd.DataFrame:
+        """The per-item table that was committed with the probe."""
+        return pd.read_parquet(self._file(probe, "samples.parquet"))
+
+    def tensors(self, probe: str) -> dict[str, Tensor]:
+        """The tensors that were committed with the probe, on the CPU."""
+        return load_file(self._file(probe, "tensors.safetensors"))
+
+    def _file(self, probe: str, name: str) -> Path:
+        return self.path / "probes" / probe / name
+
+
+class Cell(CellView):
+    """A claimed cell: the only way to write one."""
+
+    def __init__(self, path: Path, cell_id: str, lock: _Lock, identity: dict[str, Any]):
+        super().__init__(path, cell_id)
+        self.failed = False
+        self._lock = lock
+        self._identity = identity | {"cell_id": cell_id}
+
+    def commit(
+        self,
+        probe: str,
+        rows: Iterable[Mapping[str, Any]],
+        samples: pd.DataFrame | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store a probe: its rows and, if given, its per-item table and tensors, all visible by one rename.
+
+        Rows need only the columns that differ within the cell. A probe that is already there is replaced.
+        """
+        frame = to_frame(self._complete(row, probe) for row in rows)
+        final = self.path / "probes" / probe
+        self._lock.check()
+        with _place_errors(self.path):
+            final.parent.mkdir(exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=final.parent))
+            try:
+                frame.to_parquet(draft / "rows.parquet", index=False)
+                if samples is not None:
+                    samples.to_parquet(draft / "samples.parquet", index=False)
+                if tensors is not None:
+                    (draft / "tensors.safetensors").write_bytes(save(_owned(tensors)))
+                self._lock.check()
+                _remove(final)
+                draft.rename(final)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Record why the cell ended: status failed, oom or unsupported, the traceback, and one row."""
+        self.failed = True
+        status = _kind(error)
+        message = " ".join(str(error).split()) or type(error).__name__
+        self._lock.check()
+        with _place_errors(self.path):
+            text = "".join(traceback.format_exception(error))
+            _write_atomic(self.path / "error.txt", text.encode())
+            self._write_status(status=status, message=message, ended=_now())
+        self.commit(STATUS_PROBE, [{"metric": "status", "status": status, "message": message}])
+
+    def finish(self) -> None:
+        """Mark the cell as finished: every probe that it was to have is committed."""
+        self._lock.check()
+        with _place_errors(self.path):
+            self._write_status(status="done", ended=_now())
+
+    def _complete(self, row: Mapping[str, Any], probe: str) -> dict[str, Any]:
+        given = {name: value for name, value in row.items() if value is not None}
+        return make_row(**({"probe": probe} | self._identity | given))
+
+    def _open(self, config: Mapping[str, Any], versions: dict[str, Any]) -> None:
+        with _place_errors(self.path):
+            for draft in (self.path / "probes").glob(".*"):
+                shutil.rmtree(draft, ignore_errors=True)
+            if self.status.get("versions", versions) != versions:
+                for probe in self.probes():
+                    _remove(self.path / "probes" / probe)
+            _remove(self.path / "probes" / STATUS_PROBE)
+            (self.path / "error.txt").unlink(missing_ok=True)
+            text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
+            _write_atomic(self.path / "config.yaml", text.encode())
+            _write_atomic(self.path / "env.json", _json(environment()))
+            _write_atomic(
+                self.path / "status.json",
+                _json({"status": "running", "versions": versions, "started": _now()}),
+            )
+
+    def _write_status(self, **changes: Any) -> None:
+        _write_atomic(self.path / "status.json", _json(self.status | changes))
+
+
+class _Lock:
+    """`lock.json` in a cell's folder, kept fresh by a thread.
+
+    A stale lock is judged and replaced under a short kernel lock, so that two processes that find it at
+    once can't both take it.
+    """
+
+    def __init__(self, folder: Path, heartbeat_s: float, stale_s: float):
+        self.path = folder / "lock.json"
+        self._guard = folder / ".guard"
+        self._heartbeat_s = heartbeat_s
+        self._token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        with FileLock(self._guard):
+            owner = _live_owner(self.path, stale_s)
+            if owner is not None:
+                raise LockedError(
+                    f"cell {folder.name} is being run by process {owner['pid']} on {owner['host']} "
+                    f"since {owner['since']}"
+                )
+            me = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process_started": _process_start(os.getpid()),
+            }
+            _write_atomic(self.path, _json(me | {"since": _now(), "token": self._token}))
+        self._thread = threading.Thread(target=self._beat, name="cell-heartbeat", daemon=True)
+
+    def __enter__(self) -> _Lock:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(OSError), FileLock(self._guard):
+            if self._mine():
+                self.path.unlink()
+
+    def check(self) -> None:
+        """Raise `LockedError` if another process took the cell over (this one was suspended too long)."""
+        if not self._mine():
+            raise LockedError(
+                f"cell {self.path.parent.name} was taken over by another process; nothing was written"
+            )
+
+    def _mine(self) -> bool:
+        return _read_json(self.path).get("token") == self._token
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat_s):
+            with contextlib.suppress(OSError):
+                if self._mine():
+                    os.utime(self.path)
+
+
+def _live_owner(lock: Path, stale_s: float) -> dict[str, Any] | None:
+    """The lock's content while its owner lives, else None."""
+    owner = _read_json(lock)
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    if not owner or age > stale_s:
+        return None
+    if owner["host"] == socket.gethostname():
+        # Start times tell a dead process from another that was given its number. They are derived from the
+        # wall clock, which may be adjusted, hence the tolerance.
+        started = _process_start(owner["pid"])
+        if started is None or abs(started - owner["process_started"]) > 5.0:
+            return None
+    return owner
+
+
+def _process_start(pid: int) -> float | None:
+    """Seconds since the epoch; None if there is no such process or only its unreaped remains."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def _versions(versions: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(versions) | {"schema": SCHEMA_VERSION}, default=str))
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, UnsupportedError):
+        return "unsupported"
+    # By name: torch.cuda.OutOfMemoryError is torch.OutOfMemoryError; the CPU allocator raises RuntimeError.
+    name, text = type(error).__name__, str(error)
+    out_of_memory = (
+        isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
+    )
+    return "oom" if out_of_memory else "failed"
+
+
+@contextlib.contextmanager
+def _place_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that can't be written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            problem = "the disk is full"
+        elif error.errno in _CLOSED:
+            problem = f"it can't be written ({os.strerror(error.errno)})"
+        else:
+            raise
+        raise ConfigError(f"results can't be stored in {path}: {problem}") from error
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a probe so that no half of it is ever visible: first out of sight by a rename, then for good."""
+    if folder.exists():
+        hidden = folder.with_name(f".removed-{uuid.uuid4().hex}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory: safetensors refuses views of one storage."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _load_fit(path: Path) -> dict[str, Tensor] | None:
+    """The stored tensors; None if the file is missing, cut short or altered."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+        state = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return state if _digest(state) == digest else None
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save(dict(sorted(state.items())))).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
