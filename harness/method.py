@@ -1,0 +1,101 @@
+"""The method contract: what is skipped, and nothing about how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from harness.calibration import Calibration
+from harness.families import View
+from harness.patch import install
+from harness.selection import SiteSelection
+from harness.step import Step
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A dynamic-activation scheme. Fields are its hyper-parameters and its Hydra config.
+
+    Most methods declare `sites` and fill in `select`; those that learn something from text fill in `fit`; those that
+    turn what they learnt into something else for a given sparsity fill in `plan`.
+
+    Class facts:
+        name: what the user types. paper: where it is from. version: raised when its numbers change.
+        sites: site -> what `select` is shown there. Channel sites always see the input of their projections. `neurons`
+            and `heads` see "input" (the sublayer's input), "residual:N" (the residual stream N blocks earlier, 0 = at
+            this block), "gate" (the activated gate, neurons only) or "output" (the product before down, or the heads'
+            outputs before o: oracles and prompt statistics).
+        needs: "nothing", "calibration" or "training".
+        phases: phase policies in which the method means something, the default first.
+        batch_coupled: whether rows of a batch influence each other.
+        families: families it is defined for (empty = all).
+        fit_fields: fields that change what `fit` returns. Keep `sparsity` out wherever the maths allows.
+    """
+
+    sparsity: float = 0.0
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1
+    needs: ClassVar[str] = "nothing"
+    phases: ClassVar[tuple[str, ...]] = ("all", "decode")
+    batch_coupled: ClassVar[bool] = False
+    families: ClassVar[tuple[str, ...]] = ()
+    fit_fields: ClassVar[tuple[str, ...]] = ()
+    oracle: ClassVar[bool] = False  # reads what a deployable method cannot know
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        """Site -> what `select` sees there."""
+        return {}
+
+    def unsupported(self, view: View) -> str | None:
+        """One sentence why this method makes no sense on this model, or None."""
+        if self.families and view.family not in self.families:
+            return f"{self.name} is not defined for the {view.family} family (only {', '.join(self.families)})"
+        if self.sites.get("neurons") == "gate" and not view.gated:
+            return f"{self.name} decides from the gate, and the MLP of {view.name} has none"
+        return None
+
+    def fit(self, view: View, calibration: Calibration) -> State:
+        """Learn from calibration text. Tensors only; cached by content."""
+        return {}
+
+    def plan(self, view: View, state: State) -> Any:
+        """What the fitted state comes to at this sparsity; handed to every `select` while attached."""
+        return state
+
+    def select(self, plan: Any, site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
+        """Decide what to keep at a site of a block for x [batch, tokens, channels]. None keeps everything."""
+        raise NotImplementedError(f"{type(self).__name__} declares sites but no select")
+
+    def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
+        """Weights that deciding itself touches for each token, over all blocks: {"mlp": n, "attn": n}."""
+        return {}
+
+    def attach(self, view: View, state: State) -> AbstractContextManager[None]:
+        """Skip what `select` decides until the context ends; afterwards the model is bit for bit what it was."""
+        return self._attach(view, state)
+
+    @contextmanager
+    def _attach(self, view: View, state: State) -> Iterator[None]:
+        with torch.no_grad():
+            plan = self.plan(view, state)
+        with install(view, self, plan):
+            yield
+
+    def fit_key(self) -> dict[str, Any]:
+        """What identifies a fit of this method beside the model and the data."""
+        return {"method": self.name, "version": self.version} | {f: getattr(self, f) for f in self.fit_fields}
+
+    def variant(self) -> str:
+        """Hyper-parameters that differ from their defaults, sparsity aside: "allocation=greedy"."""
+        changed = [f for f in fields(self) if f.name != "sparsity" and getattr(self, f.name) != f.default]
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)

@@ -1,0 +1,115 @@
+"""The step: which tokens of one forward pass are valid, in which phase, and which of them a method may touch.
+
+Methods and probes read phase and padding from here and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which tokens are sparse. phase: "all" (the strict reading) or "decode"; dense_prefix: first tokens kept dense."""
+
+    phase: str = "all"
+    dense_prefix: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One forward pass of [batch, tokens].
+
+    valid: bool [batch, tokens], False on padding.
+    decode: bool [batch, tokens], True on tokens of the decode phase, False on prompt tokens.
+    position: int64 [batch, tokens], index within the own sequence, padding not counted (negative on left padding).
+    sparse: bool [batch, tokens], or None when every token is.
+    past: tokens already in the KV cache.
+    input_ids: int64 [batch, tokens] or None when the model was given embeddings.
+    """
+
+    valid: Tensor
+    decode: Tensor
+    position: Tensor
+    sparse: Tensor | None
+    past: int
+    input_ids: Tensor | None
+
+    @property
+    def prompt(self) -> Tensor:
+        """bool [batch, tokens]: valid tokens of the prefill phase."""
+        return self.valid & ~self.decode
+
+
+@dataclass(frozen=True, eq=False)
+class Hint:
+    """What the caller knows of the next forward pass and the model is not told: right padding and two-stage scoring.
+
+    valid, decode: bool [batch, tokens].
+    """
+
+    valid: Tensor
+    decode: Tensor
+
+
+class StepTracker:
+    """Derives the `Step` of every forward pass of a causal language model by a hook before its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.policy = Policy()
+        self.step: Step | None = None
+        self._hint: Hint | None = None
+
+    @contextmanager
+    def hint(self, valid: Tensor, decode: Tensor) -> Iterator[None]:
+        """Forward passes inside use these masks instead of what the model's own arguments say."""
+        before, self._hint = self._hint, Hint(valid, decode)
+        try:
+            yield
+        finally:
+            self._hint = before
+
+    @contextmanager
+    def tracking(self, policy: Policy) -> Iterator[StepTracker]:
+        """Track steps under a phase policy until the context ends."""
+        before, self.policy = self.policy, policy
+        handle = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self.policy, self.step = before, None
+
+    def _before_forward(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"][..., 0]
+        batch, length = tokens.shape
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
+        if self._hint is not None:
+            valid, decode = self._hint.valid, self._hint.decode
+            position = valid.long().cumsum(-1) - 1 + past
+        elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + length:
+            valid = mask[:, past:].bool()
+            decode = torch.full((batch, length), past > 0, device=tokens.device)
+            position = (mask.long().cumsum(-1) - 1)[:, past:]
+        else:
+            valid = torch.ones((batch, length), dtype=torch.bool, device=tokens.device)
+            decode = torch.full((batch, length), past > 0, device=tokens.device)
+            position = torch.arange(past, past + length, device=tokens.device).expand(batch, length)
+        self.step = Step(valid, decode, position, self._sparse(decode, position), past, input_ids)
+
+    def _sparse(self, decode: Tensor, position: Tensor) -> Tensor | None:
+        policy = self.policy
+        late = position >= policy.dense_prefix if policy.dense_prefix else None
+        if policy.phase == "decode":
+            return decode if late is None else decode & late
+        return late

@@ -1,0 +1,16 @@
+"""Dense: the model as it is. The twin that every other row is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from harness.method import Method
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """Skips nothing."""
+
+    name: ClassVar[str] = "dense"
+    paper: ClassVar[str] = "-"
