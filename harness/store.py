@@ -65,7 +65,7 @@ class LockedError(RuntimeError):
     """Another live process holds the cell, or took it over from this one."""
 
 
-class SchemaError(RuntimeError):
+class SchemaError(ConfigError):
     """A stored table has other columns than `harness.rows`: written by another version of this project."""
 
 
@@ -116,7 +116,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise `ConfigError` unless a file can be written in `root` (which is made if need be)."""
-        with _place_errors(self.root):
+        with place_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as probe:
                 probe.write(bytes(1 << 16))
@@ -169,7 +169,7 @@ class Store:
         Raises `LockedError` if a live process holds the cell.
         """
         path = self._path(cell_id)
-        with _place_errors(path):
+        with place_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             lock = _Lock(path, self.heartbeat_s, self.stale_s)
         with lock:
@@ -191,7 +191,7 @@ class Store:
         waits for the first. Scalars must be 0-d tensors; an empty dict is a fit too.
         """
         path = self.root / "fits" / f"{key}.safetensors"
-        with _place_errors(path):
+        with place_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             guard = FileLock(path.with_suffix(".lock"))
             guard.acquire()  # the kernel frees it if this process is killed
@@ -200,8 +200,8 @@ class Store:
             if stored is not None:
                 return stored
             state = _owned(make())
-            with _place_errors(path):
-                _write_atomic(path, save(state, metadata={"digest": _digest(state)}))
+            with place_errors(path):
+                write_atomic(path, save(state, metadata={"digest": _digest(state)}))
                 with open(path.parent / "made.log", "a") as log:
                     log.write(f"{key}\n")
             return state
@@ -251,7 +251,10 @@ class CellView:
         frame = pd.read_parquet(path)
         if list(frame.columns) != list(COLUMNS):
             differing = sorted(set(frame.columns) ^ set(COLUMNS)) or ["the order of the columns"]
-            raise SchemaError(f"{path} has another row schema than this version: {', '.join(differing)}")
+            raise SchemaError(
+                f"{path} was written with another row schema ({', '.join(differing)}): "
+                "run its cell again or remove its folder"
+            )
         return frame.astype(COLUMNS)
 
     def samples(self, probe: str) -> pd.DataFrame:
@@ -289,9 +292,10 @@ class Cell(CellView):
         frame = to_frame(self._complete(row, probe) for row in rows)
         final = self.path / "probes" / probe
         self._lock.check()
-        with _place_errors(self.path):
+        with place_errors(self.path):
             final.parent.mkdir(exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=final.parent))
+            draft = final.with_name(f".draft-{uuid.uuid4().hex}")
+            draft.mkdir()
             try:
                 frame.to_parquet(draft / "rows.parquet", index=False)
                 if samples is not None:
@@ -310,16 +314,16 @@ class Cell(CellView):
         status = _kind(error)
         message = " ".join(str(error).split()) or type(error).__name__
         self._lock.check()
-        with _place_errors(self.path):
+        with place_errors(self.path):
             text = "".join(traceback.format_exception(error))
-            _write_atomic(self.path / "error.txt", text.encode())
+            write_atomic(self.path / "error.txt", text.encode())
             self._write_status(status=status, message=message, ended=_now())
         self.commit(STATUS_PROBE, [{"metric": "status", "status": status, "message": message}])
 
     def finish(self) -> None:
         """Mark the cell as finished: every probe that it was to have is committed."""
         self._lock.check()
-        with _place_errors(self.path):
+        with place_errors(self.path):
             self._write_status(status="done", ended=_now())
 
     def _complete(self, row: Mapping[str, Any], probe: str) -> dict[str, Any]:
@@ -327,7 +331,7 @@ class Cell(CellView):
         return make_row(**({"probe": probe} | self._identity | given))
 
     def _open(self, config: Mapping[str, Any], versions: dict[str, Any]) -> None:
-        with _place_errors(self.path):
+        with place_errors(self.path):
             for draft in (self.path / "probes").glob(".*"):
                 shutil.rmtree(draft, ignore_errors=True)
             if self.status.get("versions", versions) != versions:
@@ -336,15 +340,15 @@ class Cell(CellView):
             _remove(self.path / "probes" / STATUS_PROBE)
             (self.path / "error.txt").unlink(missing_ok=True)
             text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
-            _write_atomic(self.path / "config.yaml", text.encode())
-            _write_atomic(self.path / "env.json", _json(environment()))
-            _write_atomic(
+            write_atomic(self.path / "config.yaml", text.encode())
+            write_atomic(self.path / "env.json", _json(environment()))
+            write_atomic(
                 self.path / "status.json",
                 _json({"status": "running", "versions": versions, "started": _now()}),
             )
 
     def _write_status(self, **changes: Any) -> None:
-        _write_atomic(self.path / "status.json", _json(self.status | changes))
+        write_atomic(self.path / "status.json", _json(self.status | changes))
 
 
 class _Lock:
@@ -372,7 +376,7 @@ class _Lock:
                 "pid": os.getpid(),
                 "process_started": _process_start(os.getpid()),
             }
-            _write_atomic(self.path, _json(me | {"since": _now(), "token": self._token}))
+            write_atomic(self.path, _json(me | {"since": _now(), "token": self._token}))
         self._thread = threading.Thread(target=self._beat, name="cell-heartbeat", daemon=True)
 
     def __enter__(self) -> _Lock:
@@ -408,7 +412,7 @@ def _live_owner(lock: Path, stale_s: float) -> dict[str, Any] | None:
     owner = _read_json(lock)
     try:
         age = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if not owner or age > stale_s:
         return None
@@ -446,7 +450,7 @@ def _kind(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _place_errors(path: Path) -> Iterator[None]:
+def place_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a folder that can't be written into one sentence."""
     try:
         yield
@@ -460,14 +464,13 @@ def _place_errors(path: Path) -> Iterator[None]:
         raise ConfigError(f"results can't be stored in {path}: {problem}") from error
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def write_atomic(path: Path, content: bytes) -> None:
+    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # not mkstemp: others may read results
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        draft.write_bytes(content)
         os.replace(draft, path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 
