@@ -1,0 +1,187 @@
+"""Run one cell: its dense twin first, then every probe that is not committed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from harness import session
+from harness.attach import attached
+from harness.config import CellConfig, build_methods
+from harness.errors import UnsupportedError
+from harness.method import Method
+from harness.rows import SCHEMA_VERSION
+from harness.step import Policy
+from harness.store import Cell, Store, cell_id
+from harness.tracking import track
+
+
+def versions(methods: list[Method]) -> dict[str, Any]:
+    """What makes a stored cell stale when it changes."""
+    return {"schema": SCHEMA_VERSION} | {f"method:{m.name}": m.version for m in methods}
+
+
+def id_of(config: CellConfig) -> str:
+    """The cell's id."""
+    return cell_id(config.plain)
+
+
+def state_of(config: CellConfig, store: Store) -> str:
+    """What running this cell would do now: run, partial, skip, stale, failed, unsupported or locked."""
+    return store.state(id_of(config), versions(build_methods(config["method"])))
+
+
+def run_cell(
+    config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False
+) -> str:
+    """Do what is missing of a cell. Returns its final state. Errors of the cell are recorded and raised."""
+    state = state_of(config, store)
+    if state in ("skip", "unsupported") or (state == "failed" and not retry):
+        return state
+    twin = None
+    if config.method_name != "dense" and "quality" in config["probe"]["names"]:
+        twin_config = config.dense_twin()
+        if state_of(twin_config, store) != "skip":
+            run_cell(twin_config, store, logger, console, retry=True)
+        twin = store.view(id_of(twin_config))
+    methods = build_methods(config["method"])
+    name = id_of(config)
+    with store.claim(name, config.plain, versions(methods), identity(config, methods)) as cell:
+        console.print(f"[bold]{name}[/]", highlight=False)
+        with track(name, config.plain, root=store.root, group=logger["group"], logger=logger["name"]) as log:
+            Run(config, store, cell, methods, twin, console).probes()
+            cell.finish()
+            log.log(pd.concat([cell.read(probe) for probe in cell.probes()], ignore_index=True))
+    return "done"
+
+
+def identity(config: CellConfig, methods: list[Method]) -> dict[str, Any]:
+    """Columns that are the same in every row of the cell."""
+    return {
+        "model": config.model_name,
+        "method": config.method_name,
+        "variant": ";".join(v for v in (m.variant() for m in methods) if v) or None,
+        "sparsity_requested": config["sparsity"],
+        "scope": config["scope"],
+        "phase": config["phase"],
+        "dense_prefix": config["dense_prefix"],
+        "seed": config["seed"],
+        "execution": "dense" if config.method_name == "dense" else "masked",
+    }
+
+
+class Run:
+    """The probes of one claimed cell."""
+
+    def __init__(
+        self, config: CellConfig, store: Store, cell: Cell, methods: list[Method], twin: Any, console: Console
+    ) -> None:
+        self.config, self.store, self.cell, self.methods, self.twin = config, store, cell, methods, twin
+        self.console = console
+        self.loaded = session.load(config)
+        view = self.loaded.view
+        cell.describe(
+            family=view.family,
+            activation=view.activation,
+            dtype=str(view.dtype).removeprefix("torch."),
+            device=device_name(view.device),
+        )
+        for method in methods:
+            sentence = method.unsupported(view)
+            if config["phase"] not in method.phases:
+                sentence = f"{method.name} exists only in phase {' or '.join(method.phases)}, not {config['phase']}"
+            if sentence:
+                raise UnsupportedError(sentence)
+        torch.manual_seed(config["seed"])
+        self.policy = Policy(config["phase"], config["dense_prefix"])
+        self.fitted = session.fitted(self.loaded, methods, config, store)
+
+    def probes(self) -> None:
+        """Every probe of the config that is not committed yet."""
+        for name in self.config["probe"]["names"]:
+            getattr(self, name)()
+
+    def commit(self, probe: str, make: Callable[[], tuple]) -> None:
+        """Run `make` and commit (rows, samples, tensors), unless that is done already."""
+        if self.cell.done(probe):
+            return
+        rows, *rest = make()
+        self.cell.commit(probe, rows, *rest)
+
+    def quality(self) -> None:
+        """Perplexity, then task after task; each is committed by itself."""
+        from harness.lm import HarnessLM
+        from harness.probes import quality
+
+        config, view, tokenizer = self.config, self.loaded.view, self.loaded.tokenizer
+        text = config["probe"]["perplexity"]
+        twin = self.twin
+
+        def perplexity() -> tuple:
+            windows = session.evaluation_windows(self.loaded, text, text["windows"])
+            dense = twin.tensors("perplexity") if twin and text["kl_windows"] else None
+            return quality.perplexity(view, tokenizer, self.fitted, self.policy, windows, text["kl_windows"], dense)
+
+        self.commit("perplexity", perplexity)
+        missing = [t for t in config["tasks"]["names"] if not self.cell.done(f"quality-{t}")]
+        if not missing:
+            return
+        lm = HarnessLM(view, tokenizer, config["batch_size"], max_length=self.loaded.max_length)
+        for name in missing:
+            self.console.print(f"  {name}", style="dim")
+            self.commit(
+                f"quality-{name}",
+                lambda name=name: quality.task(
+                    lm,
+                    [] if config.method_name == "dense" else self.fitted,
+                    self.policy,
+                    name,
+                    config["data"]["source"],
+                    config["tasks"]["num_fewshot"],
+                    config["tasks"]["limit"],
+                    config["seed"],
+                    twin.samples(f"quality-{name}") if twin else None,
+                ),
+            )
+
+    def sparsity(self) -> None:
+        """Requested against achieved on held-out text."""
+        from harness.probes import sparsity
+
+        text = self.config["probe"]["perplexity"]
+
+        def make() -> tuple:
+            windows = session.evaluation_windows(self.loaded, text, self.config["probe"]["sparsity"]["windows"])
+            return (sparsity.measure(self.loaded.view, self.fitted, self.policy, windows),)
+
+        self.commit("sparsity", make)
+
+    def latency(self) -> None:
+        """Time to first token and per token, dense beside the method."""
+        from harness.probes import latency
+
+        def make() -> tuple:
+            view, config = self.loaded.view, self.config["probe"]["latency"]
+            variants = [latency.Variant("dense", nullcontext)]
+            if self.config.method_name != "dense":
+                variants.append(latency.Variant("masked", lambda: attached(view, self.fitted, self.policy)))
+            windows = session.evaluation_windows(self.loaded, self.config["probe"]["perplexity"], 4)
+            return (latency.measure(view, variants, windows, config),)
+
+        self.commit("latency", make)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    from harness.environment import environment
+
+    return f"cpu: {environment()['cpu']}"
+
+

@@ -1,0 +1,183 @@
+"""From the command line to a checked cell. Light on purpose: bad input must end before torch is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ConfigError
+
+CONF = Path(__file__).parent.parent / "conf"
+PROBES = ("quality", "sparsity", "latency", "predictivity")
+# Read by the command line, not part of what is measured.
+RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """" (did you mean teal?)", or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def options(group: str) -> list[str]:
+    """Names in a config group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """One checked cell: `plain` is what its id is made from; the rest is read from it."""
+
+    plain: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.plain[key]
+
+    @property
+    def method_name(self) -> str:
+        """Nested methods joined by "+", outermost first."""
+        return "+".join(self.plain["method"])
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in tables."""
+        return self.plain["model"]["name"]
+
+    def dense_twin(self) -> CellConfig:
+        """The dense cell of the same model, tasks, seed, phase and texts."""
+        return CellConfig(_canonical(self.plain | {"method": {"dense": {"_target_": "methods.dense.Dense"}}}))
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ConfigError(f"{key} must be a number, not {value!r}")
+    return float(value)
+
+
+def _whole(value: Any, key: str, at_least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigError(f"{key} must be a whole number of at least {at_least}, not {value!r}")
+    return value
+
+
+def _choice(value: Any, key: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ConfigError(f"{key} must be one of {', '.join(known)}, not {value!r}{did_you_mean(str(value), known)}")
+    return value
+
+
+def _file(path: Any, key: str) -> None:
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"{key} names a file that does not exist: {path}")
+
+
+def check(plain: Mapping[str, Any]) -> CellConfig:
+    """Check one composed config (plain types). Raises `ConfigError` with one sentence."""
+    cfg = {key: value for key, value in plain.items() if key not in RUN_KEYS}
+    sparsity = _number(cfg["sparsity"], "sparsity")
+    if not 0 <= sparsity < 1:
+        raise ConfigError(f"sparsity is a share: it must be at least 0 and below 1, not {cfg['sparsity']}")
+    _choice(cfg["scope"], "scope", ("native", "model"))
+    _choice(cfg["phase"], "phase", ("auto", "all", "decode"))
+    _choice(cfg["dtype"], "dtype", ("auto", "float32", "bfloat16", "float16"))
+    _whole(cfg["dense_prefix"], "dense_prefix", at_least=0)
+    _whole(cfg["batch_size"], "batch_size")
+    _whole(cfg["seed"], "seed", at_least=0)
+    if cfg["tasks"]["limit"] is not None:
+        _whole(cfg["tasks"]["limit"], "tasks.limit")
+    if cfg["tasks"]["num_fewshot"] is not None:
+        _whole(cfg["tasks"]["num_fewshot"], "tasks.num_fewshot", at_least=0)
+    device = str(cfg["device"])
+    if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    _check_model(cfg["model"])
+    _check_probe(cfg["probe"])
+    calibration = cfg["calibration"]
+    _file(calibration["path"], "calibration.path")
+    _whole(calibration["tokens"], "calibration.tokens")
+    _whole(calibration["window"], "calibration.window", at_least=2)
+    if calibration["window"] > calibration["tokens"]:
+        raise ConfigError("calibration.window is longer than calibration.tokens")
+    from harness import tasks
+
+    names = cfg["tasks"]["names"] or []
+    tasks.check_tasks(names)
+    build_methods(cfg["method"])
+    return CellConfig(_canonical(cfg))
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    source = _choice(model["source"], "model.source", ("embedded", "path", "hub"))
+    if source == "path" or model["path"] is not None:
+        path = model["path"]
+        if path is None or not Path(path).is_dir():
+            raise ConfigError(f"model.path names a folder that does not exist: {path}")
+        if not (Path(path) / "config.json").is_file():
+            raise ConfigError(f"model.path holds no config.json: {path}")
+    elif source == "hub":
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model["repo"], "config.json", revision=model["revision"])
+        if constants.HF_HUB_OFFLINE and not isinstance(cached, str):
+            raise ConfigError(
+                f"model {model['name']} lies on the hub and is not cached, but HF_HUB_OFFLINE is set: "
+                f"fetch it once while online, or use model.path="
+            )
+
+
+def _check_probe(probe: Mapping[str, Any]) -> None:
+    for name in probe["names"]:
+        _choice(name, "probe.names", PROBES)
+    if not probe["names"]:
+        raise ConfigError("probe.names is empty: there is nothing to measure")
+    perplexity, latency = probe["perplexity"], probe["latency"]
+    _file(perplexity["path"], "probe.perplexity.path")
+    for key, low in (("windows", 1), ("window", 4), ("kl_windows", 0)):
+        _whole(perplexity[key], f"probe.perplexity.{key}", low)
+    _whole(probe["sparsity"]["windows"], "probe.sparsity.windows")
+    for key in ("batch", "context"):
+        for value in latency[key]:
+            _whole(value, f"probe.latency.{key}")
+    _whole(latency["new_tokens"], "probe.latency.new_tokens", at_least=2)
+    _whole(latency["repeats"], "probe.latency.repeats")
+    _choice(latency["execution"], "probe.latency.execution", ("auto", "masked", "kernel"))
+
+
+def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """Build the nested methods, outermost first. Raises `ConfigError` for an option that a method does not have."""
+    methods = []
+    for name, options_ in config.items():
+        module, _, cls = str(options_["_target_"]).rpartition(".")
+        factory = getattr(importlib.import_module(module), cls)
+        known = [field.name for field in fields(factory)]
+        given = {key: value for key, value in options_.items() if key != "_target_"}
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"method {name} has no option {key!r}{did_you_mean(key, known)}")
+        try:
+            methods.append(factory(**given))
+        except TypeError as error:
+            raise ConfigError(f"method {name}: {error}") from error
+    return methods
+
+
+def _canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts written one way, so that two spellings of one cell share its id."""
+    cfg = dict(cfg)
+    methods = build_methods(cfg["method"])
+    cfg["sparsity"] = float(cfg["sparsity"])
+    if cfg["phase"] == "auto":
+        allowed = set(methods[0].phases).intersection(*(m.phases for m in methods))
+        cfg["phase"] = next((p for p in methods[0].phases if p in allowed), methods[0].phases[0])
+    if list(cfg["method"]) == ["dense"]:
+        cfg |= {"sparsity": 0.0, "scope": "native", "dense_prefix": 0}
+        cfg["method"] = {"dense": {"_target_": "methods.dense.Dense", "sparsity": 0.0}}
+        methods = []
+    if all(m.needs == "nothing" for m in methods):
+        cfg["calibration"] = None
+    return cfg

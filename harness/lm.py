@@ -1,0 +1,85 @@
+"""The model as lm-eval sees it: a thin HFLM that tells the harness which tokens are valid and in which phase.
+
+Log-likelihood tasks run one plain forward pass, so a scheme that acts in decode only would score exactly dense. Here the
+context is a prefill and every scored position is a decode step (two-stage scoring): the last context token, which
+predicts the first token of the continuation, is the first one fed in decode. Where a selection depends on the token alone
+or on the prompt, one pass with a phase for each token gives the same result as stepping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.families import View
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class HarnessLM(HFLM):
+    """HFLM over a view. Attach methods around calls of `simple_evaluate`; detached it scores as plain HFLM does."""
+
+    def __init__(self, view: View, tokenizer: Any, batch_size: int, max_length: int | None = None) -> None:
+        super().__init__(
+            pretrained=view.model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=str(view.device),
+        )
+        self.view = view
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Scores [(log-likelihood, is greedy)] of continuations, in the order of the requests."""
+        # Choices that differ in their last token only share one forward pass, as in lm-eval.
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+            groups.setdefault((tokens, len(continuation)), []).append(index)
+        order = sorted(groups, key=lambda key: (-len(key[0]), key[0]))
+        size = override_bs or int(self.batch_size)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="scoring", leave=False, mininterval=1)
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            for key, scores in zip(chunk, self._score(chunk), strict=True):
+                for index in groups[key]:
+                    request, _, continuation = requests[index]
+                    target = torch.tensor(continuation, device=scores.device)
+                    log_likelihood = scores.gather(-1, target[:, None]).sum()
+                    answer = (log_likelihood.item(), bool((scores.argmax(-1) == target).all()))
+                    answers[index] = answer
+                    if request is not None:
+                        self.cache_hook.add_partial("loglikelihood", request, answer)
+                    bar.update(1)
+        bar.close()
+        return answers
+
+    def _score(self, chunk: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
+        """Log-probabilities float32 [continuation, vocabulary] for every (tokens, continuation length) of a batch."""
+        lengths = [len(tokens) for tokens, _ in chunk]
+        width = max(lengths)
+        ids = torch.zeros((len(chunk), width), dtype=torch.long)
+        valid = torch.zeros((len(chunk), width), dtype=torch.bool)
+        decode = torch.zeros((len(chunk), width), dtype=torch.bool)
+        for row, (tokens, continuation) in enumerate(chunk):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            valid[row, : len(tokens)] = True
+            decode[row, len(tokens) - continuation : len(tokens)] = True
+        # Positions before the first continuation of the batch need no logits: the head is a fifth of a small model.
+        kept = width - min(length - continuation for length, (_, continuation) in zip(lengths, chunk, strict=True))
+        device = self.device
+        with torch.no_grad(), self.view.tracker.hint(valid.to(device), decode.to(device)):
+            logits = self.view.model(ids.to(device), use_cache=False, logits_to_keep=kept).logits
+        scores = []
+        for row, (length, (_, continuation)) in enumerate(zip(lengths, chunk, strict=True)):
+            end = length - (width - kept)
+            scores.append(F.log_softmax(logits[row, end - continuation : end].float(), dim=-1))
+        return scores

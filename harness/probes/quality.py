@@ -1,0 +1,249 @@
+"""Quality probe: lm-eval tasks and perplexity, and the sensitive measures that need the dense twin."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+from harness import stats, tasks
+from harness.attach import Fitted, attached, overhead
+from harness.families import View
+from harness.lm import HarnessLM
+from harness.probes.sparsity import rows_of
+from harness.step import Policy
+
+Row = dict[str, Any]
+WHOLE = 1000  # items from which on a task is no smoke run, if it has that many
+BOOTSTRAP = 1000  # for the standard errors that have no closed form
+CORRECT = ("acc", "acc_norm", "exact_match")  # per-item 0 or 1: flips and paired differences make sense
+
+# --------------------------------------------------------------------------------------------- perplexity
+
+
+@torch.no_grad()
+def perplexity(
+    view: View,
+    tokenizer: Any,
+    methods: Fitted,
+    policy: Policy,
+    windows: Tensor,
+    kl_windows: int,
+    dense: dict[str, Tensor] | None,
+) -> tuple[list[Row], pd.DataFrame, dict[str, Tensor]]:
+    """Perplexity over windows [n, length], and against the dense twin on the first `kl_windows` of them.
+
+    Under phase `all` every token but a window's first is scored. Under `decode` the first half of a window is its prompt
+    and only tokens predicted by decode steps are scored.
+
+    dense: the tensors that this function returned for the dense twin, or None for the dense cell itself.
+    Returns rows, negative log-likelihoods by window (nats), and for a dense cell its final hidden states (from which the
+    head gives the dense distributions again, at a fifth of the cost of a forward pass).
+    """
+    length = windows.shape[1]
+    start = length // 2 if policy.phase == "decode" else 0
+    hidden: list[Tensor] = []
+    head = view.model.get_output_embeddings()
+    nll, divergence, agreement = [], [], []
+    with attached(view, methods, policy):
+        for index, window in enumerate(track(windows, description="perplexity", transient=True)):
+            ids = window[None].to(view.device)
+            decode = torch.zeros_like(ids, dtype=torch.bool)
+            decode[:, start:] = policy.phase == "decode"
+            handle = head.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
+            with view.tracker.hint(torch.ones_like(decode), decode):
+                logits = view.model(ids, use_cache=False).logits[0, start:-1].float()
+            handle.remove()
+            final = hidden.pop()
+            if dense is None and index < kl_windows:
+                hidden.insert(index, final[0].cpu())
+            log_p = F.log_softmax(logits, dim=-1)
+            nll.append(F.nll_loss(log_p, ids[0, start + 1 :], reduction="sum").item())
+            if dense is not None and index < kl_windows:
+                reference = view.logits(dense["hidden"][index : index + 1].to(view.device))[0, start:-1].float()
+                log_q = F.log_softmax(reference, dim=-1)
+                divergence.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).cpu())
+                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
+    scored = (length - 1 - start) * len(windows)
+    total = float(np.sum(nll))
+    text_bytes = sum(len(tokenizer.decode(w[start + 1 :].tolist()).encode()) for w in windows)
+    per_window = np.array(nll) / (length - 1 - start)
+    error = float(per_window.std(ddof=1) / math.sqrt(len(nll))) if len(nll) > 1 else None
+    value = math.exp(min(total / scored, 700.0))
+    rows = [
+        _text_row("token_perplexity", value, scored, "ratio", None if error is None else value * error),
+        _text_row("nll", total / scored, scored, "nats/token", error),
+        _text_row("bits_per_byte", total / math.log(2) / text_bytes, text_bytes, "bits/byte"),
+    ]
+    if divergence:
+        kl, same = torch.cat(divergence), torch.cat(agreement)
+        rows.append(_text_row("kl_to_dense", kl.mean().item(), len(kl), "nats", _error(kl)))
+        rows.append(_text_row("top1_agreement", same.mean().item(), len(same), "share", _error(same)))
+    samples = pd.DataFrame({"window": range(len(nll)), "nll": nll, "tokens": length - 1 - start})
+    return rows, samples, {"hidden": torch.stack(hidden)} if hidden else {}
+
+
+def _error(x: Tensor) -> float | None:
+    return (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
+
+
+def _text_row(metric: str, value: float, n: int, unit: str, stderr: float | None = None) -> Row:
+    facts = {"metric": metric, "value": value, "n": n, "unit": unit, "stderr": stderr, "split": "validation"}
+    return {"probe": "quality", "task": "perplexity", "step_phase": "all"} | facts
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+
+
+def task(
+    lm: HarnessLM,
+    methods: Fitted,
+    policy: Policy,
+    name: str,
+    data: str,
+    num_fewshot: int | None,
+    limit: int | None,
+    seed: int,
+    dense: pd.DataFrame | None,
+) -> tuple[list[Row], pd.DataFrame]:
+    """One lm-eval task under its own name. Returns rows and one line for each item and metric.
+
+    dense: the samples that this function returned for the dense twin, or None for the dense cell itself.
+    """
+    from lm_eval import simple_evaluate
+
+    with attached(lm.view, methods, policy, count=bool(methods)) as ledger:
+        results = simple_evaluate(
+            model=lm,
+            tasks=tasks.load_tasks([name], data=data, num_fewshot=num_fewshot),
+            task_manager=tasks.task_manager(data),
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    assert results is not None
+    samples = _samples(results["samples"])
+    rows = list(_score_rows(results, data))
+    if dense is not None:
+        rows += _against_dense(samples, dense)
+    rows += _headroom(samples if dense is None else dense)
+    _note_headroom(rows)
+    if ledger is not None and ledger.tokens is not None:
+        count = (r for r in rows_of(lm.view, ledger, overhead(lm.view, methods), name) if r["site"] in ("mlp", "model"))
+        rows += [r for r in count if r["metric"] == "achieved"]
+    return rows, samples
+
+
+def _score_rows(results: Any, data: str) -> Iterator[Row]:
+    for name, scores in results["results"].items():
+        counted = results["n-samples"].get(name)
+        for key, value in scores.items():
+            metric, comma, filter_ = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = scores.get(f"{metric}_stderr,{filter_}")
+            n = counted["effective"] if counted else sum(s["effective"] for s in results["n-samples"].values())
+            whole = counted["original"] if counted else sum(s["original"] for s in results["n-samples"].values())
+            yield {
+                "probe": "quality",
+                "task": name,
+                "metric": metric if filter_ == "none" else f"{metric}:{filter_}",
+                "value": float(value),
+                "stderr": float(stderr) if isinstance(stderr, int | float) and not math.isnan(stderr) else None,
+                "n": n,
+                "unit": "ratio" if "perplexity" in metric else "share",
+                "split": tasks.split_note(name, data) if counted else None,
+                "limited": n < min(WHOLE, whole),
+            }
+
+
+def _samples(by_task: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+    """One line for each (task, item, filter, metric): value, choices, and the model's answers as JSON."""
+    lines = []
+    for name, items in by_task.items():
+        for item in items:
+            answers = item["filtered_resps"]
+            several = isinstance(answers, list) and len(answers) > 1
+            for metric in item["metrics"]:
+                value = item[metric]
+                if isinstance(value, bool | int | float | np.number):
+                    lines.append(
+                        {
+                            "task": name,
+                            "doc_id": int(item["doc_id"]),
+                            "metric": metric if item["filter"] == "none" else f"{metric}:{item['filter']}",
+                            "value": float(value),
+                            "choices": len(answers) if several else 0,
+                            "answer": json.dumps(answers, default=str)[:2000],
+                        }
+                    )
+    return pd.DataFrame(lines, columns=["task", "doc_id", "metric", "value", "choices", "answer"])
+
+
+def _against_dense(samples: pd.DataFrame, dense: pd.DataFrame) -> list[Row]:
+    """Flips and the paired difference to dense on the same items (95 % bootstrap interval as half-width / 1.96)."""
+    rows: list[Row] = []
+    both = samples.merge(dense, on=["task", "doc_id", "metric"], suffixes=("", "_dense"))
+    for (name, metric), items in both.groupby(["task", "metric"]):
+        if metric.partition(":")[0] not in CORRECT:
+            continue
+        ours, theirs = items["value"].to_numpy(), items["value_dense"].to_numpy()
+        difference = stats.paired_bootstrap(ours, theirs)
+        common = {"probe": "quality", "task": name, "n": len(items), "unit": "share"}
+        rows.append(
+            common
+            | {
+                "metric": f"{metric}_minus_dense",
+                "value": difference.mean,
+                "stderr": (difference.high - difference.low) / (2 * 1.96),
+            }
+        )
+        if metric == next(m for m in items["metric"]) and metric.partition(":")[0] in ("acc", "exact_match"):
+            lost, won = stats.flips(theirs, ours)
+            rows.append(common | {"metric": "flips_right_to_wrong", "value": lost / len(items)})
+            rows.append(common | {"metric": "flips_wrong_to_right", "value": won / len(items)})
+    return rows
+
+
+def _headroom(dense: pd.DataFrame) -> list[Row]:
+    """Dense accuracy minus chance, with its standard error: what a task can show at all."""
+    rows: list[Row] = []
+    for (name, metric), items in dense.groupby(["task", "metric"]):
+        if metric.partition(":")[0] not in CORRECT:
+            continue
+        chance = float(np.mean([1 / c if c else 0.0 for c in items["choices"]]))
+        values = items["value"].to_numpy()
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        rows.append(
+            {
+                "probe": "quality",
+                "task": name,
+                "metric": f"{metric}_headroom",
+                "value": float(values.mean()) - chance,
+                "stderr": error,
+                "n": len(values),
+                "unit": "share",
+            }
+        )
+    return rows
+
+
+def _note_headroom(rows: list[Row]) -> None:
+    """Mark the scores of a task that is at chance for the dense model: it can show no loss."""
+    room = {(r["task"], r["metric"]): r for r in rows if r["metric"].endswith("_headroom")}
+    for row in rows:
+        found = room.get((row["task"], f"{row['metric']}_headroom"))
+        if found is not None and found["value"] < 2 * (found["stderr"] or 0.0):
+            row["message"] = "uninformative: the dense model is within two standard errors of chance"

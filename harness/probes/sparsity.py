@@ -1,0 +1,87 @@
+"""Sparsity probe: requested against achieved, counted on held-out text, numerator and denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.attach import Fitted, attached, overhead
+from harness.families import View
+from harness.ledger import ATTENTION, PHASES, Ledger
+from harness.step import Policy
+
+Row = dict[str, Any]
+MLP = ("gate", "up", "down")
+
+
+@torch.no_grad()
+def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:
+    """Rows of one pass over windows [n, length]: the first half of each is a prompt, the second half decode tokens.
+
+    Decode tokens are counted in one pass with a phase for each token, as in two-stage scoring.
+    """
+    with attached(view, methods, policy, count=True) as ledger:
+        for window in windows.to(view.device).split(4):
+            valid = torch.ones_like(window, dtype=torch.bool)
+            decode = valid.clone()
+            decode[:, : window.shape[1] // 2] = False
+            with view.tracker.hint(valid, decode):
+                view.model(window, use_cache=False, logits_to_keep=1)
+    assert ledger is not None
+    return list(rows_of(view, ledger, overhead(view, methods)))
+
+
+def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None = None) -> Iterator[Row]:
+    """The ledger as rows: by layer and site, and the totals `attn`, `mlp` and `model` in weights.
+
+    extra: weights that deciding touches for each token ("mlp", "attn"); they count as touched.
+    """
+    assert ledger.tokens is not None
+    tokens = {"prefill": ledger.tokens[0].item(), "decode": ledger.tokens[1].item()}
+    tokens["all"] = sum(tokens.values())
+    for (layer, site), kept in sorted(ledger.kept.items()):
+        total = ledger.total[layer, site]
+        metric, name = ("zeros", "mlp_hidden") if site == "zeros" else ("achieved", site)
+        for phase, k, t in _by_phase(kept, total):
+            yield _row(metric, 1 - k / t, tokens[phase], phase, name, layer, task=task)
+    for site in sorted({site for _, site in ledger.kept}):
+        kept = torch.stack([v for (_, s), v in ledger.kept.items() if s == site]).sum(0)
+        total = torch.stack([v for (_, s), v in ledger.total.items() if s == site]).sum(0)
+        metric, name = ("zeros", "mlp_hidden") if site == "zeros" else ("achieved", site)
+        for phase, k, t in _by_phase(kept, total):
+            yield _row(metric, 1 - k / t, tokens[phase], phase, name, None, task=task)
+    groups = {"attn": ATTENTION, "mlp": MLP, "model": ATTENTION + MLP}
+    for name, projections in groups.items():
+        skipped, total = ledger.skipped_weights(projections)
+        cost = extra["mlp"] + extra["attn"] if name == "model" else extra[name]
+        skipped = skipped - cost * ledger.tokens
+        for phase, s, t in _by_phase(skipped, total):
+            yield _row("achieved", s / t, tokens[phase], phase, name, None, task=task)
+            yield _row("skipped_weights", s, tokens[phase], phase, name, None, "weights", task)
+            yield _row("total_weights", t, tokens[phase], phase, name, None, "weights", task)
+
+
+def _by_phase(part: Tensor, whole: Tensor) -> Iterator[tuple[str, float, float]]:
+    for i, phase in enumerate(PHASES):
+        if whole[i] > 0:
+            yield phase, part[i].item(), whole[i].item()
+    yield "all", part.sum().item(), whole.sum().item()
+
+
+def _row(
+    metric: str, value: float, n: float, phase: str, site: str, layer: int | None, unit: str = "share", task: str | None = None
+) -> Row:
+    return {
+        "probe": "sparsity",
+        "metric": metric,
+        "value": value,
+        "n": int(n),
+        "unit": unit,
+        "step_phase": phase,
+        "site": site,
+        "layer": layer,
+        "task": task,
+    }

@@ -1,0 +1,192 @@
+"""Run cells: `python run.py method=teal sparsity=0.5`, or sweep: `python run.py -m method=teal,random sparsity=0.4,0.5`.
+
+The same command again does only what is missing. `dry=true` prints the plan. Hydra's own flags (--help, --cfg job,
+--info) work as usual.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from harness.config import CONF, CellConfig, check, did_you_mean, options
+from harness.errors import AssetError, ConfigError
+
+GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "experiment")
+CONSOLE = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """The command line. Exit code 0: every cell has results; 1: a cell failed; 2: bad input; 130: interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args = sys.argv[1:]
+    flags = [a for a in args if a.startswith("-") and a not in ("-m", "--multirun")]
+    if flags:
+        job()
+        return
+    try:
+        code = run([a for a in args if not a.startswith("-")], multirun=any(a.startswith("-") for a in args))
+    except (ConfigError, AssetError) as error:
+        CONSOLE.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        code = 2
+    except KeyboardInterrupt:
+        CONSOLE.print("interrupted: finished probes are kept; the same command goes on from there")
+        code = 130
+    sys.exit(code)
+
+
+def run(overrides: list[str], multirun: bool) -> int:
+    """Check everything, say what will be done, do it, show the table. Returns the exit code."""
+    overrides = rewrite(overrides, multirun)
+    jobs = [(overrides, multirun)]
+    base = composed([o for o in overrides if not swept(o)])
+    if base["sweeps"]:
+        jobs = [(overrides + [str(o) for o in sweep], True) for sweep in base["sweeps"]]
+    cells: list[CellConfig] = []
+    for job_overrides, many in jobs:
+        combinations = expand(job_overrides) if many else [job_overrides]
+        cells += [check(composed(combination)) for combination in combinations]
+
+    from harness.cell import id_of, state_of
+    from harness.collect import collect
+    from harness.report import print_plan, print_summary, print_table
+    from harness.store import Store
+
+    store = Store(Path(base["results"]))
+    store.check_writable()
+    plan: dict[str, Any] = {}
+    for cell in cells:
+        twin = cell.dense_twin()
+        if cell.method_name != "dense" and "quality" in cell["probe"]["names"]:
+            plan.setdefault(id_of(twin), state_of(twin, store))
+        plan.setdefault(id_of(cell), state_of(cell, store))
+    print_plan(plan, CONSOLE)
+    if base["dry"]:
+        return 0
+    for job_overrides, many in jobs:
+        sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides]
+        job()
+    console = Console()
+    collected = collect(store.root)
+    print_table(collected[collected["cell_id"].isin(plan)], console)
+    outcomes = {name: (s.get("status", "locked"), s.get("message", "")) for name in plan for s in [store.view(name).status]}
+    print_summary(outcomes, CONSOLE)
+    CONSOLE.print(f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}")
+    return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def job(cfg: DictConfig) -> None:
+    """One cell. A cell that fails is recorded and does not stop a sweep."""
+    from harness.cell import run_cell
+    from harness.errors import UnsupportedError
+    from harness.store import LockedError, Store
+
+    quiet_libraries()
+    plain = to_plain(cfg)
+    config = check(plain)
+    try:
+        run_cell(config, Store(Path(plain["results"])), plain["logger"], CONSOLE, retry=plain["retry"])
+    except UnsupportedError as error:
+        CONSOLE.print(f"  unsupported: {error}", style="yellow")
+    except LockedError as error:
+        CONSOLE.print(f"  {error}", style="yellow")
+    except (ConfigError, AssetError):
+        raise
+    except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
+        CONSOLE.print(f"  [red]failed:[/] {type(error).__name__}: {error}", soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """What lm-eval and transformers say at every start is not news."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+# ------------------------------------------------------------------------------------------- overrides
+
+
+def rewrite(overrides: list[str], multirun: bool) -> list[str]:
+    """Check group names early, and allow `tasks=piqa` or `tasks=[piqa,sciq]` beside the names of task lists."""
+    rewritten = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not an override: write key=value")
+        bare = key.lstrip("+~")
+        if bare == "tasks" and not all(v in options("tasks") for v in value.split(",")):
+            inner = value.strip("[]")
+            override = f"tasks.names=[{inner}]" if value.startswith("[") or not multirun else f"tasks.names={listed(inner)}"
+        elif bare in GROUPS and bare != "experiment":
+            for name in value.replace("[", "").replace("]", "").split(","):
+                if name.strip() not in options(bare):
+                    raise ConfigError(f"{bare}={name} is unknown{did_you_mean(name, options(bare))}: choose from {', '.join(options(bare))}")
+        elif bare == "experiment" and value not in (*options("experiment"), "null"):
+            raise ConfigError(f"experiment={value} is unknown{did_you_mean(value, options('experiment'))}: choose from {', '.join(options('experiment'))}")
+        elif bare.startswith("method.") and multirun and not key.startswith("+"):
+            override = "++" + override  # a sweep's base config may hold another method
+        rewritten.append(override)
+    return rewritten
+
+
+def listed(names: str) -> str:
+    """piqa,sciq -> [piqa],[sciq]: one list of tasks for each value of a sweep."""
+    return ",".join(f"[{name}]" for name in names.split(","))
+
+
+def swept(override: str) -> bool:
+    """Whether an override names several values."""
+    return parse([override])[0].is_sweep_override()
+
+
+def parse(overrides: list[str]) -> list[Any]:
+    """Hydra's own reading of overrides."""
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def expand(overrides: list[str]) -> list[list[str]]:
+    """Every combination of a sweep, in Hydra's order."""
+    axes = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        for o in parse(overrides)
+    ]
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The resolved config of one cell as plain types. Raises `ConfigError` with one sentence."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            return to_plain(compose("config", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(" ".join(lines[:2])) from error
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve interpolations; drop options given for a method that this cell of a sweep does not use."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    plain["method"] = {name: value for name, value in plain["method"].items() if value and "_target_" in value}
+    return plain
+
+
+if __name__ == "__main__":
+    main()
