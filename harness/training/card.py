@@ -1,0 +1,94 @@
+"""The model card of a shipped student, written from its record and from nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def write_card(record: dict[str, Any]) -> str:
+    """README.md of results/checkpoints/NAME. `record` is the content of adapter.json after evaluation."""
+    recipe, run, figures = record["recipe"], record["run"], record["evaluation"]
+    natural, base = figures["natural"], figures["base"]["natural"]
+    lines = [
+        f"# {record['name']}: SmolLM2-135M with {record['activation']}",
+        "",
+        f"A rank-{recipe['rank']} adapter over the embedded SmolLM2-135M-Instruct (base fingerprint "
+        f"`{record['base'][:16]}`), int8 factors, merged on load: `model=smollm2-135m-{record['name']}` or "
+        f'`harness.checkpoints.load_checkpoint("{record["name"]}", model)`.',
+        "",
+        "## Figures",
+        f"All from `python train.py train={record['name']} do=[evaluate]` on the shipped (int8) factors, "
+        f"{figures['dtype']}, {figures['device']}; {natural['tokens']:,} scored tokens of boolq passages in "
+        "windows of 512. Zeros are exact zeros at `mlp_hidden`, the input of the down projection.",
+        "",
+        "| | base | this student |",
+        "|---|---|---|",
+        f"| perplexity | {base['perplexity']:.2f} | {natural['perplexity']:.2f} "
+        f"(ratio {natural['perplexity'] / base['perplexity']:.3f}) |",
+        f"| KL to the base, nats a token | 0 | {natural['kl']:.3f} |",
+        f"| same top-1 token | 1 | {natural['agreement']:.3f} |",
+        f"| exact zeros, mean over layers | {base['zeros']:.1%} | {natural['zeros']:.1%} |",
+        f"| KL on held-out text of the model's own | 0 | {figures['own']['kl']:.3f} |",
+        f"| perplexity with unrounded factors | | {figures['unrounded']['perplexity']:.2f} |",
+        "",
+        f"Zeros by layer, %: {' '.join(f'{100 * z:.0f}' for z in natural['zeros_by_layer'])}",
+        "",
+        f"Gate threshold: {record['threshold']:.4f}. What a runtime can skip: {_skippable(record)}",
+        "",
+        "Perplexity (ratio to the base) when the oracle also drops the hidden entries of least "
+        "|act(gate) * up| in each token and layer:",
+        "",
+        "| dropped | base | this student | zeros |",
+        "|---|---|---|---|",
+    ]
+    for share, row in figures["drops"].items():
+        other = figures["base"]["drops"][share]
+        lines.append(
+            f"| {float(share):.0%} | {other['perplexity']:.2f} ({other['perplexity'] / base['perplexity']:.2f}) "
+            f"| {row['perplexity']:.2f} ({row['perplexity'] / base['perplexity']:.2f}) | {row['zeros']:.1%} |"
+        )
+    lines += [
+        "",
+        "## Recipe",
+        f"Distillation from the base, KL only. {run['steps']:,} steps of {recipe['batch']} x "
+        f"{recipe['length']} tokens = {run['tokens']:,} tokens: {run['passes']:.2f} passes over "
+        f"{run['own_tokens']:,} tokens that the base wrote itself from a few real words, and "
+        f"{recipe['real_share']:.0%} real passages ({run['real_tokens']:,} tokens; coqa, squad, drop, Wikipedia "
+        f"and OpenWebText excerpts, none that shares ten words in a row with a boolq passage). Seed "
+        f"{recipe['seed']}, {run['device']}, {run['tokens_per_second']:,.0f} tokens/s"
+        + (f", MFU {run['mfu']:.1%}" if run.get("mfu") else "")
+        + f", {run['seconds']:.0f} s.",
+        "",
+        "```json",
+        _compact(recipe),
+        "```",
+        "",
+        "## Loss curve",
+        "| tokens, M | KL on training text | zeros | threshold |",
+        "|---|---|---|---|",
+    ]
+    history = record["history"]
+    for entry in history[:: max(1, len(history) // 16)] + history[-1:]:
+        lines.append(
+            f"| {entry['tokens'] / 1e6:.1f} | {entry['kl']:.4f} | {entry['zeros']:.1%} | {entry['threshold']:.4f} |"
+        )
+    lines += ["", "## Files", "| file | sha256 |", "|---|---|"]
+    lines += [f"| {name} | `{value}` |" for name, value in record["sha256"].items()]
+    lines += ["", "## Rebuild", f"`python train.py train={record['name']}` (a GPU of 80 GB; see conf/training.yaml)."]
+    return "\n".join(lines) + "\n"
+
+
+def _skippable(record: dict[str, Any]) -> str:
+    return {
+        "relu": "zeros are known from the gate alone: rows of up and columns of down.",
+        "relu2": "zeros are known from the gate alone: rows of up and columns of down.",
+        "drelu": "zeros of the gate half skip rows of up; zeros of the product skip columns of down.",
+        "silu": "nothing by itself"
+        + (": the router decides, before gate and up are computed." if record.get("experts") else "."),
+    }[record["activation"]]
+
+
+def _compact(recipe: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(recipe, indent=1)
