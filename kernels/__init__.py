@@ -1,0 +1,36 @@
+"""Kernels that skip the bytes of what a selection drops. Tensors only: no models, no methods, no files.
+
+The public functions are in kernels.ops; kernels.reference defines each in plain torch. Weights are stored
+once: `wt` = W^T, contiguous [K, N] (nn.Linear.weight is then the view wt.t()), or row-major `w`, [N, K].
+The fast path is one row (batch 1, sequence 1); `fast_path` tells whether a call takes it.
+"""
+
+from kernels.ops import (
+    cats_mlp,
+    column_gemv,
+    column_gemv_glu,
+    column_gemv_index,
+    cpu_extension,
+    decode_attention,
+    dense_gemv,
+    dense_gemv_rows,
+    fast_path,
+    neuron_mlp,
+    read_bandwidth,
+    row_gemv_index,
+)
+
+__all__ = [
+    "cats_mlp",
+    "column_gemv",
+    "column_gemv_glu",
+    "column_gemv_index",
+    "cpu_extension",
+    "decode_attention",
+    "dense_gemv",
+    "dense_gemv_rows",
+    "fast_path",
+    "neuron_mlp",
+    "read_bandwidth",
+    "row_gemv_index",
+]

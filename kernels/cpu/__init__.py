@@ -1,0 +1,25 @@
+"""The CPU kernels: C++ (csrc/) for AVX-512, AVX2 and plain loops, picked at run time; fp32 and bf16.
+
+Built on first use (about 20 s; a C++ compiler and ninja) into $DYNACT_CACHE/kernels or
+~/.cache/dynact/kernels. Without a compiler everything runs through kernels.cpu.fallback, after one warning.
+
+Threads: a kernel uses torch.get_num_threads() of torch's own OpenMP pool, and one thread where a part would
+be under 512 KiB. Parts are fixed by sizes, so results repeat bit for bit at a given number of threads. On a
+machine that is shared, set OMP_WAIT_POLICY=PASSIVE before torch is imported: idle OpenMP threads otherwise
+spin, and two threads that spin against a neighbour can take ten times as long as one. One core nearly
+saturates the memory of a small machine, so one thread is the safe setting.
+"""
+
+import torch
+
+from kernels.cpu.build import load_extension
+
+
+def instruction_set(name: str = "") -> str:
+    """The instruction set in use: "avx512", "avx2" or "generic". A name switches to it, for tests.
+
+    Raises ValueError where this CPU cannot run it, RuntimeError where the extension is missing.
+    """
+    if not load_extension():
+        raise RuntimeError("the C++ kernels are not available on this machine")
+    return torch.ops.dynact_cpu.isa(name)

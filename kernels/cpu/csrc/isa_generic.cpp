@@ -1,0 +1,3 @@
+#include "kernels_impl.h"
+
+const dynact::Table* dynact::generic_table() { return table("generic"); }

@@ -1,0 +1,49 @@
+// The kernels that one instruction set offers, as a table of plain functions. No torch here: these files compile
+// in seconds and once per instruction set (see isa_*.cpp); binding.cpp picks a table at run time.
+#pragma once
+#include <cstdint>
+
+namespace dynact {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class Act { silu, relu, relu2, gelu_tanh, gelu };
+
+template <typename T>
+struct Kernels {
+  // y[n] += sum_j val[j] * w[row_j][n] for 0 <= n < N; row_j = idx ? idx[j] : first + j.
+  void (*axpy_rows)(const T* w, int64_t N, const int32_t* idx, int64_t first, const float* val, int64_t m, float* y);
+  // out[j] = sum_k w[row_j][k] * x[k]; row_j = idx ? idx[j] : first + j.
+  void (*dot_rows)(const T* w, int64_t K, const int32_t* idx, int64_t first, int64_t m, const float* x, float* out);
+  // Both products of a gated MLP, two weight matrices read side by side.
+  void (*dot_rows2)(const T* wa, const T* wb, int64_t K, const int32_t* idx, int64_t m, const float* x, float* a,
+                    float* b);
+  // out = round(round(act(gate)) * up), every intermediate rounded to T; up may be null (then out = round(act(gate))).
+  // The inputs are floats that hold values of T.
+  void (*glu)(const float* gate, const float* up, int64_t n, Act act, float* out);
+  // x = float(T(x)): the rounding of a value that the module would have stored as T.
+  void (*round)(float* x, int64_t n);
+  void (*to_float)(const T* x, int64_t n, float* out);
+  void (*from_float)(const float* x, int64_t n, T* out);
+};
+
+struct Table {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<bf16> b16;
+  // Keeps x_i where not(|x_i| <= t_i), so a NaN is kept; t has stride 0 (one threshold) or 1. idx and val need
+  // room for K + 16 entries. Returns how many were kept, in rising order of i.
+  int64_t (*compact)(const float* x, const float* t, int64_t t_stride, int64_t K, int32_t* idx, float* val);
+  // logits -> exp(logits - peak), in place; returns their sum.
+  float (*exp_sum)(float* logits, int64_t n, float peak);
+  // Streams n bytes (a multiple of 4096) through the registers.
+  uint64_t (*read)(const char* p, int64_t n);
+};
+
+const Table* avx512_table();  // nullptr where the compiler's target has no such instructions
+const Table* avx2_table();
+const Table* generic_table();
+
+}  // namespace dynact

@@ -1,0 +1,228 @@
+"""The kernels as torch operators of the namespace `dynact`: a schema, a fake and a public function each.
+
+A CPU tensor goes to the C++ extension (kernels/cpu, built on first use), a CUDA tensor to kernels.cuda, any
+other device to kernels.reference. The operators are functional, have no gradient, and
+torch.compile(fullgraph=True) sees them whole. Bad shapes and types raise from the operator (RuntimeError,
+IndexError, ValueError).
+"""
+
+import importlib
+import inspect
+import time
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.cpu import fallback
+from kernels.cpu.build import load_extension
+
+_COLUMN = "Tensor x, Tensor wt, "
+_ROW = "Tensor x, Tensor w, "
+_SCHEMAS = {
+    "column_gemv": f"({_COLUMN}Tensor t, Tensor? bias=None) -> Tensor",
+    "column_gemv_index": f"({_COLUMN}Tensor idx, Tensor? bias=None) -> Tensor",
+    "column_gemv_glu": "(Tensor gate, Tensor? up, Tensor wt, Tensor t, str act, Tensor? bias=None) -> Tensor",
+    "dense_gemv": f"({_COLUMN}Tensor? bias=None) -> Tensor",
+    "dense_gemv_rows": f"({_ROW}Tensor? bias=None) -> Tensor",
+    "row_gemv_index": f"({_ROW}Tensor idx, Tensor? bias=None) -> Tensor",
+    "neuron_mlp": "(Tensor x, Tensor? w_gate, Tensor w_up, Tensor wt_down, Tensor idx, str act, "
+    "Tensor? b_gate=None, Tensor? b_up=None, Tensor? b_down=None) -> Tensor",
+    "cats_mlp": "(Tensor x, Tensor w_gate, Tensor w_up, Tensor wt_down, Tensor t, str act) -> Tensor",
+    "decode_attention": "(Tensor q, Tensor k, Tensor v, Tensor length, Tensor? keep=None, "
+    'str dropped="exclude", float? scale=None) -> Tensor',
+}
+
+_lib = torch.library.Library("dynact", "DEF")
+
+
+@cache
+def cpu_extension() -> bool:
+    """Build and load the C++ extension, once a process. False: the operators run through torch instead."""
+    loaded = load_extension()
+    if not loaded:
+        for name in _SCHEMAS:
+            _lib.impl(name, getattr(fallback, name), "CPU")
+    return loaded
+
+
+@cache
+def cuda_module() -> ModuleType | None:
+    """kernels.cuda, or None where it cannot be imported (no Triton)."""
+    try:
+        return importlib.import_module("kernels.cuda")
+    except ImportError:
+        return None
+
+
+def _cuda(name: str) -> Callable[..., Tensor]:
+    @cache
+    def target() -> Callable[..., Tensor]:
+        return getattr(cuda_module() or reference, name)
+
+    return lambda *args, **kwargs: target()(*args, **kwargs)
+
+
+# the weight that gives an operator's output width, and which of its dimensions does
+_WIDTH = {
+    "column_gemv": ("wt", 1),
+    "column_gemv_index": ("wt", 1),
+    "column_gemv_glu": ("wt", 1),
+    "dense_gemv": ("wt", 1),
+    "dense_gemv_rows": ("w", 0),
+    "row_gemv_index": ("w", 0),
+    "neuron_mlp": ("wt_down", 1),
+    "cats_mlp": ("wt_down", 1),
+    "decode_attention": ("q", 3),
+}
+
+
+def _fake(name: str) -> Callable[..., Tensor]:
+    signature = inspect.signature(getattr(reference, name))
+    weight, dim = _WIDTH[name]
+
+    def fake(*args: object, **kwargs: object) -> Tensor:
+        x = args[0]
+        if x.device.type == "cpu":
+            cpu_extension()  # a compiled graph calls the operator itself, without the public function
+        width = signature.bind(*args, **kwargs).arguments[weight].shape[dim]
+        return x.new_empty((*x.shape[:-1], width))
+
+    return fake
+
+
+for _name, _schema in _SCHEMAS.items():
+    _lib.define(_name + _schema)
+    _lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _lib.impl(_name, _cuda(_name), "CUDA")
+    torch.library.register_fake(f"dynact::{_name}", _fake(_name), lib=_lib)
+    # where the C++ operators send the calls that their fast path does not take
+    _lib.define(f"_torch_{_name}{_schema}")
+    _lib.impl(f"_torch_{_name}", getattr(fallback, _name), "CompositeExplicitAutograd")
+
+
+def _documented(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The public function's text is its definition's: kernels.reference has the same names."""
+    function.__doc__ = getattr(reference, function.__name__).__doc__
+    return function
+
+
+def _ready(x: Tensor) -> None:
+    if x.is_cpu and not torch.compiler.is_compiling():
+        cpu_extension()
+
+
+@_documented
+def column_gemv(x: Tensor, wt: Tensor, t: Tensor, bias: Tensor | None = None) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.column_gemv.default(x, wt, t, bias)
+
+
+@_documented
+def column_gemv_index(x: Tensor, wt: Tensor, idx: Tensor, bias: Tensor | None = None) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.column_gemv_index.default(x, wt, idx, bias)
+
+
+@_documented
+def column_gemv_glu(
+    gate: Tensor, up: Tensor | None, wt: Tensor, t: Tensor, act: str, bias: Tensor | None = None
+) -> Tensor:
+    _ready(gate)
+    return torch.ops.dynact.column_gemv_glu.default(gate, up, wt, t, act, bias)
+
+
+@_documented
+def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.dense_gemv.default(x, wt, bias)
+
+
+@_documented
+def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.dense_gemv_rows.default(x, w, bias)
+
+
+@_documented
+def row_gemv_index(x: Tensor, w: Tensor, idx: Tensor, bias: Tensor | None = None) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.row_gemv_index.default(x, w, idx, bias)
+
+
+@_documented
+def neuron_mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    wt_down: Tensor,
+    idx: Tensor,
+    act: str,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.neuron_mlp.default(x, w_gate, w_up, wt_down, idx, act, b_gate, b_up, b_down)
+
+
+@_documented
+def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor, act: str) -> Tensor:
+    _ready(x)
+    return torch.ops.dynact.cats_mlp.default(x, w_gate, w_up, wt_down, t, act)
+
+
+@_documented
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor | int,
+    keep: Tensor | None = None,
+    dropped: str = "exclude",
+    scale: float | None = None,
+) -> Tensor:
+    _ready(q)
+    if not isinstance(length, Tensor):
+        length = torch.tensor(length, device=q.device)
+    return torch.ops.dynact.decode_attention.default(q, k, v, length, keep, dropped, scale)
+
+
+def fast_path(x: Tensor, *weights: Tensor) -> bool:
+    """Whether a kernel that skips bytes takes this call; if not, torch's dense operators do (zeroed inputs).
+
+    x: [..., K], the first argument of any kernel but decode_attention; weights: all its weight matrices.
+    """
+    if x.is_cuda:
+        return cuda_module() is not None and cuda_module().fast_path(x, *weights)
+    return (
+        x.is_cpu
+        and x.numel() == x.shape[-1]
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and all(w.is_contiguous() and w.dtype == x.dtype for w in weights)
+        and cpu_extension()
+    )
+
+
+def read_bandwidth(device: torch.device | str, seconds: float = 1.0) -> float:
+    """Bytes per second of a streaming read with torch's number of threads: the denominator of the byte
+    roofline. The median over whole passes of a 512 MiB buffer that together take at least `seconds`.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and cuda_module() is not None:
+        return cuda_module().read_bandwidth(device, seconds)
+    buffer = torch.ones(2**27, device=device)  # ones: a page never written is read from one shared zero page
+    one_pass = (
+        torch.ops.dynact_cpu.stream if device.type == "cpu" and cpu_extension() else lambda b: b.sum().item()
+    )
+    one_pass(buffer)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        one_pass(buffer)
+        times.append(time.perf_counter() - start)
+    return buffer.nbytes / median(times)
