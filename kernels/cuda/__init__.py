@@ -1,0 +1,31 @@
+"""Triton kernels for NVIDIA GPUs: the CUDA side of the kernel API (`kernels/reference.py` is the definition).
+
+Importing this package needs neither Triton nor a GPU: the kernels load on first use of a name. On CPU tensors
+they run only in Triton's interpreter (TRITON_INTERPRET=1 in the environment before the first use).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "column_gemv": "column",
+    "column_gemv_glu": "column",
+    "column_gemv_index": "column",
+    "dense_gemv": "column",
+    "dense_gemv_rows": "rows",
+    "row_gemv_index": "rows",
+    "neuron_mlp": "rows",
+    "cats_mlp": "rows",
+    "decode_attention": "attention",
+    "read_bandwidth": "bandwidth",
+    "fast_path": "column",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,44 @@
+"""The byte roofline's denominator: how fast this GPU reads."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def read_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0, eviction_policy="evict_first")
+    if tl.sum(x, 0) == -123456789:  # never on these data, but the compiler can't know: the loads must stay
+        tl.store(out_ptr, 1)
+
+
+def read(x: torch.Tensor, out: torch.Tensor, block: int = 4096) -> None:
+    """Read every element of x (int32) once."""
+    read_kernel[(-(-x.numel() // block),)](x, out, x.numel(), BLOCK=block, num_warps=8)
+
+
+def read_bandwidth(device: torch.device | str = "cuda", seconds: float = 0.2, n_bytes: int | None = None) -> float:
+    """Bytes/s of a streaming read of a buffer far larger than the L2 cache; the median of as many passes as fit in
+    `seconds`. n_bytes: size of the buffer (default 4 GB, or a quarter of the free memory if that is less)."""
+    device = torch.device(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    n_bytes = n_bytes or min(4 << 30, free // 4)
+    with torch.cuda.device(device):
+        x = torch.ones(n_bytes // 4, dtype=torch.int32, device=device)
+        out = torch.zeros(1, dtype=torch.int32, device=device)
+        read(x, out)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        rates: list[float] = []
+        spent = 0.0
+        while spent < seconds or len(rates) < 5:
+            start.record()
+            read(x, out)
+            end.record()
+            end.synchronize()
+            took = start.elapsed_time(end) / 1e3
+            spent += took
+            rates.append(x.numel() * 4 / took)
+    return sorted(rates)[len(rates) // 2]

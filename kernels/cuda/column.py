@@ -1,0 +1,549 @@
+"""Column-sparse GEMV on W^T [K, N]: input channels that a threshold or a list drops are never read.
+
+Weights lie channel by channel (`wt[i]` = what channel i adds to every output), so a dropped channel is a contiguous
+row that is not loaded. A program owns `BN` outputs and a slice of the channels; partial sums meet in fp32 atomics
+(or, under `torch.use_deterministic_algorithms(True)`, in partials that a second launch adds in a fixed order).
+
+Three forms, the same result:
+  masked   one tile of loads, each predicated by the channel's threshold test: best up to about 65 % zeros;
+  compact  each program first packs the channels that it keeps: best above, where masked spends its time on zeros;
+  list     the channels are given.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cuda import workspace
+from kernels.cuda.common import DTYPES, act_code, activate, add_partials, cdiv, dot_dtype, end_split
+
+# What a kernel compares channels with.
+KEEP_ALL = tl.constexpr(0)
+NOT_ZERO = tl.constexpr(1)  # drop exact zeros
+SCALAR = tl.constexpr(2)
+PER_CHANNEL = tl.constexpr(3)
+
+COMPACT_FROM = 0.7  # expected share of dropped channels from which the compact form is the faster one
+MAX_ROWS = 16  # more rows than this multiply densely
+
+
+@triton.jit
+def channel_values(x_ptr, up_ptr, rk, live, ACT: tl.constexpr, HAS_UP: tl.constexpr, DT: tl.constexpr):
+    """x at channels rk as fp32; with ACT, x = act(gate) * up, each factor and the product rounded as a module does."""
+    x = tl.load(x_ptr + rk, mask=live, other=0.0).to(DT).to(tl.float32)
+    if ACT != 0:
+        x = activate(x, ACT).to(DT).to(tl.float32)
+        if HAS_UP:
+            x = x * tl.load(up_ptr + rk, mask=live, other=0.0).to(DT).to(tl.float32)
+            x = x.to(DT).to(tl.float32)
+    return x
+
+
+@triton.jit
+def drop(x, t_ptr, segment, rk, live, K, TEST: tl.constexpr):
+    """x with dropped channels zeroed; the thresholds of a segment of outputs are t[segment] or t[segment, rk]."""
+    if TEST == SCALAR:
+        x = tl.where(tl.abs(x) <= tl.load(t_ptr + segment), 0.0, x)
+    if TEST == PER_CHANNEL:
+        x = tl.where(tl.abs(x) <= tl.load(t_ptr + segment * K + rk, mask=live, other=0.0), 0.0, x)
+    return x
+
+
+@triton.jit(do_not_specialize=["S", "seg1", "seg2"])
+def masked_kernel(
+    x_ptr,
+    up_ptr,
+    t_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    scratch_ptr,
+    count_ptr,
+    N,
+    K,
+    KS,
+    S,
+    seg1,
+    seg2,
+    ACT: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    TEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HOW: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DT: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    strip = tl.program_id(0)
+    split = tl.program_id(1)
+    rn = strip * BN + tl.arange(0, BN)
+    if EVEN_N:
+        live_n = tl.full([BN], 1, tl.int1)
+    else:
+        live_n = rn < N
+    segment = (strip * BN >= seg1).to(tl.int32) + (strip * BN >= seg2).to(tl.int32)
+    k0 = split * KS
+    end = tl.minimum(k0 + KS, K)
+    acc = tl.zeros([BN], tl.float32)
+    for k in range(k0, end, BM):
+        rk = k + tl.arange(0, BM)
+        live = rk < end
+        x = channel_values(x_ptr, up_ptr, rk, live, ACT, HAS_UP, DT)
+        x = drop(x, t_ptr, segment, rk, live, K, TEST)
+        if TEST == KEEP_ALL:
+            keep = live
+        else:
+            # Testing the value, not the comparison, makes ptxas issue every load of the tile before the first FMA
+            # (more than 128 registers instead of 64). NaN differs from zero, so it is kept.
+            keep = x != 0.0
+        if EVEN_N:
+            load = keep[:, None]
+        else:
+            load = keep[:, None] & live_n[None, :]
+        w = tl.load(w_ptr + rk[:, None] * N + rn[None, :], mask=load, other=0.0, eviction_policy="evict_first")
+        acc += tl.sum(w.to(tl.float32) * x[:, None], 0)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)
+    end_split(acc, rn, live_n, strip, split, S, N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+
+
+@triton.jit(do_not_specialize=["S", "seg1", "seg2"])
+def compact_kernel(
+    x_ptr,
+    up_ptr,
+    t_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    scratch_ptr,
+    count_ptr,
+    N,
+    K,
+    S,
+    seg1,
+    seg2,
+    ACT: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    TEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HOW: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DT: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    KC: tl.constexpr,
+    LOG_KC: tl.constexpr,
+):
+    strip = tl.program_id(0)
+    split = tl.program_id(1)
+    rn = strip * BN + tl.arange(0, BN)
+    live_n = rn < N
+    segment = (strip * BN >= seg1).to(tl.int32) + (strip * BN >= seg2).to(tl.int32)
+    k0 = split * KC
+    rk = k0 + tl.arange(0, KC)
+    live = rk < K
+    x = channel_values(x_ptr, up_ptr, rk, live, ACT, HAS_UP, DT)
+    x = drop(x, t_ptr, segment, rk, live, K, TEST)
+    kept = (x != 0.0).to(tl.int32)
+    upto = tl.cumsum(kept, 0)
+    n = tl.sum(kept, 0)
+    acc = tl.zeros([BN], tl.float32)
+    for j in range(0, n, BM):
+        slot = j + tl.arange(0, BM)
+        # The slot-th kept channel is the number of channels i with upto[i] <= slot: a binary search.
+        at = tl.zeros([BM], tl.int32)
+        for b in tl.static_range(0, LOG_KC):
+            probe = at + ((KC >> (b + 1)) - 1)
+            at = tl.where(tl.gather(upto, probe, 0) <= slot, probe + 1, at)
+        filled = slot < n
+        xv = tl.where(filled, tl.gather(x, at, 0), 0.0)
+        if EVEN_N:
+            load = filled[:, None]
+        else:
+            load = filled[:, None] & live_n[None, :]
+        w = tl.load(w_ptr + (k0 + at)[:, None] * N + rn[None, :], mask=load, other=0.0, eviction_policy="evict_first")
+        acc += tl.sum(w.to(tl.float32) * xv[:, None], 0)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)
+    end_split(acc, rn, live_n, strip, split, S, N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+
+
+@triton.jit(do_not_specialize=["S", "m"])
+def list_kernel(
+    x_ptr,
+    idx_ptr,
+    m_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    scratch_ptr,
+    count_ptr,
+    m,
+    N,
+    S,
+    BY_POSITION: tl.constexpr,
+    DEVICE_COUNT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HOW: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DT: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Channels idx[:m]; the value of channel idx[j] is x[idx[j]], or x[j] with BY_POSITION."""
+    strip = tl.program_id(0)
+    split = tl.program_id(1)
+    rn = strip * BN + tl.arange(0, BN)
+    live_n = rn < N
+    if DEVICE_COUNT:
+        m = tl.load(m_ptr)
+    first = (split * m) // S
+    last = ((split + 1) * m) // S
+    acc = tl.zeros([BN], tl.float32)
+    for j in range(first, last, BM):
+        rj = j + tl.arange(0, BM)
+        live = rj < last
+        at = tl.load(idx_ptr + rj, mask=live, other=0)
+        if BY_POSITION:
+            x = tl.load(x_ptr + rj, mask=live, other=0.0)
+        else:
+            x = tl.load(x_ptr + at, mask=live, other=0.0)
+        x = x.to(DT).to(tl.float32)
+        if EVEN_N:
+            load = live[:, None]
+        else:
+            load = live[:, None] & live_n[None, :]
+        w = tl.load(w_ptr + at[:, None] * N + rn[None, :], mask=load, other=0.0, eviction_policy="evict_first")
+        acc += tl.sum(w.to(tl.float32) * x[:, None], 0)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)
+    end_split(acc, rn, live_n, strip, split, S, N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+
+
+@triton.jit(do_not_specialize=["S", "B"])
+def batch_kernel(
+    x_ptr,
+    t_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    scratch_ptr,
+    count_ptr,
+    B,
+    N,
+    K,
+    KS,
+    S,
+    TEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HOW: tl.constexpr,
+    DT: tl.constexpr,
+    DOT: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """2 to 16 rows: a channel is read if any row keeps it, and feeds a tensor-core product."""
+    strip = tl.program_id(0)
+    split = tl.program_id(1)
+    rn = strip * BN + tl.arange(0, BN)
+    live_n = rn < N
+    rb = tl.arange(0, 16)
+    k0 = split * KS
+    end = tl.minimum(k0 + KS, K)
+    acc = tl.zeros([16, BN], tl.float32)
+    for k in range(k0, end, BM):
+        rk = k + tl.arange(0, BM)
+        live = rk < end
+        x = tl.load(x_ptr + rb[:, None] * K + rk[None, :], mask=(rb < B)[:, None] & live[None, :], other=0.0).to(DT)
+        if TEST == KEEP_ALL:
+            keep = live
+        else:
+            x = drop(x.to(tl.float32), t_ptr, 0, rk[None, :], live[None, :], K, TEST)
+            keep = tl.max((x != 0.0).to(tl.int32), 0) > 0
+            x = x.to(DT)
+        load = keep[:, None] & live_n[None, :]
+        w = tl.load(w_ptr + rk[:, None] * N + rn[None, :], mask=load, other=0.0, eviction_policy="evict_first")
+        acc = tl.dot(x.to(DOT), w.to(DOT), acc, input_precision="ieee")
+    at = rb[:, None] * N + rn[None, :]
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)[None, :]
+    live_out = (rb < B)[:, None] & live_n[None, :]
+    end_split(acc, at, live_out, strip, split, S, B * N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+
+
+def _test(t: Tensor | float | None, channels: int, parts: int = 1) -> tuple[int, Tensor | None]:
+    if t is None:
+        return KEEP_ALL.value, None
+    if not isinstance(t, Tensor):
+        if t != 0:
+            raise ValueError("a threshold other than 0 must be an fp32 tensor on the device")
+        return NOT_ZERO.value, None
+    if t.dtype != torch.float32 or not t.is_contiguous():
+        raise ValueError("thresholds must be contiguous fp32")
+    if t.numel() == parts:
+        return SCALAR.value, t
+    if t.numel() == parts * channels:
+        return PER_CHANNEL.value, t
+    raise ValueError(f"thresholds of shape {tuple(t.shape)} fit neither [{parts}] nor [{parts}, {channels}]")
+
+
+class Split:
+    """Where the partial sums of one split-K launch go. how: see `common`."""
+
+    def __init__(self, y: Tensor, splits: int, strips: int, accumulate: bool) -> None:
+        self.y, self.partials = y, None
+        self.scratch, self.count = y, y
+        if accumulate:
+            self.how = 3
+        elif splits == 1:
+            self.how = 0
+        elif torch.are_deterministic_algorithms_enabled():
+            self.how = 2
+            self.scratch = self.partials = torch.empty(splits, y.numel(), device=y.device, dtype=torch.float32)
+        else:
+            self.how = 1
+            self.scratch = workspace.accumulator(y.device, y.numel())
+            self.count = workspace.counters(y.device, strips)
+
+    def done(self) -> None:
+        """The second launch of the repeatable form."""
+        if self.partials is not None:
+            add_partials(self.partials, self.y)
+
+
+def _width(n: int, segments: tuple[int, ...], widest: int) -> int:
+    """The widest strip (a power of two) that no segment boundary crosses."""
+    width, at = widest, 0
+    for size in segments[:-1]:
+        at += size
+        while at % width:
+            width //= 2
+    if width < min(16, widest):
+        raise ValueError(f"segment boundaries must be multiples of 16, got sizes {segments}")
+    return width
+
+
+def column(
+    x: Tensor,
+    wt: Tensor,
+    t: Tensor | float | None,
+    *,
+    y: Tensor,
+    up: Tensor | None = None,
+    act: str | None = None,
+    bias: Tensor | None = None,
+    segments: tuple[int, ...] = (),
+    accumulate: bool = False,
+    compact: bool = False,
+    tile: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """One launch of the column kernel for one row; returns y.
+
+    x: [K], contiguous, 16-bit or fp32 (rounded to wt's dtype first). wt: [K, N]. t: fp32, 0-d or [K]; with
+    `segments` (sizes of up to three groups of outputs, multiples of 16) [P] or [P, K]; None keeps every channel,
+    the number 0 drops exact zeros.
+    y: [N]; with `accumulate` fp32, added to in place (atomics, whatever the determinism setting says).
+    tile: (outputs, channels of a load tile, channels of a program), for tuning.
+    """
+    k, n = wt.shape
+    parts = len(segments) if segments else 1
+    if parts > 3:
+        raise ValueError(f"at most three segments, got {parts}")
+    edges = [sum(segments[: i + 1]) if i + 1 < parts else n + (1 << 16) for i in range(2)]
+    test, t = _test(t, k, parts)
+    compact = compact and test != KEEP_ALL.value
+    if tile is None:
+        tile = (128, 32, 256) if compact else ((128, 32, 64) if act else (64, 32, 64))
+    bn, bm, ks = tile
+    bn = _width(n, segments, bn)
+    strips, splits = cdiv(n, bn), cdiv(k, ks)
+    split = Split(y, splits, strips, accumulate)
+    common = dict(
+        ACT=act_code(act),
+        HAS_UP=up is not None,
+        TEST=test,
+        HAS_BIAS=bias is not None,
+        HOW=split.how,
+        EVEN_N=n % bn == 0,
+        DT=DTYPES[wt.dtype],
+        BN=bn,
+        BM=bm,
+        num_warps=1,
+    )
+    t, up, bias = (x if v is None else v for v in (t, up, bias))
+    if compact:
+        compact_kernel[(strips, splits)](
+            x, up, t, wt, bias, y, split.scratch, split.count, n, k, splits, *edges,
+            KC=ks, LOG_KC=ks.bit_length() - 1, **common,
+        )  # fmt: skip
+    else:
+        masked_kernel[(strips, splits)](
+            x, up, t, wt, bias, y, split.scratch, split.count, n, k, ks, splits, *edges, **common
+        )
+    split.done()
+    return y
+
+
+def column_list(
+    x: Tensor,
+    wt: Tensor,
+    idx: Tensor,
+    *,
+    y: Tensor,
+    count: Tensor | None = None,
+    by_position: bool = False,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    tile: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """One launch over the listed channels; returns y.
+
+    idx: int32 [m]; count: 0-d int32 on the device, how many of idx count (None: all). x: [K], or with `by_position`
+    [m], one value for each entry of idx. The rest as in `column`. tile: (outputs, channels of a load tile, splits).
+    """
+    n, m = wt.shape[1], idx.numel()
+    if tile is None:
+        tile = (64, 32, max(1, min(64 if n >= 6144 else 128, cdiv(m, 32))))
+    bn, bm, splits = tile
+    strips = cdiv(n, bn)
+    split = Split(y, splits, strips, accumulate)
+    list_kernel[(strips, splits)](
+        x, idx, idx if count is None else count, wt, x if bias is None else bias, y, split.scratch, split.count,
+        m, n, splits,
+        BY_POSITION=by_position, DEVICE_COUNT=count is not None, HAS_BIAS=bias is not None, HOW=split.how,
+        EVEN_N=n % bn == 0, DT=DTYPES[wt.dtype], BN=bn, BM=bm, num_warps=1,
+    )  # fmt: skip
+    split.done()
+    return y
+
+
+def batch(
+    x: Tensor,
+    wt: Tensor,
+    t: Tensor | float | None,
+    *,
+    y: Tensor,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    tile: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """One launch for x [B, K], 2 <= B <= 16, contiguous; y: [B, N]. Arguments as in `column`."""
+    (b, k), n = x.shape, wt.shape[1]
+    bn, bm, ks = tile or (64, 64, 128)
+    strips, splits = cdiv(n, bn), cdiv(k, ks)
+    split = Split(y, splits, strips, accumulate)
+    test, t = _test(t, k)
+    batch_kernel[(strips, splits)](
+        x, x if t is None else t, wt, x if bias is None else bias, y, split.scratch, split.count, b, n, k, ks, splits,
+        TEST=test, HAS_BIAS=bias is not None, HOW=split.how,
+        DT=DTYPES[wt.dtype], DOT=dot_dtype(wt.dtype), BN=bn, BM=bm, num_warps=4,
+    )  # fmt: skip
+    split.done()
+    return y
+
+
+def _sparse_rows(x: Tensor, *weights: Tensor | None) -> int:
+    """How many rows x [..., K] has, if kernels can run it by these weights, else 0."""
+    fits = all(w is None or (w.is_contiguous() and w.dtype in DTYPES and w.numel() < 1 << 31) for w in weights)
+    rows = x.numel() // max(1, x.shape[-1])
+    return rows if fits and x.dtype in DTYPES else 0
+
+
+def fast_path(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether a call with this x [..., K] and these weight matrices runs the one-row kernels.
+
+    2 to 16 rows of the column kernels still skip what all of them drop; everything else multiplies zeroed inputs.
+    """
+    return _sparse_rows(x, *weights) == 1
+
+
+def column_gemv(
+    x: Tensor,
+    wt: Tensor,
+    t: Tensor | float | None,
+    bias: Tensor | None = None,
+    expected_sparsity: float = 0.5,
+) -> Tensor:
+    """y[..., n] = sum of x_i wt[i, n] over channels with not |x_i| <= t_i, plus bias.
+
+    x: [..., K]; wt: [K, N], same dtype; t: fp32, 0-d or [K] (None keeps all); bias: [N]. One row, and 2 to 16 rows
+    by the union of their channels, read only kept channels; more rows multiply densely. `expected_sparsity` (share
+    of dropped channels) only chooses the form.
+    """
+    y = x.new_empty(*x.shape[:-1], wt.shape[1])
+    rows = _sparse_rows(x, wt)
+    if not 1 <= rows <= MAX_ROWS:
+        kept = x if t is None else torch.where(x.abs().float() <= t, 0, x)
+        return kept @ wt if bias is None else kept @ wt + bias
+    if rows == 1:
+        flat = x.reshape(-1).contiguous()
+        column(flat, wt, t, y=y.view(-1), bias=bias, compact=expected_sparsity >= COMPACT_FROM)
+    else:
+        batch(x.reshape(-1, x.shape[-1]).contiguous(), wt, t, y=y.view(-1, wt.shape[1]), bias=bias)
+    return y
+
+
+def column_gemv_index(
+    x: Tensor, wt: Tensor, idx: Tensor, bias: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """y[..., n] = sum of x_i wt[i, n] over the channels i in idx (int32 [m], unique), plus bias.
+
+    count: 0-d int32 on the device: only the first `count` entries of idx are used, so that a captured CUDA graph
+    can replay with lists of changing length.
+    """
+    y = x.new_empty(*x.shape[:-1], wt.shape[1])
+    if fast_path(x, wt):
+        return column_list(x.reshape(-1).contiguous(), wt, idx, y=y.view(-1), count=count, bias=bias).view_as(y)
+    listed = torch.arange(idx.numel(), device=x.device) < (idx.numel() if count is None else count)
+    times = torch.zeros(wt.shape[0], dtype=torch.int32, device=x.device).index_add_(0, idx, listed.int())
+    return column_gemv(torch.where(times > 0, x, 0), wt, None, bias)
+
+
+def column_gemv_glu(
+    gate: Tensor,
+    up: Tensor | None,
+    wt: Tensor,
+    t: Tensor | float | None,
+    act: str,
+    bias: Tensor | None = None,
+    expected_sparsity: float = 0.5,
+) -> Tensor:
+    """`column_gemv` of x = act(gate) * up (x = act(gate) without up), made inside the kernel for one row.
+
+    Both factors and their product are rounded to wt's dtype, as a module that computes x would.
+    """
+    if fast_path(gate, wt):
+        y = gate.new_empty(*gate.shape[:-1], wt.shape[1])
+        flat = None if up is None else up.reshape(-1).contiguous()
+        compact = expected_sparsity >= COMPACT_FROM
+        column(gate.reshape(-1).contiguous(), wt, t, y=y.view(-1), up=flat, act=act, bias=bias, compact=compact)
+        return y
+    return column_gemv(glu(gate, up, act), wt, t, bias, expected_sparsity)
+
+
+def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
+    """act(gate) * up, rounded as the kernels do."""
+    act_code(act)
+    g = gate.float()
+    if act == "silu":
+        a = torch.nn.functional.silu(g)
+    elif act in ("relu", "relu2"):
+        a = g.relu()
+        a = a * a if act == "relu2" else a
+    else:
+        a = torch.nn.functional.gelu(g, approximate="tanh" if act == "gelu_tanh" else "none")
+    a = a.to(gate.dtype)
+    return a if up is None else a * up
+
+
+def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias on the same layout, every channel read: the kernel at 0 % and the tuned dense baseline."""
+    return column_gemv(x, wt, None, bias)
