@@ -14,9 +14,7 @@ from harness.rows import to_frame
 from harness.store import STATUS_PROBE, SchemaError, Store, content_key, place_errors, write_atomic
 
 # Config keys in which a cell and its dense counterpart may differ; all the others must be equal.
-METHOD_KEYS = frozenset(
-    {"method", "sparsity", "scope", "phase", "dense_prefix", "calibration", "probe", "probes", "experiment"}
-)
+METHOD_KEYS = frozenset({"method", "sparsity", "scope", "phase", "dense_prefix", "calibration"})
 
 # The coordinates of a fact within a cell.
 FACT = [
@@ -49,13 +47,14 @@ TIME_UNITS = ("s", "ms", "us")
 # The rows that the headline is made of, by metric name.
 PERPLEXITY = "token_perplexity"  # of running text; lm-eval's own "perplexity" belongs to a task
 BITS_PER_BYTE = "bits_per_byte"
-ACCURACIES = ("acc", "exact_match")  # lm-eval's names; the first that a task has
+ACCURACIES = ("acc", "exact_match")  # lm-eval's names, with or without ":<filter>"; the first that a task has
 KL = "kl_to_dense"
 AGREEMENT = "top1_agreement"
 FLIPS = ("flips_right_to_wrong", "flips_wrong_to_right")  # shares of items, one row a task
 ACHIEVED = "achieved"
 TIME_PER_TOKEN = "tpot_median"
 TIME_TO_FIRST = "ttft_median"
+TIME_RATIO = "time_ratio"  # dense time a token / time a token, paired by round
 
 CELL = [
     "cell_id",
@@ -117,10 +116,10 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the cell's identity, `status`, `message`; `perplexity`, `perplexity_dense`, `bits_per_byte`;
     `acc:<task>`, `stderr:<task>` and `dense:<task>` for each task, `accuracy` and `accuracy_dense` (means
-    over tasks); `kl` (nats), `agreement`, `flips` (shares; flips is the mean over tasks of answers that went from
-    right to wrong or back); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy makes
-    sparse); `tpot_ms`, `ttft_ms` (batch 1, shortest context), `execution` and `speedup`, which is missing
-    for masked execution. What a cell has not measured is missing.
+    over tasks); `kl` (nats), `agreement`, `flips` (shares; flips is the mean over tasks of answers that went
+    from right to wrong or back); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy
+    makes sparse); `tpot_ms`, `ttft_ms` (smallest batch and context), `execution` and `speedup` (paired by
+    round where that was measured), missing for masked execution. What was not measured is missing.
     """
     lines = [_line(cell) for _, cell in table.groupby("cell_id", sort=False, dropna=False)]
     frame = pd.DataFrame(lines)
@@ -179,6 +178,7 @@ def _empty() -> pd.DataFrame:
 def _line(cell: pd.DataFrame) -> dict[str, Any]:
     first = cell.iloc[0]
     line: dict[str, Any] = {name: first[name] for name in CELL}
+    line["limited"] = bool(cell["limited"].any())
     broken = cell[cell["status"] != "ok"]
     line["status"] = "ok" if broken.empty else broken.iloc[0]["status"]
     line["message"] = pd.NA if broken.empty else broken.iloc[0]["message"]
@@ -196,6 +196,7 @@ def _line(cell: pd.DataFrame) -> dict[str, Any]:
 
     tokens = "decode" if str(line["phase"]) == "decode" else "all"
     sparsity = cell[(cell["probe"] == "sparsity") & (cell["step_phase"] == tokens)]
+    sparsity = sparsity.sort_values("task", na_position="first", kind="stable")  # held-out text before tasks
     for site in ("mlp", "model"):
         line[f"achieved_{site}"] = _one(sparsity[sparsity["site"] == site], ACHIEVED)["value"]
 
@@ -207,15 +208,18 @@ def _line(cell: pd.DataFrame) -> dict[str, Any]:
     timed = timed.sort_values(["batch", "context"], kind="stable")
     time = _one(timed, TIME_PER_TOKEN)
     line["tpot_ms"], line["execution"], line["speedup"] = _ms(time), time["execution"], time["speedup"]
+    if not pd.isna(line["speedup"]):
+        paired = _one(timed[timed["execution"] == line["execution"]], TIME_RATIO)["value"]
+        line["speedup"] = line["speedup"] if pd.isna(paired) else paired
     line["ttft_ms"] = _ms(_one(timed, TIME_TO_FIRST))
     return line
 
 
 def _accuracies(quality: pd.DataFrame) -> dict[str, Any]:
     line: dict[str, Any] = {}
-    scored = quality[quality["metric"].isin(ACCURACIES)]
-    scored = scored.sort_values("metric", key=lambda names: names.map(ACCURACIES.index), kind="stable")
-    scored = scored.drop_duplicates("task").sort_values("task")
+    base = quality["metric"].str.replace(r":.*", "", regex=True)
+    scored = quality[base.isin(ACCURACIES)].assign(_rank=base.map(dict(zip(ACCURACIES, (0, 1), strict=True))))
+    scored = scored.sort_values(["task", "_rank"], kind="stable").drop_duplicates("task")
     for _, row in scored.iterrows():
         line[f"acc:{row['task']}"] = row["value"]
         line[f"stderr:{row['task']}"] = row["stderr"]

@@ -52,7 +52,9 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "os": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": _cpu_flags(),
+        "cores": _cores(),
         "threads": _threads(),
         "gpus": _gpus(),
         "cuda": _cuda(),
@@ -86,21 +88,24 @@ def _git() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
-def _cpu() -> dict[str, Any]:
-    model, flags = platform.processor() or platform.machine(), set()
+def _cpuinfo(key: str) -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() == "flags":
-            flags = set(value.split())
-    interesting = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # they decide which matmul kernels run
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": model, "cores": usable, "flags": [name for name in interesting if name in flags]}
+        return None
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None
+    )
+
+
+def _cpu_flags() -> list[str]:
+    """Instructions that decide which matmul kernels run."""
+    flags = (_cpuinfo("flags") or "").split()
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _threads() -> dict[str, Any]:

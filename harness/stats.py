@@ -22,24 +22,21 @@ class PairedDifference(NamedTuple):
     n: int
 
 
-class Flips(NamedTuple):
-    right_to_wrong: int
-    wrong_to_right: int
-    n: int
-    p: float  # two-sided exact McNemar test that both are equally likely
-
-
-def paired_difference(
+def paired_bootstrap(
     values: ArrayLike, reference: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedDifference:
     """Mean of `values - reference` over the same items, with a percentile bootstrap over items.
 
     values, reference: [items], any unit, paired by position. p is twice the smaller share of resampled means
     on one side of zero (ties count half, one added to each so that p is never 0), the test that the interval
-    inverts. Raises ValueError for fewer than two items, unequal lengths or values that are not finite.
+    inverts. One item has no interval (nan) and p = 1. Raises ValueError for no items, unequal lengths or
+    values that are not finite.
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 13.3 and 15.4.
     """
-    difference = _vector(values) - _vector(reference, len(np.atleast_1d(values)))
+    ours = _vector(values)
+    difference = ours - _vector(reference, len(ours))
+    if len(difference) == 1:
+        return PairedDifference(float(difference[0]), math.nan, math.nan, 1.0, 1)
     result = stats.bootstrap(
         (difference,),
         np.mean,
@@ -56,15 +53,17 @@ def paired_difference(
     )
 
 
-def flips(right: ArrayLike, reference: ArrayLike) -> Flips:
-    """Count answers that changed from the reference. right, reference: bool [items], paired by position.
+def flips(before: ArrayLike, after: ArrayLike) -> tuple[int, int]:
+    """Answers that changed, (right to wrong, wrong to right). before, after: bool or 0/1 [items], paired."""
+    old = _vector(before).astype(bool)
+    new = _vector(after, len(old)).astype(bool)
+    return int(np.count_nonzero(old & ~new)), int(np.count_nonzero(~old & new))
 
-    right_to_wrong counts items that the reference had right and `right` has wrong. McNemar (1947), exact.
-    """
-    now, before = _vector(right).astype(bool), _vector(reference, len(np.atleast_1d(right))).astype(bool)
-    lost, won = int(np.count_nonzero(before & ~now)), int(np.count_nonzero(~before & now))
-    p = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-    return Flips(lost, won, len(now), p)
+
+def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
+    """Two-sided p that both flips are equally likely; 1 if there are none. McNemar (1947), exact binomial."""
+    changed = right_to_wrong + wrong_to_right
+    return float(stats.binomtest(right_to_wrong, changed).pvalue) if changed else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -90,7 +90,8 @@ def content_key(facts: Any) -> str:
 
 def _name(part: Any) -> str:
     if isinstance(part, Mapping):
-        return str(part.get("name") or str(part.get("_target_", "")).rpartition(".")[2].lower())
+        own = part.get("name") or str(part.get("_target_", "")).rpartition(".")[2].lower()
+        return str(own or "+".join(part))  # nested methods are a mapping from name to options
     return "" if part is None else str(part)
 
 
@@ -277,6 +278,10 @@ class Cell(CellView):
         self.failed = False
         self._lock = lock
         self._identity = identity | {"cell_id": cell_id}
+
+    def describe(self, **columns: Any) -> None:
+        """Row columns known only once the model is loaded; like `identity`, they fill what a row leaves empty."""
+        self._identity |= columns
 
     def commit(
         self,

@@ -162,6 +162,25 @@ def test_headline_of_a_decode_cell_takes_the_decode_tokens() -> None:
         assert headline(related(*rows))["achieved_model"][0] == value
 
 
+def test_held_out_text_comes_before_tasks_and_a_paired_ratio_before_a_ratio_of_medians() -> None:
+    share = {"probe": "sparsity", "metric": "achieved", "site": "model", "step_phase": "all"}
+    time = {"probe": "latency", "metric": "tpot_median", "unit": "s", "execution": "kernel"}
+    cell = {"cell_id": "s", "method": "teal"}
+    facts = [
+        share | {"task": "piqa", "value": 0.1},
+        share | {"task": None, "value": 0.4},
+        time | {"execution": "dense", "value": 3.0},
+        time | {"value": 2.0},
+        time | {"metric": "time_ratio", "unit": "ratio", "value": 1.4},
+        {"metric": "exact_match:strict", "task": "gsm8k", "value": 0.2},
+        {"metric": "acc:none", "task": "sciq", "value": 0.7},
+        {"metric": "exact_match", "task": "sciq", "value": 0.9},
+    ]
+    line = headline(related(*(cell | fact for fact in facts))).iloc[0]
+    assert (line["achieved_model"], line["speedup"]) == (0.4, 1.4)
+    assert (line["acc:gsm8k"], line["acc:sciq"]) == (0.2, 0.7)
+
+
 def test_times_in_other_units_are_shown_in_milliseconds() -> None:
     time = {"probe": "latency", "metric": "tpot_median", "method": "dense", "execution": "dense"}
     for unit, value in (("s", 500.0), ("ms", 0.5), ("us", 0.0005)):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harness.stats import flips, holm, paired_difference, standard_error, wilson
+from harness.stats import flips, holm, mcnemar, paired_bootstrap, standard_error, wilson
 
 BITS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60)
 
@@ -19,7 +19,7 @@ def test_a_real_difference_is_found_with_the_interval_of_the_normal_theory() -> 
     rng = np.random.default_rng(1)
     reference = rng.normal(size=400)
     values = reference + rng.normal(0.2, 0.5, size=400)
-    found = paired_difference(values, reference)
+    found = paired_bootstrap(values, reference)
     error = np.std(values - reference, ddof=1) / 20
     assert found.mean == pytest.approx(np.mean(values - reference))
     assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.1 * error)
@@ -30,20 +30,20 @@ def test_a_real_difference_is_found_with_the_interval_of_the_normal_theory() -> 
 def test_pairing_is_used() -> None:
     rng = np.random.default_rng(2)
     reference = rng.normal(0, 100, size=200)  # items differ far more than the two runs do
-    found = paired_difference(reference + 1 + rng.normal(0, 0.1, 200), reference)
+    found = paired_bootstrap(reference + 1 + rng.normal(0, 0.1, 200), reference)
     assert 0.9 < found.low < 1 < found.high < 1.1
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_gives_another() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.random(50), rng.random(50)
-    assert paired_difference(a, b) == paired_difference(a, b)
-    assert paired_difference(a, b) != paired_difference(a, b, seed=1)
+    assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
+    assert paired_bootstrap(a, b) != paired_bootstrap(a, b, seed=1)
 
 
 def test_false_alarms_are_about_as_rare_as_promised() -> None:
     rng = np.random.default_rng(4)
-    trials = [paired_difference(rng.normal(size=80), rng.normal(size=80), resamples=500) for _ in range(300)]
+    trials = [paired_bootstrap(rng.normal(size=80), rng.normal(size=80), resamples=500) for _ in range(300)]
     alarms = sum(trial.p < 0.05 for trial in trials)
     outside = sum(not trial.low <= 0 <= trial.high for trial in trials)
     # 5 % of 300 is 15; a binomial of 300 x 0.05 lies above 30 once in 10,000 times
@@ -54,33 +54,39 @@ def test_false_alarms_are_about_as_rare_as_promised() -> None:
 @given(BITS)
 def test_the_difference_is_antisymmetric_bounded_and_agrees_with_the_flips(pairs: list) -> None:
     a, b = (np.array(side) for side in zip(*pairs, strict=True))
-    forward, backward = paired_difference(a, b, resamples=300), paired_difference(b, a, resamples=300)
+    forward, backward = paired_bootstrap(a, b, resamples=300), paired_bootstrap(b, a, resamples=300)
     assert forward.mean == pytest.approx(-backward.mean)
     assert forward.low == pytest.approx(-backward.high) and forward.p == pytest.approx(backward.p)
     assert -1 <= forward.low <= forward.mean + 1e-12 and forward.mean - 1e-12 <= forward.high <= 1
     assert 0 < forward.p <= 1
-    changed = flips(a, b)
-    assert forward.mean * len(pairs) == pytest.approx(changed.wrong_to_right - changed.right_to_wrong)
+    right_to_wrong, wrong_to_right = flips(before=b, after=a)
+    assert forward.mean * len(pairs) == pytest.approx(wrong_to_right - right_to_wrong)
 
 
 def test_equal_runs_differ_by_nothing() -> None:
-    same = paired_difference([1, 0, 1], [1, 0, 1])
+    same = paired_bootstrap([1, 0, 1], [1, 0, 1])
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert flips([True, False], [True, False]) == (0, 0, 2, 1.0)
+    assert flips([True, False], [True, False]) == (0, 0)
+    assert mcnemar(0, 0) == 1.0
+
+
+def test_one_item_has_no_interval() -> None:
+    one = paired_bootstrap([1.0], [0.0])
+    assert one.mean == 1.0 and math.isnan(one.low) and math.isnan(one.high) and one.p == 1.0
 
 
 def test_ten_thousand_items_need_little_memory_and_time() -> None:
     rng = np.random.default_rng(5)
-    found = paired_difference(rng.random(10_042) < 0.36, rng.random(10_042) < 0.33)
+    found = paired_bootstrap(rng.random(10_042) < 0.36, rng.random(10_042) < 0.33)
     assert found.low < found.mean < found.high and found.n == 10_042
 
 
 def test_flips_count_both_ways_with_the_exact_test() -> None:
     before = [True] * 10 + [False] * 5
     now = [False] * 8 + [True] * 2 + [True] + [False] * 4
-    changed = flips(now, before)
-    assert changed[:3] == (8, 1, 15)
-    assert changed.p == pytest.approx(2 * scipy_stats.binom.cdf(1, 9, 0.5))
+    assert flips(before, now) == (8, 1)
+    assert flips(now, before) == (1, 8)
+    assert mcnemar(8, 1) == pytest.approx(2 * scipy_stats.binom.cdf(1, 9, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_flips_count_both_ways_with_the_exact_test() -> None:
 )
 def test_input_that_cannot_be_compared_is_refused(values: list, reference: list, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        paired_difference(values, reference)
+        paired_bootstrap(values, reference)
     with pytest.raises(ValueError, match=words):
         flips(values, reference)
 

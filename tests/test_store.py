@@ -50,6 +50,8 @@ def test_cell_id_is_readable_and_ignores_volatile_keys_order_and_number_spelling
     assert cell_id(CONFIG | {"model": {"name": "tiny", "device_index": 3}}) == base
     assert cell_id(CONFIG | {"sparsity": None}) != base
     assert cell_id({"model": "a/b c", "method": "x"}).startswith("a-b-c_x_")
+    nested = {"model": "m", "method": {"relu2": {"_target_": "a.B"}, "cett": {"_target_": "c.D"}}}
+    assert cell_id(nested | {"sparsity": 0.0}).startswith("m_relu2+cett_s0_")
 
 
 @given(
@@ -110,6 +112,13 @@ def test_what_is_committed_is_read_back_typed(store: Store) -> None:
     assert all(torch.equal(view.tensors("quality")[name], tensors[name]) for name in tensors)
     assert view.config == CONFIG
     assert view.environment["python"]
+
+
+def test_what_is_learnt_later_describes_later_rows(store: Store) -> None:
+    with claim(store) as cell:
+        cell.describe(family="llama")
+        cell.commit("quality", [ROW, ROW | {"family": "opt"}])
+        assert cell.read("quality")["family"].tolist() == ["llama", "opt"]
 
 
 def test_recommit_replaces_a_probe(store: Store) -> None:
