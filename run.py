@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# The libraries' own bars (loading weights, tokenizing, building prompts) are over in a second and drown ours.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -31,7 +35,6 @@ CONSOLE = Console(stderr=True, highlight=False)
 
 def main() -> None:
     """The command line. Exit code 0: every cell has results; 1: a cell failed; 2: bad input; 130: interrupted."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = sys.argv[1:]
     flags = [a for a in args if a.startswith("-") and a not in ("-m", "--multirun")]
     if flags:
@@ -82,7 +85,9 @@ def run(overrides: list[str], multirun: bool) -> int:
     console = Console()
     collected = collect(store.root)
     print_table(collected[collected["cell_id"].isin(plan)], console)
-    outcomes = {name: (s.get("status", "locked"), s.get("message", "")) for name in plan for s in [store.view(name).status]}
+    outcomes = {
+        name: (s.get("status", "locked"), s.get("message", "")) for name in plan for s in [store.view(name).status]
+    }
     print_summary(outcomes, CONSOLE)
     CONSOLE.print(f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}")
     return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
@@ -112,8 +117,11 @@ def job(cfg: DictConfig) -> None:
 
 def quiet_libraries() -> None:
     """What lm-eval and transformers say at every start is not news."""
+    import transformers
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------- overrides
@@ -129,13 +137,19 @@ def rewrite(overrides: list[str], multirun: bool) -> list[str]:
         bare = key.lstrip("+~")
         if bare == "tasks" and not all(v in options("tasks") for v in value.split(",")):
             inner = value.strip("[]")
-            override = f"tasks.names=[{inner}]" if value.startswith("[") or not multirun else f"tasks.names={listed(inner)}"
+            override = (
+                f"tasks.names=[{inner}]" if value.startswith("[") or not multirun else f"tasks.names={listed(inner)}"
+            )
         elif bare in GROUPS and bare != "experiment":
             for name in value.replace("[", "").replace("]", "").split(","):
                 if name.strip() not in options(bare):
-                    raise ConfigError(f"{bare}={name} is unknown{did_you_mean(name, options(bare))}: choose from {', '.join(options(bare))}")
+                    raise ConfigError(
+                        f"{bare}={name} is unknown{did_you_mean(name, options(bare))}: choose from {', '.join(options(bare))}"
+                    )
         elif bare == "experiment" and value not in (*options("experiment"), "null"):
-            raise ConfigError(f"experiment={value} is unknown{did_you_mean(value, options('experiment'))}: choose from {', '.join(options('experiment'))}")
+            raise ConfigError(
+                f"experiment={value} is unknown{did_you_mean(value, options('experiment'))}: choose from {', '.join(options('experiment'))}"
+            )
         elif bare.startswith("method.") and multirun and not key.startswith("+"):
             override = "++" + override  # a sweep's base config may hold another method
         rewritten.append(override)
@@ -163,7 +177,9 @@ def parse(overrides: list[str]) -> list[Any]:
 def expand(overrides: list[str]) -> list[list[str]]:
     """Every combination of a sweep, in Hydra's order."""
     axes = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
         for o in parse(overrides)
     ]
     return [list(combination) for combination in itertools.product(*axes)]

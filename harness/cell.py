@@ -20,6 +20,8 @@ from harness.step import Policy
 from harness.store import Cell, Store, cell_id
 from harness.tracking import track
 
+WHOLE = 1000  # items a task from which on a cell is no smoke run
+
 
 def versions(methods: list[Method]) -> dict[str, Any]:
     """What makes a stored cell stale when it changes."""
@@ -36,9 +38,7 @@ def state_of(config: CellConfig, store: Store) -> str:
     return store.state(id_of(config), versions(build_methods(config["method"])))
 
 
-def run_cell(
-    config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False
-) -> str:
+def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False) -> str:
     """Do what is missing of a cell. Returns its final state. Errors of the cell are recorded and raised."""
     state = state_of(config, store)
     if state in ("skip", "unsupported") or (state == "failed" and not retry):
@@ -71,6 +71,7 @@ def identity(config: CellConfig, methods: list[Method]) -> dict[str, Any]:
         "phase": config["phase"],
         "dense_prefix": config["dense_prefix"],
         "seed": config["seed"],
+        "limited": config["tasks"]["limit"] is not None and config["tasks"]["limit"] < WHOLE,
         "execution": "dense" if config.method_name == "dense" else "masked",
     }
 
@@ -183,5 +184,3 @@ def device_name(device: torch.device) -> str:
     from harness.environment import environment
 
     return f"cpu: {environment()['cpu']}"
-
-

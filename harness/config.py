@@ -19,7 +19,7 @@ RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" (did you mean teal?)", or nothing if no known name is near."""
+    """ " (did you mean teal?)", or nothing if no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 

@@ -40,7 +40,9 @@ class Ledger:
     _share: tuple[Tensor, Tensor] | None = None
     _weights: tuple[object, Tensor] | None = None
 
-    def rows(self, site: str, layer: int, keep: Tensor, dense_gate: bool = False, kv_keep: Tensor | None = None) -> None:
+    def rows(
+        self, site: str, layer: int, keep: Tensor, dense_gate: bool = False, kv_keep: Tensor | None = None
+    ) -> None:
         """Note which neurons or heads a method kept. keep: bool [batch, tokens, n].
 
         dense_gate: the decision needed every gate row. kv_keep: bool [batch, tokens, KV heads] where K and V of

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 
 from harness.families import View
+from harness.progress import counting
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -34,6 +34,10 @@ class HarnessLM(HFLM):
         )
         self.view = view
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As in HFLM, without its bar over the tokenizer: scoring shows its own."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -46,20 +50,16 @@ class HarnessLM(HFLM):
         order = sorted(groups, key=lambda key: (-len(key[0]), key[0]))
         size = override_bs or int(self.batch_size)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="scoring", leave=False, mininterval=1)
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            for key, scores in zip(chunk, self._score(chunk), strict=True):
-                for index in groups[key]:
-                    request, _, continuation = requests[index]
-                    target = torch.tensor(continuation, device=scores.device)
-                    log_likelihood = scores.gather(-1, target[:, None]).sum()
-                    answer = (log_likelihood.item(), bool((scores.argmax(-1) == target).all()))
-                    answers[index] = answer
-                    if request is not None:
-                        self.cache_hook.add_partial("loglikelihood", request, answer)
-                    bar.update(1)
-        bar.close()
+        with counting(len(requests), "scoring") as advance:
+            for start in range(0, len(order), size):
+                chunk = order[start : start + size]
+                for key, scores in zip(chunk, self._score(chunk), strict=True):
+                    for index in groups[key]:
+                        continuation = requests[index][2]
+                        target = torch.tensor(continuation, device=scores.device)
+                        log_likelihood = scores.gather(-1, target[:, None]).sum().item()
+                        answers[index] = (log_likelihood, bool((scores.argmax(-1) == target).all()))
+                    advance(len(groups[key]))
         return answers
 
     def _score(self, chunk: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:

@@ -75,7 +75,9 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
             source, revision=revision, dtype=pick_dtype(dtype, place), attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {model_config['name']} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"model {model_config['name']} can't be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     model.to(place).eval().requires_grad_(False)
     fingerprint = assets.model_fingerprint(Path(path)) if path else f"{source}@{revision}"
     view = view_of(model, name=model_config["name"], fingerprint=fingerprint)
@@ -117,7 +119,9 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
                 nest = content_key({k: key_facts[k] for k in ("model", "dtype", "data", "outer")})
                 if nest not in loaded.calibrations:
                     windows = calibration_windows(loaded, config["calibration"])
-                    loaded.calibrations = {nest: Calibration(view, windows.split(4))}  # one at a time: it holds activations
+                    loaded.calibrations = {
+                        nest: Calibration(view, windows.split(4))
+                    }  # one at a time: it holds activations
                 calibration = loaded.calibrations[nest]
                 digest = hashlib.sha256(torch.cat(calibration.batches).cpu().numpy().tobytes()).hexdigest()
                 key = content_key(key_facts | {"tokens": digest})

@@ -35,7 +35,9 @@ class Oracle(Method):
             for name, module in block.projections()
         }
 
-    def select(self, plan: dict[tuple[str, int], Tensor], site: str, layer: int, x: Tensor, step: Step) -> dict[str, TopK]:
+    def select(
+        self, plan: dict[tuple[str, int], Tensor], site: str, layer: int, x: Tensor, step: Step
+    ) -> dict[str, TopK]:
         """Top-k of the contributions. x: [batch, tokens, channels]."""
         size = x.float().abs()
         k = top_k_count(x.shape[-1], self.sparsity)

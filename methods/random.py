@@ -43,7 +43,9 @@ class Random(Method):
                 patterns[projection, layer] = pattern.to(view.device)
         return patterns
 
-    def select(self, plan: dict[tuple[str, int], Tensor], site: str, layer: int, x: Tensor, step: Step) -> dict[str, Mask]:
+    def select(
+        self, plan: dict[tuple[str, int], Tensor], site: str, layer: int, x: Tensor, step: Step
+    ) -> dict[str, Mask]:
         """The pattern of each token's position. x: [batch, tokens, channels]."""
         row = step.position % PERIOD
         names = [p for p in PROJECTIONS[site] if (p, layer) in plan]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from harness.calibration import Calibration
 from harness.errors import ConfigError
 from harness.families import Block, View
 from harness.method import Method, State
+from harness.progress import track
 from harness.quantiles import Quantiles
 from harness.selection import PROJECTIONS, Thresholds
 from harness.step import Policy, Step
@@ -129,7 +129,7 @@ def greedy_levels(view: View, calibration: Calibration, state: State, base_step:
     calls = block_calls(view, calibration, tokens)
     paths = [
         greedy_path(view, layer, state, calls[layer], names, share, raises)
-        for layer in track(range(view.n_layers), description="greedy allocation", transient=True)
+        for layer in track(range(view.n_layers), "greedy allocation")
     ]
     longest = max(len(path) for path in paths)
     return torch.stack([torch.cat([p, p[-1:].expand(longest - len(p), -1)]) for p in paths]).float()

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 
 from harness import stats, tasks
@@ -19,6 +18,7 @@ from harness.attach import Fitted, attached, overhead
 from harness.families import View
 from harness.lm import HarnessLM
 from harness.probes.sparsity import rows_of
+from harness.progress import track
 from harness.step import Policy
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def perplexity(
     head = view.model.get_output_embeddings()
     nll, divergence, agreement = [], [], []
     with attached(view, methods, policy):
-        for index, window in enumerate(track(windows, description="perplexity", transient=True)):
+        for index, window in enumerate(track(windows, "perplexity", total=len(windows))):
             ids = window[None].to(view.device)
             decode = torch.zeros_like(ids, dtype=torch.bool)
             decode[:, start:] = policy.phase == "decode"

@@ -72,7 +72,14 @@ def _by_phase(part: Tensor, whole: Tensor) -> Iterator[tuple[str, float, float]]
 
 
 def _row(
-    metric: str, value: float, n: float, phase: str, site: str, layer: int | None, unit: str = "share", task: str | None = None
+    metric: str,
+    value: float,
+    n: float,
+    phase: str,
+    site: str,
+    layer: int | None,
+    unit: str = "share",
+    task: str | None = None,
 ) -> Row:
     return {
         "probe": "sparsity",

@@ -1,0 +1,36 @@
+"""The test matrix: every method, one row each, with settings small enough for tiny random models.
+
+Each row builds the method at a requested sparsity; `tolerance` says how far achieved may be from requested on a tiny model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.method import Method
+from methods.dense import Dense
+from methods.dense_slice import DenseSlice
+from methods.oracle import Oracle
+from methods.random import Random
+from methods.teal import Teal
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. site: where achieved is compared with requested (a site, "mlp" or "model"), None = not compared."""
+
+    make: Callable[[float], Method]
+    site: str | None = "model"
+    tolerance: float = 0.02
+    families: tuple[str, ...] = ("llama", "mistral", "opt")
+
+
+CASES: dict[str, Case] = {
+    "dense": Case(lambda s: Dense(), site=None),
+    "random": Case(lambda s: Random(s), families=("llama", "mistral")),
+    "oracle": Case(lambda s: Oracle(s), families=("llama", "mistral", "opt")),
+    "dense_slice": Case(lambda s: DenseSlice(s), families=("llama", "mistral")),
+    "teal": Case(lambda s: Teal(s), tolerance=0.04),
+    "teal_greedy": Case(lambda s: Teal(s, allocation="greedy", base_step=0.2, greedy_tokens=128), tolerance=0.04),
+}
