@@ -6,6 +6,7 @@ rotary embedding of q and k, the write into the cache, and the attention.
 Source of split-K decoding: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
+# ruff: noqa: ANN001, ANN201, D103  (Triton's functions take pointers and blocks, which have no Python types)
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,6 @@
 """The byte roofline's denominator: how fast this GPU reads."""
 
+# ruff: noqa: ANN001, ANN201, D103  (Triton's functions take pointers and blocks, which have no Python types)
 from __future__ import annotations
 
 import torch
@@ -22,7 +23,8 @@ def read(x: torch.Tensor, out: torch.Tensor, block: int = 4096) -> None:
 
 def read_bandwidth(device: torch.device | str = "cuda", seconds: float = 0.2, n_bytes: int | None = None) -> float:
     """Bytes/s of a streaming read of a buffer far larger than the L2 cache; the median of as many passes as fit in
-    `seconds`. n_bytes: size of the buffer (default 4 GB, or a quarter of the free memory if that is less)."""
+    `seconds`. n_bytes: size of the buffer (default 4 GB, or a quarter of the free memory if that is less).
+    """
     device = torch.device(device)
     free, _ = torch.cuda.mem_get_info(device)
     n_bytes = n_bytes or min(4 << 30, free // 4)

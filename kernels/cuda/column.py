@@ -10,6 +10,7 @@ Three forms, the same result:
   list     the channels are given.
 """
 
+# ruff: noqa: ANN001, ANN201, D103  (Triton's functions take pointers and blocks, which have no Python types)
 from __future__ import annotations
 
 import torch
@@ -32,7 +33,7 @@ MAX_ROWS = 16  # more rows than this multiply densely
 
 @triton.jit
 def channel_values(x_ptr, up_ptr, rk, live, ACT: tl.constexpr, HAS_UP: tl.constexpr, DT: tl.constexpr):
-    """x at channels rk as fp32; with ACT, x = act(gate) * up, each factor and the product rounded as a module does."""
+    """X at channels rk as fp32; with ACT, x = act(gate) * up, each factor and the product rounded as a module does."""
     x = tl.load(x_ptr + rk, mask=live, other=0.0).to(DT).to(tl.float32)
     if ACT != 0:
         x = activate(x, ACT).to(DT).to(tl.float32)
@@ -44,7 +45,7 @@ def channel_values(x_ptr, up_ptr, rk, live, ACT: tl.constexpr, HAS_UP: tl.conste
 
 @triton.jit
 def drop(x, t_ptr, segment, rk, live, K, TEST: tl.constexpr):
-    """x with dropped channels zeroed; the thresholds of a segment of outputs are t[segment] or t[segment, rk]."""
+    """X with dropped channels zeroed; the thresholds of a segment of outputs are t[segment] or t[segment, rk]."""
     if TEST == SCALAR:
         x = tl.where(tl.abs(x) <= tl.load(t_ptr + segment), 0.0, x)
     if TEST == PER_CHANNEL:
@@ -545,5 +546,5 @@ def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
 
 
 def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias on the same layout, every channel read: the kernel at 0 % and the tuned dense baseline."""
+    """Y = x W^T + bias on the same layout, every channel read: the kernel at 0 % and the tuned dense baseline."""
     return column_gemv(x, wt, None, bias)

@@ -1,5 +1,6 @@
 """Pieces that several Triton kernels share: activations, dtype names, the end of a split-K sum."""
 
+# ruff: noqa: ANN001, ANN201, D103  (Triton's functions take pointers and blocks, which have no Python types)
 from __future__ import annotations
 
 import os

@@ -4,6 +4,7 @@ A program owns whole rows, so nothing is split: every result here is bitwise rep
 MLPs goes through the column kernels and follows their rule).
 """
 
+# ruff: noqa: ANN001, ANN201, D103  (Triton's functions take pointers and blocks, which have no Python types)
 from __future__ import annotations
 
 import torch
@@ -191,7 +192,8 @@ def rows(
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """One launch of the row kernel for one row x [K]; returns y [N]: written (or, with `add`, added to) at the listed
-    rows, elsewhere untouched. tile: (rows, K tile, warps)."""
+    rows, elsewhere untouched. tile: (rows, K tile, warps).
+    """
     n, k = w.shape
     br, bk, warps = tile or (2, 2048, 8)
     bk = _block_k(k, bk)
@@ -237,7 +239,7 @@ def neurons(
 
 
 def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x w^T + bias on row-major weights w [N, K]: the tuned dense baseline. x: [..., K], one row on the fast path."""
+    """The tuned dense baseline, x w^T + bias, on row-major weights w [N, K]. x: [..., K], one row on the fast path."""
     if not fast_path(x, w):
         return torch.nn.functional.linear(x, w, bias)
     y = x.new_empty(*x.shape[:-1], w.shape[0])
@@ -248,8 +250,10 @@ def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def row_gemv_index(
     x: Tensor, w: Tensor, idx: Tensor, bias: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
-    """y[..., n] = x . w[n] + bias[n] for the rows n in idx (int32 [m], unique), zero elsewhere. count: as in
-    `column_gemv_index`."""
+    """X . w[n] + bias[n] for the rows n in idx (int32 [m], unique), zero elsewhere: [..., N].
+
+    count: as in `column_gemv_index`.
+    """
     if fast_path(x, w):
         y = x.new_zeros(*x.shape[:-1], w.shape[0])
         rows(x.reshape(-1).contiguous(), w, y=y.view(-1), idx=idx, count=count, bias=bias)

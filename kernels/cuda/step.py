@@ -1,12 +1,14 @@
 """Small fused pieces of a decode step around the GEMVs, batch 1."""
 
+# ruff: noqa: ANN001, ANN201, D103  (Triton's functions take pointers and blocks, which have no Python types)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.common import DTYPES, power_of_two
+from kernels.cuda.column import channel_values
+from kernels.cuda.common import DTYPES, act_code, cdiv, power_of_two
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor, zero: Tensor | None = None) -> Tensor:
-    """y = x / rms(x) * weight, rounded before the weight as Llama's norm does; one program, one launch; returns y.
+    """RMS norm, x / rms(x) * weight, rounded before the weight as Llama's is, in one launch of one program; returns y.
 
     x: [n], 16-bit or fp32; weight, y: [n]. zero: fp32 accumulator of the next kernel, cleared on the way, which
     saves that kernel a launch.
@@ -35,4 +37,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor, zero: Tensor | No
         x, weight, y, y if zero is None else zero, n, 0 if zero is None else zero.numel(), eps,
         WIDTH=power_of_two(n), DT=DTYPES[weight.dtype], HAS_ZERO=zero is not None, num_warps=16,
     )  # fmt: skip
+    return y
+
+
+@triton.jit
+def glu_kernel(gate_ptr, up_ptr, y_ptr, n, ACT: tl.constexpr, DT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    x = channel_values(gate_ptr, up_ptr, at, live, ACT, True, DT)
+    tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=live)
+
+
+def glu_into(gate: Tensor, up: Tensor, act: str, y: Tensor) -> Tensor:
+    """act(gate) * up [n] in one launch, rounded as a module does; for dense steps through a library. Returns y."""
+    n = gate.numel()
+    glu_kernel[(cdiv(n, 512),)](gate, up, y, n, ACT=act_code(act), DT=DTYPES[y.dtype], BLOCK=512, num_warps=4)
     return y
