@@ -106,7 +106,7 @@ def merged_weights(block: Block, transposed: bool) -> Iterator[dict[str, tuple[T
     finally:
         groups.clear()
         for m in saved:
-            m.weight.data = m.weight.data.contiguous().clone()
+            m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -384,6 +384,12 @@ class DecodeLoop:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             self._body()
+
+    def rewind(self, length: int, token: Tensor) -> None:
+        """Go back to a cache of `length` tokens, with `token` [1, 1] to feed next."""
+        self.length.fill_(length)
+        self.token.copy_(token)
+        self.filled = length
 
     def step(self) -> Tensor:
         """Feed the token; returns the logits [1, 1, vocabulary] (overwritten by the next step).

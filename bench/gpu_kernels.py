@@ -1,0 +1,389 @@
+"""The Triton kernels on the shapes of a 7B model, against cuBLAS, a tuned dense kernel and the byte floor.
+
+    python -m bench.gpu_kernels --out results/bench/gpu_kernels.json
+
+A time is the median replay of a CUDA graph that calls the kernel once for each of many weight copies (2 GB, far past
+the L2 cache), each with an input and so a zero pattern of its own, divided by the number of copies. Zeroing, list
+building inside the kernel and the final rounding are part of what is timed unless the row says otherwise:
+
+  op           the public function: 16-bit result, any state cleared inside
+  accumulate   the form of the fused decode step: adds into an fp32 accumulator that an earlier kernel cleared
+  list         `accumulate` from a channel list that is given
+  repeatable   `op` in its bitwise repeatable mode (two launches)
+
+Floor: bytes of the kept weights over the read bandwidth measured in the same run. Errors: ||y - ref|| / ||ref|| against
+float64, outputs filled with NaN before.
+"""
+
+# ruff: noqa: B023, F821  (every lambda here runs before its loop goes on)
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels.cuda as kc
+from harness.environment import environment
+
+SHAPES = [(12288, 4096), (4096, 4096), (11008, 4096), (22016, 4096), (4096, 11008)]  # (outputs N, inputs K)
+ZEROS = (0, 25, 40, 50, 65, 80, 90)
+POOL_BYTES = 2 * 10**9
+HIDDEN, NEURONS = 4096, 11008
+
+
+def timed(calls: list[Callable[[], Any]], replays: int = 7) -> float:
+    """Microseconds a call: median replay of one graph of all the calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for i in range(replays + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i:
+            times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return median(times)
+
+
+def error(y: Tensor, want: Tensor) -> float:
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
+class Bench:
+    """Rows so far, written after every addition so that a run that is cut off loses nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rate = kc.read_bandwidth("cuda", 0.3)
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.time()
+
+    def add(self, table: str, us: float, floor_bytes: float, **facts: Any) -> dict[str, Any]:
+        floor = floor_bytes / self.rate * 1e6
+        row = {
+            "table": table,
+            **facts,
+            "us": us,
+            "floor_us": floor,
+            "added_us": us - floor,
+            "share_of_floor": floor / us,
+        }
+        self.rows.append(row)
+        return row
+
+    def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "what": __doc__,
+            "environment": environment(),
+            "device": torch.cuda.get_device_name(),
+            "read_bytes_per_s": self.rate,
+            "seconds": round(time.time() - self.started, 1),
+            "rows": self.rows,
+        }
+        self.out.write_text(json.dumps(record, indent=1))
+
+
+class Columns:
+    """Rotating copies of one shape: weights W^T (as row-major and column-major views of one pool), inputs, thresholds."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, limit: int = 10**9) -> None:
+        self.n, self.k, self.dtype = n, k, dtype
+        self.copies = min(limit, max(4, POOL_BYTES // (n * k * 2)))
+        self.pool = torch.empty(self.copies, k, n, dtype=dtype, device="cuda").normal_(0, k**-0.5)
+        self.x = torch.randn(self.copies, k, device="cuda").to(dtype)
+        self.y = torch.zeros(self.copies, n, device="cuda")
+
+    def at(self, zeros: int) -> tuple[Tensor, float]:
+        """Thresholds [copies, 1] that drop `zeros` percent of every input, and the mean share that is kept."""
+        if zeros == 0:
+            return torch.full((self.copies, 1), -1.0, device="cuda"), 1.0
+        magnitude = self.x.float().abs()
+        t = magnitude.quantile(zeros / 100, dim=1, keepdim=True)
+        return t, (magnitude > t).float().mean().item()
+
+    def want(self, t: Tensor) -> Tensor:
+        return torch.where(self.x[0].float().abs() <= t[0], 0, self.x[0]).double() @ self.pool[0].double()
+
+
+def dense(bench: Bench, c: Columns) -> dict[str, float]:
+    """cuBLAS and the tuned dense kernels on one shape, us."""
+    rows = c.pool.view(c.copies, c.n, c.k)
+    forms = {
+        "cublas": lambda i: F.linear(c.x[i], rows[i]),
+        "dense_rows": lambda i: kc.dense_gemv_rows(c.x[i], rows[i]),
+        "dense_columns": lambda i: kc.dense_gemv(c.x[i], c.pool[i]),
+    }
+    times = {}
+    for name, form in forms.items():
+        times[name] = timed([lambda i=i, form=form: form(i) for i in range(c.copies)])
+        facts = {"n": c.n, "k": c.k, "dtype": str(c.dtype), "kernel": name, "zeros_percent": 0}
+        bench.add("dense", times[name], c.n * c.k * 2, **facts)
+    return times
+
+
+def column_table(bench: Bench, c: Columns, zeros_list: tuple[int, ...], forms: tuple[str, ...]) -> None:
+    from kernels.cuda.column import COMPACT_FROM, column, column_list
+
+    base = dense(bench, c)
+    for zeros in zeros_list:
+        t, kept = c.at(zeros)
+        compact = zeros / 100 >= COMPACT_FROM
+        lists = [(c.x[i].float().abs() > t[i]).nonzero().flatten().int() for i in range(c.copies)]
+
+        def op(i: int) -> Tensor:
+            return kc.column_gemv(c.x[i], c.pool[i], t[i], None, zeros / 100)  # noqa: B023
+
+        def accumulate(i: int) -> Tensor:
+            return column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, compact=compact)  # noqa: B023
+
+        def given(i: int) -> Tensor:
+            return column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True)  # noqa: B023
+
+        calls = {"op": op, "accumulate": accumulate, "list": given, "repeatable": op}
+        want = c.want(t)
+        for form in forms:
+            torch.use_deterministic_algorithms(form == "repeatable")
+            us = timed([lambda i=i, f=calls[form]: f(i) for i in range(c.copies)])
+            if form in ("op", "repeatable"):
+                y = torch.full((c.n,), torch.nan, device="cuda")
+                wrong = error(column(c.x[0], c.pool[0], t[0], y=y, compact=compact), want)
+            else:
+                c.y.zero_()
+                wrong = error(calls[form](0), want)
+            torch.use_deterministic_algorithms(False)
+            own = min(base["dense_rows"], base["dense_columns"])
+            bench.add(
+                "column", us, c.n * c.k * 2 * kept, n=c.n, k=c.k, dtype=str(c.dtype), kernel=form,
+                form="compact" if compact and form != "list" else "list" if form == "list" else "masked",
+                zeros_percent=zeros, kept=kept, over_own_dense=own / us, over_cublas=base["cublas"] / us, error=wrong,
+            )  # fmt: skip
+
+
+def mlp_table(bench: Bench) -> None:
+    dtype = torch.float16
+    copies = max(4, POOL_BYTES // (3 * NEURONS * HIDDEN * 2))
+    gate, up, down = (
+        torch.empty(copies, NEURONS, HIDDEN, dtype=dtype, device="cuda").normal_(0, HIDDEN**-0.5) for _ in range(3)
+    )
+    x = torch.randn(copies, HIDDEN, device="cuda").to(dtype)
+    row = NEURONS * HIDDEN * 2
+    all_of_it = torch.arange(NEURONS, dtype=torch.int32, device="cuda")
+
+    def cublas(i: int) -> Tensor:
+        gu = F.linear(x[i], both[i])
+        return F.linear(F.silu(gu[:NEURONS]) * gu[NEURONS:], down[i].view(HIDDEN, NEURONS))
+
+    both = torch.cat([gate, up], 1)
+    us_cublas = timed([lambda i=i: cublas(i) for i in range(copies)])
+    del both
+    us_own = timed([lambda i=i: kc.neuron_mlp(x[i], gate[i], up[i], down[i], all_of_it, "silu") for i in range(copies)])
+    bench.add("mlp", us_cublas, 3 * row, kernel="cublas", inactive_percent=0)
+    bench.add("mlp", us_own, 3 * row, kernel="neuron_mlp", inactive_percent=0, over_cublas=us_cublas / us_own)
+    for inactive in ZEROS[1:]:
+        m = round(NEURONS * (1 - inactive / 100))
+        lists = [torch.randperm(NEURONS, device="cuda")[:m].sort().values.int() for _ in range(copies)]
+        us = timed([lambda i=i: kc.neuron_mlp(x[i], gate[i], up[i], down[i], lists[i], "silu") for i in range(copies)])
+        idx = lists[0]
+        g, u = (F.linear(x[0].double(), w[0][idx].double()).to(dtype) for w in (gate, up))
+        want = (F.silu(g.double()).to(dtype) * u).double() @ down[0][idx].double()
+        wrong = error(kc.neuron_mlp(x[0], gate[0], up[0], down[0], idx, "silu"), want)
+        bench.add(
+            "mlp", us, 3 * row * m / NEURONS, kernel="neuron_mlp", inactive_percent=inactive,
+            over_own_dense=us_own / us, over_cublas=us_cublas / us, error=wrong,
+        )  # fmt: skip
+    for inactive in ZEROS[1:]:
+        a = F.silu(torch.stack([F.linear(x[i], gate[i]) for i in range(copies)]))
+        t = a.float().abs().quantile(inactive / 100, dim=1)
+        kept = (a.float().abs() > t[:, None]).float().mean().item()
+        us = timed([lambda i=i: kc.cats_mlp(x[i], gate[i], up[i], down[i], t[i], "silu") for i in range(copies)])
+        bench.add(
+            "cats", us, row * (1 + 2 * kept), kernel="cats_mlp", inactive_percent=inactive, kept=kept,
+            over_own_dense=us_own / us, over_cublas=us_cublas / us,
+        )  # fmt: skip
+
+
+def batch_table(bench: Bench, c: Columns) -> None:
+    rows = c.pool.view(c.copies, c.n, c.k)
+    for b in (1, 2, 4, 8, 16):
+        x = torch.randn(c.copies, b, c.k, device="cuda").to(c.dtype)
+        t = x.float().abs().flatten(1).quantile(0.5, dim=1)[:, None]
+        union = (x.float().abs() > t[:, None]).any(1).float().mean().item()
+        us = timed([lambda i=i: kc.column_gemv(x[i], c.pool[i], t[i]) for i in range(c.copies)])
+        us_cublas = timed([lambda i=i: F.linear(x[i], rows[i]) for i in range(c.copies)])
+        want = torch.where(x[0].float().abs() <= t[0], 0, x[0]).double() @ c.pool[0].double()
+        bench.add(
+            "batch", us, c.n * c.k * 2 * union, n=c.n, k=c.k, dtype=str(c.dtype), batch=b, zeros_percent=50,
+            columns_read=union, cublas_us=us_cublas, over_cublas=us_cublas / us,
+            error=error(kc.column_gemv(x[0], c.pool[0], t[0]), want),
+        )  # fmt: skip
+
+
+def attention_table(bench: Bench) -> None:
+    heads, d = 32, 128
+    for context in (512, 4096):
+        copies = max(4, 10**9 // (2 * heads * context * d * 2))
+        k, v = (torch.randn(copies, 1, heads, context + 64, d, dtype=torch.float16, device="cuda") for _ in range(2))
+        q = torch.randn(copies, 1, heads, 1, d, dtype=torch.float16, device="cuda")
+        length = torch.tensor(context, device="cuda")
+        us = timed([lambda i=i: kc.decode_attention(q[i], k[i], v[i], length) for i in range(copies)])  # noqa: B023
+        bench.add("attention", us, 2 * heads * context * d * 2, kernel="decode_attention", context=context, heads=heads)
+
+
+def tune(bench: Bench) -> None:
+    """Tiles of every kernel, on a few shapes: what the defaults in kernels/cuda were chosen from."""
+    from kernels.cuda.attention import attend_step
+    from kernels.cuda.column import batch, column, column_list
+    from kernels.cuda.rows import neurons, rows
+
+    def attempt(what: str, tile: tuple, floor_bytes: float, calls: list[Callable], **facts: Any) -> None:
+        try:
+            bench.add("tune", timed(calls, 5), floor_bytes, kernel=what, tile=tile, **facts)
+        except Exception as e:  # a tile that does not compile or fit is a result too
+            bench.rows.append({"table": "tune", "kernel": what, "tile": tile, "failed": repr(e)[:300], **facts})
+
+    masked = [(64, 32, 64), (64, 32, 32), (128, 32, 64), (128, 32, 32), (128, 32, 128), (64, 32, 128)]
+    compact = [(128, 32, 256), (64, 32, 256), (128, 16, 256), (128, 32, 512), (64, 32, 512), (256, 16, 256)]
+    for n, k in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)):
+        c = Columns(n, k, torch.float16)
+        size = n * k * 2
+        copies = range(c.copies)
+        for zeros in (0, 50, 65, 80):
+            t, kept = c.at(zeros)
+            facts = {"n": n, "k": k, "zeros_percent": zeros}
+            for tile in masked if zeros <= 65 else ():
+                attempt("masked", tile, size * kept,
+                        [lambda i=i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, tile=tile) for i in copies], **facts)  # fmt: skip
+            if zeros == 0:
+                attempt(
+                    "dense_columns",
+                    (64, 32, 64),
+                    size,
+                    [lambda i=i: kc.dense_gemv(c.x[i], c.pool[i]) for i in copies],
+                    **facts,
+                )
+            for tile in compact if zeros >= 65 else ():
+                attempt("compact", tile, size * kept,
+                        [lambda i=i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, compact=True, tile=tile) for i in copies], **facts)  # fmt: skip
+            if zeros == 50:
+                attempt("masked op", (64, 32, 64), size * kept,
+                        [lambda i=i: kc.column_gemv(c.x[i], c.pool[i], t[i]) for i in copies], **facts)  # fmt: skip
+            if zeros == 80:
+                attempt("compact op", (128, 32, 256), size * kept,
+                        [lambda i=i: kc.column_gemv(c.x[i], c.pool[i], t[i], None, 0.8) for i in copies], **facts)  # fmt: skip
+                lists = [(c.x[i].float().abs() > t[i]).nonzero().flatten().int() for i in copies]
+                m = lists[0].numel()
+                for tile in [(64, 32, m // 32), (64, 32, m // 64), (128, 32, m // 32), (128, 16, m // 32)]:
+                    attempt("list", tile, size * kept,
+                            [lambda i=i: column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True, tile=tile) for i in copies], **facts)  # fmt: skip
+        if k == 11008:
+            t, kept = c.at(50)
+            for tile in ((128, 32, 64), (64, 32, 64), (128, 32, 32)):
+                up = torch.ones_like(c.x)
+                attempt("masked relu*up", tile, size * kept / 2,
+                        [lambda i=i: column(c.x[i], c.pool[i], t[i], y=c.y[i], up=up[i], act="relu", accumulate=True, tile=tile) for i in copies], n=n, k=k)  # fmt: skip
+        w = c.pool.view(c.copies, n, k)
+        y = torch.empty(n, dtype=torch.float16, device="cuda")
+        for tile in ((2, 2048, 8), (1, 2048, 4), (2, 1024, 4), (4, 1024, 8), (1, 4096, 8), (1, 1024, 4), (4, 512, 4)):
+            attempt("rows", tile, size, [lambda i=i: rows(c.x[i], w[i], y=y, tile=tile) for i in copies], n=n, k=k)
+        if n == 12288:
+            x = torch.randn(c.copies, 4, k, device="cuda").half()
+            t = torch.tensor(0.6745, device="cuda")
+            yb = torch.zeros(4, n, device="cuda")
+            for tile in ((64, 64, 128), (64, 64, 256), (128, 64, 128), (64, 32, 128), (128, 32, 256)):
+                attempt("batch 4", tile, size * 0.94,
+                        [lambda i=i: batch(x[i], c.pool[i], t, y=yb, accumulate=True, tile=tile) for i in copies], n=n, k=k)  # fmt: skip
+        del c, w
+    copies = 10
+    gate, up = (torch.randn(copies, NEURONS, HIDDEN, dtype=torch.float16, device="cuda") for _ in range(2))
+    x = torch.randn(copies, HIDDEN, device="cuda").half()
+    h = torch.empty(NEURONS, dtype=torch.float16, device="cuda")
+    for inactive in (0, 50, 80):
+        m = round(NEURONS * (1 - inactive / 100))
+        lists = [torch.randperm(NEURONS, device="cuda")[:m].sort().values.int() for _ in range(copies)]
+        for tile in ((1, 2048, 4), (2, 1024, 4), (1, 1024, 4), (1, 4096, 8), (2, 2048, 8), (1, 1024, 2)):
+            attempt("neurons", tile, 2 * m * HIDDEN * 2,
+                    [lambda i=i: neurons(x[i], gate[i], up[i], h=h, act="silu", idx=lists[i] if inactive else None, tile=tile) for i in range(copies)],
+                    inactive_percent=inactive)  # fmt: skip
+    del gate, up
+    heads, d = 32, 128
+    for context in (512, 4096):
+        copies = max(4, 10**9 // (2 * heads * context * d * 2))
+        k, v = (torch.randn(copies, 1, heads, context + 64, d, dtype=torch.float16, device="cuda") for _ in range(2))
+        qkv = torch.randn(3 * heads * d, device="cuda")
+        cos = torch.rand(d, device="cuda").half()
+        out = torch.empty(heads * d, dtype=torch.float16, device="cuda")
+        length = torch.tensor(context + 7, device="cuda")
+        for tile in ((16, 64), (8, 64), (16, 32), (32, 32), (32, 64), (8, 128), (16, 128)):
+            attempt("attend_step", tile, 2 * heads * context * d * 2,
+                    [lambda i=i: attend_step(qkv, cos, cos, k[i], v[i], length, out, n_heads=heads, scale=0.09, splits=tile[0], block=tile[1]) for i in range(copies)],
+                    context=context)  # fmt: skip
+    from kernels.cuda.step import rms_norm
+
+    x32, zero = torch.randn(HIDDEN, device="cuda"), torch.zeros(22016, device="cuda")
+    y16 = torch.empty(HIDDEN, dtype=torch.float16, device="cuda")
+    attempt("rms_norm", (), 0, [lambda: rms_norm(x32, y16, 1e-5, y16, zero) for _ in range(100)])
+    attempt("rms_norm without clearing", (), 0, [lambda: rms_norm(x32, y16, 1e-5, y16) for _ in range(100)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/bench/gpu_kernels.json"))
+    parser.add_argument("--tune", action="store_true", help="time candidate tiles instead of the tables")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs an NVIDIA GPU")
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # or the repeatable mode is timed with torch's fills
+    bench = Bench(args.out)
+    every = ("op", "accumulate", "list", "repeatable")
+    steps: dict[str, Callable[[], None]] = {"tune": lambda: tune(bench)} if args.tune else {}
+    if not args.tune:
+        for n, k in SHAPES:
+            steps[f"column {n}x{k}"] = lambda n=n, k=k: column_table(bench, Columns(n, k, torch.float16), ZEROS, every)
+        steps["mlp"] = lambda: mlp_table(bench)
+        for n, k in SHAPES[:2] + SHAPES[3:]:
+            steps[f"batch {n}x{k}"] = lambda n=n, k=k: batch_table(bench, Columns(n, k, torch.float16))
+        steps["attention"] = lambda: attention_table(bench)
+        for n, k in SHAPES:
+            steps[f"bf16 {n}x{k}"] = lambda n=n, k=k: column_table(
+                bench, Columns(n, k, torch.bfloat16), (0, 50, 80), ("op", "accumulate")
+            )
+    failed = 0
+    for name, step in steps.items():
+        start = time.time()
+        try:
+            step()
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+        bench.save()
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.time() - start:.1f} s", flush=True)
+    for row in bench.rows:
+        short = {k: round(v, 3) if isinstance(v, float) and v > 1e-3 else v for k, v in row.items()}
+        print(json.dumps(short))
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
