@@ -1,9 +1,9 @@
 """The kernels as torch operators of the namespace `dynact`: a schema, a fake and a public function each.
 
-A CPU tensor goes to the C++ extension (kernels/cpu, built on first use), a CUDA tensor to kernels.cuda, any
-other device to kernels.reference. The operators are functional, have no gradient, and
-torch.compile(fullgraph=True) sees them whole. Bad shapes and types raise from the operator (RuntimeError,
-IndexError, ValueError).
+A CPU tensor goes to the C++ extension (kernels/cpu, built on first use), a CUDA tensor to kernels.cuda, any other
+device to kernels.reference. Shapes, types and rounding are those of the function of the same name in kernels.reference.
+The operators are functional, have no gradient, and torch.compile(fullgraph=True) sees them whole. Bad shapes and types
+raise from the operator (RuntimeError, IndexError, ValueError).
 """
 
 import importlib
@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from functools import cache
 from statistics import median
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu import fallback
+from kernels.cpu import fallback, stream
 from kernels.cpu.build import load_extension
 
 _COLUMN = "Tensor x, Tensor wt, "
@@ -51,20 +51,19 @@ def cpu_extension() -> bool:
 
 
 @cache
-def cuda_module() -> ModuleType | None:
-    """kernels.cuda, or None where it cannot be imported (no Triton)."""
+def _cuda_function(name: str) -> Callable[..., Any] | None:
+    """kernels.cuda's function of that name, or None where it cannot be loaded (no Triton)."""
     try:
-        return importlib.import_module("kernels.cuda")
+        return getattr(importlib.import_module("kernels.cuda"), name)
     except ImportError:
         return None
 
 
 def _cuda(name: str) -> Callable[..., Tensor]:
-    @cache
-    def target() -> Callable[..., Tensor]:
-        return getattr(cuda_module() or reference, name)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return (_cuda_function(name) or getattr(reference, name))(*args, **kwargs)
 
-    return lambda *args, **kwargs: target()(*args, **kwargs)
+    return call
 
 
 # the weight that gives an operator's output width, and which of its dimensions does
@@ -85,11 +84,10 @@ def _fake(name: str) -> Callable[..., Tensor]:
     signature = inspect.signature(getattr(reference, name))
     weight, dim = _WIDTH[name]
 
-    def fake(*args: object, **kwargs: object) -> Tensor:
-        x = args[0]
+    def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.device.type == "cpu":
             cpu_extension()  # a compiled graph calls the operator itself, without the public function
-        width = signature.bind(*args, **kwargs).arguments[weight].shape[dim]
+        width = signature.bind(x, *args, **kwargs).arguments[weight].shape[dim]
         return x.new_empty((*x.shape[:-1], width))
 
     return fake
@@ -105,56 +103,49 @@ for _name, _schema in _SCHEMAS.items():
     _lib.impl(f"_torch_{_name}", getattr(fallback, _name), "CompositeExplicitAutograd")
 
 
-def _documented(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The public function's text is its definition's: kernels.reference has the same names."""
-    function.__doc__ = getattr(reference, function.__name__).__doc__
-    return function
-
-
 def _ready(x: Tensor) -> None:
     if x.is_cpu and not torch.compiler.is_compiling():
         cpu_extension()
 
 
-@_documented
 def column_gemv(x: Tensor, wt: Tensor, t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sum x_i wt[i] over the channels with |x_i| > t_i, plus bias."""
     _ready(x)
     return torch.ops.dynact.column_gemv.default(x, wt, t, bias)
 
 
-@_documented
 def column_gemv_index(x: Tensor, wt: Tensor, idx: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sum x_i wt[i] over the channels in idx, plus bias."""
     _ready(x)
     return torch.ops.dynact.column_gemv_index.default(x, wt, idx, bias)
 
 
-@_documented
 def column_gemv_glu(
     gate: Tensor, up: Tensor | None, wt: Tensor, t: Tensor, act: str, bias: Tensor | None = None
 ) -> Tensor:
+    """Apply column_gemv to act(gate) * up (act(gate) where up is None), made inside."""
     _ready(gate)
     return torch.ops.dynact.column_gemv_glu.default(gate, up, wt, t, act, bias)
 
 
-@_documented
 def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ wt + bias, every channel read: the tuned dense baseline on the layout of column_gemv."""
     _ready(x)
     return torch.ops.dynact.dense_gemv.default(x, wt, bias)
 
 
-@_documented
 def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ w.T + bias: the tuned dense baseline on the layout of nn.Linear."""
     _ready(x)
     return torch.ops.dynact.dense_gemv_rows.default(x, w, bias)
 
 
-@_documented
 def row_gemv_index(x: Tensor, w: Tensor, idx: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the outputs in idx of x @ w.T + bias, and 0 for all others."""
     _ready(x)
     return torch.ops.dynact.row_gemv_index.default(x, w, idx, bias)
 
 
-@_documented
 def neuron_mlp(
     x: Tensor,
     w_gate: Tensor | None,
@@ -166,17 +157,17 @@ def neuron_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
 ) -> Tensor:
+    """Run the MLP of the neurons in idx: rows of gate and up, rows of wt_down."""
     _ready(x)
     return torch.ops.dynact.neuron_mlp.default(x, w_gate, w_up, wt_down, idx, act, b_gate, b_up, b_down)
 
 
-@_documented
 def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor, act: str) -> Tensor:
+    """Run CATS: a dense gate, then up and down for the neurons with |act(gate)_i| > t_i."""
     _ready(x)
     return torch.ops.dynact.cats_mlp.default(x, w_gate, w_up, wt_down, t, act)
 
 
-@_documented
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -186,24 +177,26 @@ def decode_attention(
     dropped: str = "exclude",
     scale: float | None = None,
 ) -> Tensor:
+    """Attend with one new token over the first `length` cache entries, under a KV policy."""
     _ready(q)
     if not isinstance(length, Tensor):
         length = torch.tensor(length, device=q.device)
     return torch.ops.dynact.decode_attention.default(q, k, v, length, keep, dropped, scale)
 
 
-def fast_path(x: Tensor, *weights: Tensor) -> bool:
+def fast_path(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether a kernel that skips bytes takes this call; if not, torch's dense operators do (zeroed inputs).
 
-    x: [..., K], the first argument of any kernel but decode_attention; weights: all its weight matrices.
+    x: [..., K], the first argument of any kernel but decode_attention; weights: all its weight matrices (None: absent).
     """
     if x.is_cuda:
-        return cuda_module() is not None and cuda_module().fast_path(x, *weights)
+        on_cuda = _cuda_function("fast_path")
+        return on_cuda is not None and on_cuda(x, *weights)
     return (
         x.is_cpu
         and x.numel() == x.shape[-1]
         and x.dtype in (torch.float32, torch.bfloat16)
-        and all(w.is_contiguous() and w.dtype == x.dtype for w in weights)
+        and all(w is None or (w.is_contiguous() and w.dtype == x.dtype) for w in weights)
         and cpu_extension()
     )
 
@@ -213,12 +206,11 @@ def read_bandwidth(device: torch.device | str, seconds: float = 1.0) -> float:
     roofline. The median over whole passes of a 512 MiB buffer that together take at least `seconds`.
     """
     device = torch.device(device)
-    if device.type == "cuda" and cuda_module() is not None:
-        return cuda_module().read_bandwidth(device, seconds)
+    on_cuda = _cuda_function("read_bandwidth") if device.type == "cuda" else None
+    if on_cuda is not None:
+        return on_cuda(device, seconds)
     buffer = torch.ones(2**27, device=device)  # ones: a page never written is read from one shared zero page
-    one_pass = (
-        torch.ops.dynact_cpu.stream if device.type == "cpu" and cpu_extension() else lambda b: b.sum().item()
-    )
+    one_pass = stream if device.type == "cpu" and cpu_extension() else lambda b: b.sum().item()
     one_pass(buffer)
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:

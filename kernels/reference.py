@@ -32,7 +32,7 @@ def activation(act: str) -> Callable[[Tensor], Tensor]:
 
 
 def kept(x: Tensor, t: Tensor) -> Tensor:
-    """bool [..., K]: where |x| > t, or x is NaN. t is 0-d or [K]; a negative t keeps everything."""
+    """Where |x| > t, bool [..., K], and where x is NaN. t is 0-d or [K]; a negative t keeps everything."""
     return ~(x.abs().to(_wide(x)) <= t)
 
 
@@ -64,12 +64,12 @@ def column_gemv_glu(
 
 
 def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ wt + bias: the dense product on the layout of column_gemv."""
+    """Return x @ wt + bias: the dense product on the layout of column_gemv."""
     return _matmul(x, wt, bias)
 
 
 def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ w.T + bias: the dense product on nn.Linear's layout."""
+    """Return x @ w.T + bias: the dense product on nn.Linear's layout."""
     return _matmul(x, w.t(), bias)
 
 

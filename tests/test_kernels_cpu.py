@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
+from bench import cpu_kernels
 from kernels import reference
 from kernels.cpu import fallback, instruction_set
 
@@ -152,9 +153,7 @@ def test_decode_attention(dtype, dropped, policy, g, rep, s, d, seed) -> None:
     assert_matches(kernels.decode_attention(*args), "decode_attention", *args)
     # a cache that is a view of a larger one
     wider = torch.cat([k, k], dim=1)[:, :g]
-    assert torch.equal(
-        kernels.decode_attention(q, wider, v, s, keep, dropped), kernels.decode_attention(*args)
-    )
+    assert torch.equal(kernels.decode_attention(q, wider, v, s, keep, dropped), kernels.decode_attention(*args))
 
 
 def test_decode_attention_on_instruction_sets(isa) -> None:
@@ -184,9 +183,7 @@ def test_a_poisoned_call_leaves_no_trace(isa, dtype) -> None:
     """Buffers are kept between calls: a larger call full of NaN first, then the same bits as before it."""
     before = [getattr(kernels, name)(*args) for name, args in cases(dtype)]
     for name, args in cases(dtype, 300, 200):
-        nan = [
-            torch.full_like(a, math.nan) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args
-        ]
+        nan = [torch.full_like(a, math.nan) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args]
         nan = [torch.tensor(0.5) if isinstance(a, Tensor) and a.ndim == 0 else a for a in nan]
         getattr(kernels, name)(*nan)
     after = [getattr(kernels, name)(*args) for name, args in cases(dtype)]
@@ -250,9 +247,7 @@ def test_dropped_weights_are_never_read(isa) -> None:
     assert torch.equal(kernels.column_gemv(x, bad_wt, t), kernels.column_gemv(x, wt, t))
     assert torch.equal(kernels.row_gemv_index(x, bad_w, idx), kernels.row_gemv_index(x, w, idx))
     args = (idx, "silu")
-    assert torch.equal(
-        kernels.neuron_mlp(x, bad_w, bad_w, bad_down, *args), kernels.neuron_mlp(x, w, w, down, *args)
-    )
+    assert torch.equal(kernels.neuron_mlp(x, bad_w, bad_w, bad_down, *args), kernels.neuron_mlp(x, w, w, down, *args))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
@@ -295,9 +290,7 @@ def test_threads_agree_and_repeat(threads) -> None:
                 torch.set_num_threads(threads)
                 first, second = (getattr(kernels, name)(*args) for _ in range(2))
                 assert torch.equal(first, second), name
-                assert (first.float() - single).norm() <= (
-                    1e-6 if dtype == torch.float32 else 4e-3
-                ) * single.norm()
+                assert (first.float() - single).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * single.norm()
         draw = Draw(0, torch.float32)
         args = (draw(2, 6, 1, 64), draw(2, 6, 900, 64), draw(2, 6, 900, 64), torch.tensor(900))
         assert_matches(kernels.decode_attention(*args), "decode_attention", *args)
@@ -415,3 +408,22 @@ def test_a_build_that_was_cut_off_is_done_again(tmp_path) -> None:
     (complete.parent / "dynact_cpu.so").write_bytes(b"half")
     run_python(code, DYNACT_CACHE=str(tmp_path))
     assert complete.exists()
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("dtype_name", ["fp32", "bf16"])
+def test_half_zeros_pay(dtype_name) -> None:
+    """Loose on purpose, one thread, paired: 50 % zeros beat F.linear 1.5 times and our own 0 % 1.3 times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pool = torch.randn(2**28 // cpu_kernels.DTYPES[dtype_name].itemsize).to(cpu_kernels.DTYPES[dtype_name])
+        for _ in range(3):  # a neighbour may spoil a run
+            rows = cpu_kernels.measure("1.1B", "up", pool, dtype_name, rounds=7)
+            none, half = (next(r for r in rows if r.kernel == "column_gemv" and r.zeros_percent == z) for z in (0, 50))
+            over_linear, over_zero = half.over_linear, none.microseconds / half.microseconds
+            if over_linear >= 1.5 and over_zero >= 1.3:
+                return
+        pytest.fail(f"50 %: {over_linear:.2f}x F.linear, {over_zero:.2f}x our own 0 %")
+    finally:
+        torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ saturates the memory of a small machine, so one thread is the safe setting.
 """
 
 import torch
+from torch import Tensor
 
 from kernels.cpu.build import load_extension
 
@@ -20,6 +21,19 @@ def instruction_set(name: str = "") -> str:
 
     Raises ValueError where this CPU cannot run it, RuntimeError where the extension is missing.
     """
+    _need_extension()
+    return torch.ops.dynact_cpu.isa(name)
+
+
+def stream(buffer: Tensor) -> None:
+    """Read a contiguous CPU tensor once from end to end, with torch's threads: the yardstick of bandwidth.
+
+    Raises RuntimeError where the extension is missing.
+    """
+    _need_extension()
+    torch.ops.dynact_cpu.stream(buffer)
+
+
+def _need_extension() -> None:
     if not load_extension():
         raise RuntimeError("the C++ kernels are not available on this machine")
-    return torch.ops.dynact_cpu.isa(name)

@@ -15,6 +15,7 @@ from kernels.reference import activation, hidden, kept
 
 
 def column_gemv(x: Tensor, wt: Tensor, t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Thresholded columns by embedding_bag for one row, by a matmul on zeroed inputs for more."""
     keep = kept(x, t)
     if _one_row(x):
         return _sum_rows(x, wt, keep.flatten().nonzero().flatten(), bias)
@@ -22,6 +23,7 @@ def column_gemv(x: Tensor, wt: Tensor, t: Tensor, bias: Tensor | None = None) ->
 
 
 def column_gemv_index(x: Tensor, wt: Tensor, idx: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Listed columns, the same two ways."""
     if _one_row(x):
         return _sum_rows(x, wt, idx.long(), bias)
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
@@ -32,18 +34,22 @@ def column_gemv_index(x: Tensor, wt: Tensor, idx: Tensor, bias: Tensor | None = 
 def column_gemv_glu(
     gate: Tensor, up: Tensor | None, wt: Tensor, t: Tensor, act: str, bias: Tensor | None = None
 ) -> Tensor:
+    """The activated product first, then column_gemv."""
     return column_gemv(hidden(gate, up, act), wt, t, bias)
 
 
 def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear on the transposed view."""
     return F.linear(x, wt.t(), bias)
 
 
 def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear."""
     return F.linear(x, w, bias)
 
 
 def row_gemv_index(x: Tensor, w: Tensor, idx: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A dense product whose other outputs are dropped."""
     idx = idx.long()
     y = F.linear(x, w, bias)
     out = torch.zeros_like(y)
@@ -62,12 +68,14 @@ def neuron_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
 ) -> Tensor:
+    """Gate and up run dense, the columns of down are skipped."""
     up = F.linear(x, w_up, b_up)
     h = hidden(up, None, act) if w_gate is None else hidden(F.linear(x, w_gate, b_gate), up, act)
     return column_gemv_index(h, wt_down, idx, b_down)
 
 
 def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor, act: str) -> Tensor:
+    """Gate and up run dense, the columns of down are skipped."""
     a = activation(act)(F.linear(x, w_gate))
     keep = kept(a, t)
     h = a * F.linear(x, w_up)

@@ -1,0 +1,218 @@
+"""The column-sparse CPU kernel against torch and our own dense kernel, on MLP shapes of 135M to 7B models.
+
+    python -m bench.cpu_kernels --out results/bench/cpu_kernels.json
+
+One thread. Each measurement sweeps all the matrices that fit into one 0.5 GiB pool, with an input and so a
+zero pattern of its own for each, so that no cache helps. In each round every kernel and one plain read of the
+pool take their turn; ratios are taken within a round, and the figures are medians over rounds. The clock is
+the thread's CPU time: with one thread it is the wall time less what a neighbour took (`wall_over_cpu` tells
+how much that was).
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kernels.cpu import instruction_set, stream
+
+HIDDEN = {"135M": (576, 1536), "360M": (960, 2560), "1.1B": (2048, 5632), "7B": (4096, 11008)}
+ZEROS = (0, 25, 40, 50, 65, 80, 90)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+POOL_BYTES = 2**29 + 2**26
+# at 50 % zeros: over F.linear, over own dense, share of the byte roofline by model
+GOALS = {
+    "fp32": (2.2, 1.5, {"135M": 0.70, "7B": 0.85}),
+    "bf16": (2.4, 1.5, {"135M": 0.50, "1.1B": 0.65, "7B": 0.65}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one shape. Ratios are times over this kernel's time: above 1 this kernel is faster."""
+
+    model: str
+    projection: str  # up: hidden -> intermediate; down: the reverse
+    inputs: int
+    outputs: int
+    dtype: str
+    kernel: str
+    zeros_percent: int
+    microseconds: float
+    over_linear: float
+    over_own_dense: float
+    roofline_share: float  # bytes of the weights that the call must read, over measured bandwidth x time
+    wall_over_cpu: float
+
+
+def thresholded_input(k: int, zeros: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A normal x [1, 1, k] and the threshold that drops round(k * zeros / 100) of its channels."""
+    x = torch.randn(1, 1, k).to(dtype)
+    drop = round(k * zeros / 100)
+    ranked = x.float().abs().flatten().sort().values
+    return x, ranked[drop - 1].clone() if drop else torch.tensor(-1.0)
+
+
+def sweep(call: Callable[[int], object], n: int) -> tuple[float, float]:
+    """CPU and wall seconds of call(0), ..., call(n - 1)."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    for i in range(n):
+        call(i)
+    return time.thread_time() - cpu, time.perf_counter() - wall
+
+
+def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: int) -> list[Row]:
+    """All the kernels on one shape, interleaved for `rounds` rounds after one round of warm-up."""
+    hidden, intermediate = HIDDEN[model]
+    k, n = (hidden, intermediate) if projection == "up" else (intermediate, hidden)
+    dtype = DTYPES[dtype_name]
+    copies = pool.numel() // (k * n)
+    w = [m.view(n, k) for m in pool[: copies * k * n].view(copies, -1)]
+    wt = [m.view(k, n) for m in w]
+    inputs = {z: [thresholded_input(k, z, dtype) for _ in range(copies)] for z in ZEROS}
+    used = {z: [int((~(x.float().abs() <= t)).sum()) for x, t in inputs[z]] for z in ZEROS}
+    x0 = [x for x, _ in inputs[0]]
+
+    calls: dict[str, Callable[[int], object]] = {
+        "linear": lambda i: F.linear(x0[i], w[i]),
+        "dense_gemv": lambda i: kernels.dense_gemv(x0[i], wt[i]),
+        "dense_gemv_rows": lambda i: kernels.dense_gemv_rows(x0[i], w[i]),
+    }
+
+    def column(i: int, zeros: int) -> Tensor:
+        x, t = inputs[zeros][i]
+        return kernels.column_gemv(x, wt[i], t)
+
+    calls |= {f"column_gemv {z}": partial(column, zeros=z) for z in ZEROS}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    bandwidth: list[float] = []
+    flat = pool[: copies * k * n]
+    for turn in range(rounds + 1):
+        seconds, _ = sweep(lambda _: stream(flat), 1)
+        times = {name: sweep(call, copies) for name, call in calls.items()}
+        if turn:  # the first round warms up
+            bandwidth.append(flat.nbytes / seconds)
+            for name, (c, p) in times.items():
+                cpu[name].append(c / copies)
+                wall[name].append(p / copies)
+
+    own = min(("dense_gemv", "dense_gemv_rows"), key=lambda name: median(cpu[name]))
+    rows = []
+    for name in calls:
+        kernel, _, level = name.partition(" ")
+        zeros = int(level or 0)
+        kept = sum(used[zeros]) / copies if level else k
+        floor = [kept * n * pool.element_size() / b for b in bandwidth]
+        rows.append(
+            Row(
+                model,
+                projection,
+                k,
+                n,
+                dtype_name,
+                kernel,
+                zeros,
+                microseconds=round(median(cpu[name]) * 1e6, 2),
+                over_linear=ratio(cpu["linear"], cpu[name]),
+                over_own_dense=ratio(cpu[own], cpu[name]),
+                roofline_share=ratio(floor, cpu[name]),
+                wall_over_cpu=ratio(wall[name], cpu[name]),
+            )
+        )
+    print(f"{model} {projection} {dtype_name}: {median(bandwidth) / 1e9:.1f} GB/s, own dense: {own}", flush=True)
+    return rows
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return round(median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+
+def environment(rounds: int) -> dict[str, object]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "instruction_set": instruction_set(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_average_before": [round(v, 2) for v in os.getloadavg()],
+        "pool_bytes": POOL_BYTES,
+        "rounds": rounds,
+        "read_bandwidth_GB_per_s": round(kernels.read_bandwidth("cpu") / 1e9, 2),
+        "clock": "thread CPU time",
+    }
+
+
+def verdicts(rows: list[Row]) -> list[dict[str, object]]:
+    """Each goal at 50 % zeros against the worst shape it covers."""
+    found: list[dict[str, object]] = []
+    for dtype, (linear, own, shares) in GOALS.items():
+        half = [r for r in rows if r.dtype == dtype and r.kernel == "column_gemv" and r.zeros_percent == 50]
+        checks = [("over_linear", linear, half), ("over_own_dense", own, half)]
+        checks += [("roofline_share", s, [r for r in half if r.model == m]) for m, s in shares.items()]
+        for field, goal, covered in checks:
+            for worst in sorted(covered, key=lambda r: getattr(r, field))[:1]:
+                value, where = getattr(worst, field), f"{worst.model} {worst.projection}"
+                found.append(
+                    {
+                        "dtype": dtype,
+                        "figure": field,
+                        "goal": goal,
+                        "worst": value,
+                        "at": where,
+                        "met": value >= goal,
+                    }
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--models", nargs="+", choices=HIDDEN, default=list(HIDDEN))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    env = environment(args.rounds)
+    rows: list[Row] = []
+    for name in args.dtypes:
+        pool = torch.randn(POOL_BYTES // DTYPES[name].itemsize).to(DTYPES[name])
+        for model in args.models:
+            for projection in ("up", "down"):
+                rows += measure(model, projection, pool, name, args.rounds)
+    env["load_average_after"] = [round(v, 2) for v in os.getloadavg()]
+    goals = verdicts(rows)
+    print(f"{'':>14}{'kernel':>16} zeros        us  /linear  /dense   roof  wall")
+    for r in rows:
+        print(
+            f"{r.model:>4} {r.projection:<4} {r.dtype}{r.kernel:>16} {r.zeros_percent:>4}% {r.microseconds:>9.1f} "
+            f"{r.over_linear:>8.2f} {r.over_own_dense:>7.2f} {r.roofline_share:>6.2f} {r.wall_over_cpu:>5.2f}"
+        )
+    for g in goals:
+        print("met   " if g["met"] else "MISSED", g)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        head = json.dumps({"environment": env, "goals": goals}, indent=1).removesuffix("\n}")
+        table = ",\n  ".join(json.dumps(asdict(r)) for r in rows)  # a row a line
+        args.out.write_text(f'{head},\n "rows": [\n  {table}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
