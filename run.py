@@ -1,4 +1,4 @@
-"""Run cells: `python run.py method=teal sparsity=0.5`, or sweep: `python run.py -m method=teal,random sparsity=0.4,0.5`.
+"""Run cells: `python run.py method=teal sparsity=0.5`; sweep: `python run.py -m method=teal,random sparsity=0.4,0.5`.
 
 The same command again does only what is missing. `dry=true` prints the plan. Hydra's own flags (--help, --cfg job,
 --info) work as usual.
@@ -31,16 +31,19 @@ from harness.errors import AssetError, ConfigError
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "experiment")
 CONSOLE = Console(stderr=True, highlight=False)
+PIPED_WIDTH = 160  # a file or a pipe has no width of its own; 80 columns would cut the table's headings
+# What ended a job for good (a full disk, a model that can't be loaded). Hydra would print a traceback for it.
+FATAL: list[ConfigError | AssetError] = []
 
 
 def main() -> None:
     """The command line. Exit code 0: every cell has results; 1: a cell failed; 2: bad input; 130: interrupted."""
     args = sys.argv[1:]
     flags = [a for a in args if a.startswith("-") and a not in ("-m", "--multirun")]
-    if flags:
-        job()
-        return
     try:
+        if flags:
+            do_job()
+            return
         code = run([a for a in args if not a.startswith("-")], multirun=any(a.startswith("-") for a in args))
     except (ConfigError, AssetError) as error:
         CONSOLE.print(f"[bold red]error:[/] {error}", soft_wrap=True)
@@ -54,8 +57,8 @@ def main() -> None:
 def run(overrides: list[str], multirun: bool) -> int:
     """Check everything, say what will be done, do it, show the table. Returns the exit code."""
     overrides = rewrite(overrides, multirun)
-    jobs = [(overrides, multirun)]
     base = composed([o for o in overrides if not swept(o)])
+    jobs = [(overrides, multirun)]
     if base["sweeps"]:
         jobs = [(overrides + [str(o) for o in sweep], True) for sweep in base["sweeps"]]
     cells: list[CellConfig] = []
@@ -66,7 +69,8 @@ def run(overrides: list[str], multirun: bool) -> int:
     from harness.cell import id_of, state_of
     from harness.collect import collect
     from harness.report import print_plan, print_summary, print_table
-    from harness.store import Store
+    from harness.session import check_texts
+    from harness.store import Store, content_key
 
     store = Store(Path(base["results"]))
     store.check_writable()
@@ -76,26 +80,45 @@ def run(overrides: list[str], multirun: bool) -> int:
         if cell.method_name != "dense" and "quality" in cell["probe"]["names"]:
             plan.setdefault(id_of(twin), state_of(twin, store))
         plan.setdefault(id_of(cell), state_of(cell, store))
+    for cell in cells:
+        if plan[id_of(cell)] in ("run", "partial", "stale"):
+            check_texts(cell)
     print_plan(plan, CONSOLE)
     if base["dry"]:
         return 0
+    group = base["logger"]["group"] or (f"sweep-{content_key(sorted(plan))[:8]}" if len(cells) > 1 else "null")
     for job_overrides, many in jobs:
-        sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides]
-        job()
-    console = Console()
+        sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides, f"logger.group={group}"]
+        do_job()
     collected = collect(store.root)
-    print_table(collected[collected["cell_id"].isin(plan)], console)
-    outcomes = {
-        name: (s.get("status", "locked"), s.get("message", "")) for name in plan for s in [store.view(name).status]
-    }
+    print_table(collected[collected["cell_id"].isin(plan)], Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    outcomes = {name: outcome(store.view(name).status) for name in plan}
     print_summary(outcomes, CONSOLE)
     CONSOLE.print(f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}")
     return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
 
 
+def outcome(status: dict[str, Any]) -> tuple[str, str]:
+    """(how a cell ended, in which words) of its status file."""
+    if not status:
+        return "failed", "not run: what it is compared with (its dense cell) has failed"
+    if status["status"] == "running":
+        return "locked", "another process is at work on it"
+    return status["status"], status.get("message", "")
+
+
+def do_job() -> None:
+    """Let Hydra run one job, or all of a sweep. Raises what ended it for good."""
+    job()
+    if FATAL:
+        raise FATAL[0]
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
-    """One cell. A cell that fails is recorded and does not stop a sweep."""
+    """One cell. A cell that fails is recorded and does not stop a sweep; a full disk or the like does."""
+    if FATAL:
+        return
     from harness.cell import run_cell
     from harness.errors import UnsupportedError
     from harness.store import LockedError, Store
@@ -109,8 +132,8 @@ def job(cfg: DictConfig) -> None:
         CONSOLE.print(f"  unsupported: {error}", style="yellow")
     except LockedError as error:
         CONSOLE.print(f"  {error}", style="yellow")
-    except (ConfigError, AssetError):
-        raise
+    except (ConfigError, AssetError) as error:
+        FATAL.append(error)
     except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
         CONSOLE.print(f"  [red]failed:[/] {type(error).__name__}: {error}", soft_wrap=True)
 
@@ -143,17 +166,23 @@ def rewrite(overrides: list[str], multirun: bool) -> list[str]:
         elif bare in GROUPS and bare != "experiment":
             for name in value.replace("[", "").replace("]", "").split(","):
                 if name.strip() not in options(bare):
-                    raise ConfigError(
-                        f"{bare}={name} is unknown{did_you_mean(name, options(bare))}: choose from {', '.join(options(bare))}"
-                    )
+                    raise unknown(bare, name)
         elif bare == "experiment" and value not in (*options("experiment"), "null"):
-            raise ConfigError(
-                f"experiment={value} is unknown{did_you_mean(value, options('experiment'))}: choose from {', '.join(options('experiment'))}"
-            )
-        elif bare.startswith("method.") and multirun and not key.startswith("+"):
-            override = "++" + override  # a sweep's base config may hold another method
+            raise unknown(bare, value)
+        elif bare.startswith("method."):
+            name = bare.split(".")[1]
+            if name not in options("method"):
+                raise unknown("method", name)
+            if multirun and not key.startswith("+"):
+                override = "++" + override  # a sweep's base config may hold another method
         rewritten.append(override)
     return rewritten
+
+
+def unknown(group: str, name: str) -> ConfigError:
+    """The error for a name that a config group does not have."""
+    known = options(group)
+    return ConfigError(f"{group}={name} is unknown{did_you_mean(name, known)}: choose from {', '.join(known)}")
 
 
 def listed(names: str) -> str:

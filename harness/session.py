@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from harness import assets, text
@@ -23,8 +24,11 @@ from harness.config import CellConfig
 from harness.errors import ConfigError
 from harness.families import View, view_of
 from harness.method import Method, State
+from harness.scratch import Scratch
 from harness.step import Policy
 from harness.store import Store, content_key
+
+LATENCY_WINDOWS = 4  # of the perplexity text: what prompts to time are cut from
 
 
 @dataclass(eq=False)
@@ -61,40 +65,103 @@ def load(config: CellConfig) -> Loaded:
 
 @lru_cache(maxsize=1)
 def _load(model_json: str, dtype: str, device: str) -> Loaded:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model_config = json.loads(model_json)
     place = pick_device(device)
-    path = model_config["path"]
-    if path is None and model_config["source"] == "embedded":
-        path = assets.embedded_model_dir()
-    source, revision = (str(path), None) if path else (model_config["repo"], model_config["revision"])
+    source, revision = _source(model_config)
+    tokenizer = _tokenizer(model_json)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(
             source, revision=revision, dtype=pick_dtype(dtype, place), attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {model_config['name']} can't be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_load(model_config, error) from error
     model.to(place).eval().requires_grad_(False)
-    fingerprint = assets.model_fingerprint(Path(path)) if path else f"{source}@{revision}"
+    if revision:  # a branch moves: the commit that was loaded is what a fit belongs to
+        fingerprint = f"{source}@{getattr(model.config, '_commit_hash', None) or revision}"
+    else:
+        fingerprint = assets.model_fingerprint(Path(source))
     view = view_of(model, name=model_config["name"], fingerprint=fingerprint)
     return Loaded(view, tokenizer, int(getattr(model.config, "max_position_embeddings", 2048)))
 
 
+@lru_cache(maxsize=1)
+def _tokenizer(model_json: str) -> Any:
+    """Of its own, because whether a text is long enough must be known before a model is loaded."""
+    from transformers import AutoTokenizer
+
+    model_config = json.loads(model_json)
+    source, revision = _source(model_config)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model_config, error) from error
+
+
+def _source(model: dict[str, Any]) -> tuple[str, str | None]:
+    """What transformers loads from: (folder, None) or (hub repository, revision)."""
+    if model["path"] is not None:
+        return str(model["path"]), None
+    if model["source"] == "embedded":
+        return str(assets.embedded_model_dir()), None
+    return model["repo"], model["revision"]
+
+
+def _cannot_load(model: dict[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(f"model {model['name']} can't be loaded: {' '.join(str(error).split())[:300]}")
+
+
+def check_texts(config: CellConfig) -> None:
+    """Raise `ConfigError` where a text is shorter than what is asked of it. Loads the tokenizer, not the model."""
+    tokenizer, probe = _tokenizer(json.dumps(config["model"], sort_keys=True)), config["probe"]
+    asked = {
+        "quality": probe["perplexity"]["windows"],
+        "sparsity": probe["sparsity"]["windows"],
+        "latency": LATENCY_WINDOWS,
+    }
+    for name in set(asked).intersection(probe["names"]):
+        _evaluation_windows(tokenizer, probe["perplexity"], asked[name])
+    if config["calibration"] is not None:
+        _calibration_windows(tokenizer, config["calibration"])
+
+
 def evaluation_windows(loaded: Loaded, perplexity: dict[str, Any], count: int) -> Tensor:
     """int64 [count, window]: held-out text in non-overlapping windows."""
-    raw = Path(perplexity["path"]).read_text() if perplexity["path"] else text.evaluation_text()
-    return text.token_windows(loaded.tokenizer, raw, perplexity["window"], count=count)
+    return _evaluation_windows(loaded.tokenizer, perplexity, count)
 
 
 def calibration_windows(loaded: Loaded, calibration: dict[str, Any]) -> Tensor:
     """int64 [n, window] of calibration text; raises `ConfigError` where the text is too short."""
-    raw = Path(calibration["path"]).read_text() if calibration["path"] else text.calibration_text(calibration["text"])
-    window = calibration["window"]
-    return text.token_windows(loaded.tokenizer, raw, window, count=calibration["tokens"] // window)
+    return _calibration_windows(loaded.tokenizer, calibration)
+
+
+def _evaluation_windows(tokenizer: Any, perplexity: dict[str, Any], count: int) -> Tensor:
+    return _first(_windows(tokenizer, perplexity["path"], None, perplexity["window"]), count, "perplexity")
+
+
+def _calibration_windows(tokenizer: Any, calibration: dict[str, Any]) -> Tensor:
+    windows = _windows(tokenizer, calibration["path"], calibration["text"], calibration["window"])
+    return _first(windows, calibration["tokens"] // calibration["window"], "calibration")
+
+
+@lru_cache(maxsize=4)
+def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: int) -> Tensor:
+    """All windows of a text, int64 [n, length]: tokenizing a million characters takes seconds, so once a process."""
+    if path:
+        raw = text.own_text(path)
+    else:
+        raw = text.evaluation_text() if calibration is None else text.calibration_text(calibration)
+    return text.token_windows(tokenizer, raw, length, what="perplexity" if calibration is None else "calibration")
+
+
+def _first(windows: Tensor, count: int, what: str) -> Tensor:
+    if count > len(windows):
+        raise ConfigError(
+            f"{what} asks for {count * windows.shape[1]} tokens but the text has only {windows.numel()} "
+            f"in windows of {windows.shape[1]}"
+        )
+    return windows[:count]
 
 
 def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> list[tuple[Method, State]]:
@@ -125,7 +192,9 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
                 calibration = loaded.calibrations[nest]
                 digest = hashlib.sha256(torch.cat(calibration.batches).cpu().numpy().tobytes()).hexdigest()
                 key = content_key(key_facts | {"tokens": digest})
+                calibration.scratch = Scratch(store.root / "fits" / f"{key}.layers")
                 state = store.fit(key, lambda m=method, c=calibration: m.fit(view, c))
+                calibration.scratch.clear()
             done.append((method, state))
             outer.append(method.fit_key() | {"sparsity": method.sparsity})
             stack.enter_context(method.attach(view, state))
