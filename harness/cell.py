@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
@@ -11,11 +10,11 @@ import torch
 from rich.console import Console
 
 from harness import session
-from harness.attach import attached
 from harness.config import CellConfig, build_methods
 from harness.errors import UnsupportedError
 from harness.method import Method
 from harness.rows import SCHEMA_VERSION
+from harness.scope import to_native
 from harness.step import Policy
 from harness.store import Cell, Store, cell_id
 from harness.tracking import track
@@ -101,6 +100,8 @@ class Run:
         torch.manual_seed(config["seed"])
         self.policy = Policy(config["phase"], config["dense_prefix"])
         self.fitted = session.fitted(self.loaded, methods, config, store)
+        if config["scope"] == "model":
+            self.fitted = to_native(view, self.fitted, config["sparsity"])
 
     def probes(self) -> None:
         """Every probe of the config that is not committed yet."""
@@ -168,11 +169,11 @@ class Run:
 
         def make() -> tuple:
             view, config = self.loaded.view, self.config["probe"]["latency"]
-            variants = [latency.Variant("dense", nullcontext)]
-            if self.config.method_name != "dense":
-                variants.append(latency.Variant("masked", lambda: attached(view, self.fitted, self.policy)))
             windows = session.evaluation_windows(self.loaded, self.config["probe"]["perplexity"], 4)
-            return (latency.measure(view, variants, windows, config),)
+            found = latency.variants(
+                view, self.fitted, self.policy, self.config["sparsity"], config["execution"], windows
+            )
+            return (latency.measure(view, found, windows, config),)
 
         self.commit("latency", make)
 

@@ -37,6 +37,7 @@ class Ledger:
     touched: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     _rows: dict[tuple[str, int], tuple[Tensor, bool]] = field(default_factory=dict)
+    _columns: dict[str, Tensor | float] = field(default_factory=dict)
     _share: tuple[Tensor, Tensor] | None = None
     _weights: tuple[object, Tensor] | None = None
 
@@ -72,10 +73,10 @@ class Ledger:
             for handle in handles:
                 handle.remove()
             self._rows.clear()
+            self._columns.clear()
             self._share = self._weights = None
 
     def _hook(self, layer: int, projection: str):  # noqa: ANN202 (a torch hook)
-        size = float(self.view.weights(projection))
         site = SITE_OF[projection]
         last = layer == self.view.n_layers - 1 and projection == "down"
 
@@ -89,8 +90,12 @@ class Ledger:
                 if site in self.sites:
                     columns = nonzero / x.shape[-1]
                     self._add(layer, site, nonzero, x.shape[-1])
-            share = self._row_share(projection, layer) * columns
-            self._accumulate(self.touched, (layer, projection), share, size)
+            self._columns[projection] = columns
+            if projection in ("o", "down"):  # by now all of the sublayer is decided, oracles included
+                for name, share in self._columns.items():
+                    size = float(self.view.weights(name))
+                    self._accumulate((layer, name), self._row_share(name, layer) * share, size)
+                self._columns.clear()
             if last:
                 tokens = self._phase_weights().sum(1)
                 self.tokens = tokens if self.tokens is None else self.tokens + tokens
@@ -129,9 +134,10 @@ class Ledger:
         self._sum(self.kept, (layer, site), weights @ count.double())
         self._sum(self.total, (layer, site), weights.sum(1) * n)
 
-    def _accumulate(self, into: dict, key: tuple, share: Tensor | float, size: float) -> None:
+    def _accumulate(self, key: tuple[int, str], share: Tensor | float, size: float) -> None:
         weights = self._phase_weights()
-        self._sum(into, key, (weights.sum(1) * share if isinstance(share, float) else weights @ share.double()) * size)
+        counted = weights.sum(1) * share if isinstance(share, float) else weights @ share.double()
+        self._sum(self.touched, key, counted * size)
 
     @staticmethod
     def _sum(into: dict, key: tuple, value: Tensor) -> None:

@@ -105,11 +105,13 @@ class StepTracker:
             valid = torch.ones((batch, length), dtype=torch.bool, device=tokens.device)
             decode = torch.full((batch, length), past > 0, device=tokens.device)
             position = torch.arange(past, past + length, device=tokens.device).expand(batch, length)
-        self.step = Step(valid, decode, position, self._sparse(decode, position), past, input_ids)
+        # In decode beyond the dense prefix every token is sparse: say so without a look at the device.
+        settled = self._hint is None and past > 0 and past >= self.policy.dense_prefix and mask is None
+        sparse = None if settled else self._sparse(decode, position)
+        self.step = Step(valid, decode, position, sparse, past, input_ids)
 
     def _sparse(self, decode: Tensor, position: Tensor) -> Tensor | None:
-        policy = self.policy
-        late = position >= policy.dense_prefix if policy.dense_prefix else None
-        if policy.phase == "decode":
+        late = position >= self.policy.dense_prefix if self.policy.dense_prefix else None
+        if self.policy.phase == "decode":
             return decode if late is None else decode & late
         return late

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+import kernels
 from harness.attach import attached, overhead
+from harness.execute import KernelMismatchError, check_kernels, has_kernels
 from harness.ledger import Ledger
 from harness.probes.sparsity import measure
 from harness.step import Policy
@@ -176,3 +178,34 @@ def test_generation_equals_scoring(name, family):
             out = view.model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
             pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_kernel_equals_masked(name, family):
+    """Projection by projection on the same inputs; and the model is bit for bit what it was afterwards."""
+    view = tiny.view(family)
+    method = CASES[name].make(0.5)
+    if method.unsupported(view) or not has_kernels(method):
+        return
+    state = method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {}
+    ids = tiny.tokens(1, 20)
+    with torch.no_grad():
+        before = view.model(ids).logits
+    assert check_kernels(view, [(method, state)], ids) <= 1e-6
+    with torch.no_grad():
+        assert torch.equal(view.model(ids).logits, before)
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch):
+    """A kernel that drops one channel too many is a failed check, not a timing."""
+    view = tiny.view("llama")
+    method = CASES["teal"].make(0.5)
+    state = method.fit(view, tiny.calibration(view))
+    right = kernels.column_gemv
+
+    def wrong(x, wt, t, bias=None):
+        return right(torch.where(x == x.abs().max(), 0, x), wt, t, bias)
+
+    monkeypatch.setattr(kernels, "column_gemv", wrong)
+    with pytest.raises(KernelMismatchError, match="layer 0"):
+        check_kernels(view, [(method, state)], tiny.tokens(1, 20))

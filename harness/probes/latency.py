@@ -1,7 +1,8 @@
 """Latency probe: time to first token and time per token of the patched Hugging Face module, beside the dense one.
 
-Every round times every variant once, so that drift hits all of them; the first round is warm-up and dropped. Masked
-execution is timed only to show what it costs: it skips no bytes, and no figure draws a speed-up from it.
+Every round times every variant once, so that drift hits all of them; the first round is warm-up and dropped. Kernels are
+compared with masked execution before anything is timed. Masked execution is timed only to show what it costs: it skips
+no bytes, and no figure draws a speed-up from it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,38 +20,109 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+import kernels
+from harness.attach import Fitted, attached
+from harness.decode import DecodeLoop, Linear, ThresholdOf, fast_decode
+from harness.execute import check_kernels, has_kernels, kernel_execution, own_gemv, sliced
 from harness.families import View
+from harness.probes.sparsity import measure as sparsity_rows
+from harness.selection import PROJECTIONS, Thresholds
+from harness.step import Policy, Step
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Variant:
-    """One way to run the step. attach: a context in which the view's model decodes that way.
+    """One way to run the step.
 
-    execution: dense, masked, kernel or dense_slice.
+    attach: a context in which the view's model decodes that way. columns: row columns that set this variant apart from
+    the others of the cell. touched: share of the block weights that a step reads. graph: capture the step (GPU).
     """
 
-    execution: str
+    execution: str  # dense, masked, kernel or dense_slice
     attach: Callable[[], AbstractContextManager[Any]] = nullcontext
+    columns: Row = field(default_factory=dict)
+    touched: float = 1.0
+    graph: bool = False
     first: list[float] = field(default_factory=list)  # seconds to the first token, one a round
     each: list[float] = field(default_factory=list)  # seconds a decode step, over all rounds
     rounds: list[float] = field(default_factory=list)  # median step of each round, in the order of the rounds
 
 
+def variants(
+    view: View, methods: Fitted, policy: Policy, sparsity: float, execution: str, windows: Tensor
+) -> list[Variant]:
+    """Dense first, then (for a method) its fair baselines, itself, and the ideal slice. Kernels are checked before.
+
+    With kernels: the library's dense, the tuned dense GEMV, the method's own kernel layout at 0 %, the method, and a
+    dense slice of the requested size. Raises `KernelMismatchError` where kernels and masks disagree.
+    """
+    graph = view.device.type == "cuda"
+    found = [Variant("dense", graph=False)]
+    if not any(method.sites for method, _ in methods):
+        return found
+    kernel = execution == "kernel" or (execution == "auto" and any(has_kernels(m) for m, _ in methods))
+    if not kernel:
+        return [*found, Variant("masked", lambda: attached(view, methods, policy))]
+    error = check_kernels(view, methods, windows[:1, :64].to(view.device))
+    counted = sparsity_rows(view, methods, policy, windows[:1])
+    share = next(
+        r["value"]
+        for r in counted
+        if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", "decode", None)
+    )
+    checked = {"message": f"kernel equals masked within {error:.1e}"}
+    thresholds = static_thresholds(view, methods) if graph else None
+    if thresholds is not None:
+
+        def fast(linear: Linear, cut: ThresholdOf | None = None) -> Callable[[], AbstractContextManager[Any]]:
+            return lambda: fast_decode(view, linear, cut, expected_sparsity=sparsity)
+
+        return [
+            Variant("dense", fast("library"), graph=True),
+            Variant("dense", fast("rows"), {"variant": "tuned GEMV"}, graph=True),
+            Variant("kernel", fast("columns"), {"sparsity_requested": 0.0}, graph=True),
+            Variant("kernel", fast("columns", thresholds), checked, 1 - share, graph=True),
+        ]
+    return [
+        *found,
+        Variant("dense", lambda: own_gemv(view), {"variant": "tuned GEMV"}),
+        Variant("kernel", lambda: own_gemv(view, zero_percent=True), {"sparsity_requested": 0.0}),
+        Variant("kernel", lambda: kernel_execution(view, methods, policy), checked, 1 - share),
+        Variant("dense_slice", lambda: sliced(view, sparsity), {}, 1 - sparsity),
+    ]
+
+
 @torch.no_grad()
-def measure(view: View, variants: Sequence[Variant], windows: Tensor, config: dict[str, Any]) -> list[Row]:
+def measure(view: View, found: Sequence[Variant], windows: Tensor, config: dict[str, Any]) -> list[Row]:
     """Rows over the batch x context grid. windows: int64 [n, length], real text that prompts are cut from."""
     rows: list[Row] = []
+    bandwidth = kernels.read_bandwidth(view.device)
     for batch in config["batch"]:
         for context in config["context"]:
             prompt = prompts(windows, batch, context).to(view.device)
-            for variant in variants:
+            for variant in found:
                 variant.first, variant.each, variant.rounds = [], [], []
             load = other_load()
-            interleave(view, variants, prompt, config["new_tokens"], config["repeats"], config["min_seconds"])
-            for variant in variants:
-                rows += rows_of(variant, variants[0], batch, context, load)
+            interleave(view, found, prompt, config["new_tokens"], config["repeats"], config["min_seconds"])
+            # The strongest dense run is the baseline, so that a better GEMV is never sold as sparsity.
+            dense = [variant for variant in found if variant.execution == "dense"]
+            strongest = min(dense, key=lambda variant: statistics.median(variant.each))
+            for variant in found:
+                rows += rows_of(view, variant, strongest, batch, context, load, bandwidth)
+                over = ratio(found[0], variant)
+                rows.append(rows[-1] | {"metric": "time_ratio_library", "value": over, "unit": "ratio"})
+    rows.append(
+        {
+            "probe": "latency",
+            "metric": "read_bandwidth",
+            "value": bandwidth,
+            "unit": "bytes/s",
+            "n": 1,
+            "execution": "dense",
+        }
+    )
     return rows
 
 
@@ -64,16 +136,16 @@ def prompts(windows: Tensor, batch: int, context: int) -> Tensor:
 
 
 def interleave(
-    view: View, variants: Sequence[Variant], prompt: Tensor, new_tokens: int, repeats: int, min_seconds: float
+    view: View, found: Sequence[Variant], prompt: Tensor, new_tokens: int, repeats: int, min_seconds: float
 ) -> None:
     """Round after round until every variant has `repeats` rounds and `min_seconds` of decode time."""
     done, spent = -1, 0.0  # the first round is warm-up
     collecting, _ = gc.isenabled(), gc.disable()
     try:
-        while done < repeats or spent / len(variants) < min_seconds:
-            for variant in variants:
+        while done < repeats or spent / len(found) < min_seconds:
+            for variant in found:
                 with variant.attach():
-                    first, steps = generate(view, prompt, new_tokens)
+                    first, steps = generate(view, prompt, new_tokens, variant.graph)
                 if done >= 0:
                     variant.first.append(first)
                     variant.each += steps
@@ -85,16 +157,21 @@ def interleave(
             gc.enable()
 
 
-def generate(view: View, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+def generate(view: View, prompt: Tensor, new_tokens: int, graph: bool) -> tuple[float, list[float]]:
     """Greedy decode with a static cache: seconds to the first token, and of each of the new_tokens - 1 steps after it."""
-    batch, context = prompt.shape
-    cache = StaticCache(config=view.model.config, max_cache_len=context + new_tokens)
+    cache = StaticCache(config=view.model.config, max_cache_len=prompt.shape[1] + new_tokens)
     start = now(prompt.device)
     token = view.model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
     last = now(prompt.device)
     first, steps = last - start, []
+    loop = DecodeLoop(view, cache, token) if graph else None  # captured outside of the timed steps
+    last = now(prompt.device)
     for _ in range(new_tokens - 1):
-        token = view.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        if loop is not None:
+            loop.step()
+        else:
+            out = view.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
         moment = now(prompt.device)
         steps.append(moment - last)
         last = moment
@@ -117,22 +194,79 @@ def other_load() -> float:
     return max(0.0, total - mine)
 
 
-def rows_of(variant: Variant, baseline: Variant, batch: int, context: int, load: float) -> list[Row]:
-    """Medians, the 90th percentile, spread, tokens/s and the paired ratio to the baseline, one fact a row."""
+def step_bytes(view: View, touched: float, batch: int, context: int) -> float:
+    """Bytes that one decode step must read: kept block weights, the head, and the KV cache."""
+    size = view.dtype.itemsize
+    head = view.model.get_output_embeddings().weight.numel()
+    cache = 2 * batch * context * view.n_kv_heads * view.head_dim * view.n_layers
+    return size * (touched * view.block_weights * view.n_layers + head + cache)
+
+
+def rows_of(
+    view: View, variant: Variant, baseline: Variant, batch: int, context: int, load: float, bandwidth: float
+) -> list[Row]:
+    """Medians, the 90th percentile, spread, throughput, roofline and the paired ratio to the baseline, a fact a row.
+
+    load: cores that other processes took. bandwidth: bytes/s read by this device in the same run.
+    """
     common: Row = {"probe": "latency", "execution": variant.execution, "batch": batch, "context": context}
-    common |= {"step_phase": "decode"}
+    common |= {"step_phase": "decode"} | variant.columns
     if load > 0.3:
-        common["message"] = f"other processes took {load:.1f} cores"
+        said = f"other processes took {load:.1f} cores"
+        common["message"] = f"{common['message']}; {said}" if "message" in common else said
     median = statistics.median(variant.each)
     p90 = sorted(variant.each)[int(0.9 * (len(variant.each) - 1))]
-    paired = [theirs / ours for theirs, ours in zip(baseline.rounds, variant.rounds, strict=True)]
-    spread = statistics.stdev(variant.rounds) if len(variant.rounds) > 1 else None
-    n = len(variant.each)
-    first = {"metric": "ttft_median", "value": statistics.median(variant.first), "unit": "s", "n": len(variant.first)}
-    return [
-        common | first | {"step_phase": "prefill"},
-        common | {"metric": "tpot_median", "value": median, "unit": "s", "n": n, "stderr": spread},
-        common | {"metric": "tpot_p90", "value": p90, "unit": "s", "n": n},
-        common | {"metric": "tokens_per_second", "value": batch / median, "unit": "tokens/s", "n": n},
-        common | {"metric": "time_ratio", "value": statistics.median(paired), "unit": "ratio", "n": len(paired)},
+    n, rounds = len(variant.each), len(variant.rounds)
+    spread = statistics.stdev(variant.rounds) if rounds > 1 else None
+    needed = step_bytes(view, variant.touched, batch, context)
+    if view.device.type == "cuda":
+        memory, what = torch.cuda.max_memory_allocated(view.device), "peak_memory"
+    else:
+        memory, what = psutil.Process().memory_info().rss, "resident_memory"
+    facts: list[tuple[str, float, str, int]] = [
+        ("tpot_p90", p90, "s", n),
+        ("tokens_per_second", batch / median, "tokens/s", n),
+        ("time_ratio", ratio(baseline, variant), "ratio", rounds),
+        ("step_bytes", needed, "bytes", 1),
+        ("achieved_bandwidth", needed / median, "bytes/s", n),
+        ("roofline_share", needed / median / bandwidth, "share", n),
+        (what, float(memory), "bytes", 1),
     ]
+    first = {"metric": "ttft_median", "value": statistics.median(variant.first), "unit": "s", "n": rounds}
+    each = {"metric": "tpot_median", "value": median, "unit": "s", "n": n, "stderr": spread}
+    rest = [common | {"metric": m, "value": v, "unit": u, "n": k} for m, v, u, k in facts]
+    return [common | first | {"step_phase": "prefill"}, common | each, *rest]
+
+
+def ratio(baseline: Variant, variant: Variant) -> float:
+    """Median over rounds of baseline time over variant time, paired by round: above 1 is faster."""
+    return statistics.median(theirs / ours for theirs, ours in zip(baseline.rounds, variant.rounds, strict=True))
+
+
+def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
+    """(projection, layer) -> threshold, where nested methods come to fixed thresholds at channel sites; else None."""
+    found: dict[tuple[str, int], Tensor | float] = {}
+    if len(methods) != 1:
+        return None
+    method, state = methods[0]
+    plan = method.plan(view, state)
+    for site in method.sites:
+        for layer in range(view.n_layers):
+            for projection in PROJECTIONS.get(site, ()):
+                if projection not in view.projection_names():
+                    continue
+                x = torch.zeros(1, 1, view.channels(projection), dtype=view.dtype, device=view.device)
+                chosen = method.select(plan, site, layer, x, single_step(view.device))
+                own = chosen.get(projection) if isinstance(chosen, Mapping) else chosen
+                if not isinstance(own, Thresholds):
+                    return None
+                found[projection, layer] = own.t
+        if site not in PROJECTIONS:
+            return None
+    return found
+
+
+def single_step(device: torch.device) -> Step:
+    """The step of one decode token, to ask a method what it decides."""
+    yes = torch.ones(1, 1, dtype=torch.bool, device=device)
+    return Step(valid=yes, decode=yes, position=yes.long(), sparse=None, past=1, input_ids=None)

@@ -1,0 +1,303 @@
+"""Kernel execution: the same selections as harness/patch.py, through kernels that really skip the bytes.
+
+Every projection that a selection touches gets a forward of its own on the same weights, stored so that what is skipped is
+contiguous: input channels of a transposed weight, rows of a plain one. There is one weight copy; `nn.Linear.weight` is a
+view of it meanwhile. One token of one sequence takes the kernels; anything larger (a prompt, a batch) is masked and takes
+the library's matmul on that same weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from harness.attach import Fitted
+from harness.errors import UnsupportedError
+from harness.families import View
+from harness.method import Method
+from harness.patch import Installation
+from harness.selection import PROJECTIONS, Mask, Selection, Thresholds
+from harness.step import Policy
+
+# Largest relative L2 error of a projection against the masked definition on the same input, by dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class KernelMismatchError(RuntimeError):
+    """A kernel does not give what masked execution gives: its time would mean nothing."""
+
+
+def has_kernels(method: Method) -> bool:
+    """Whether a method's selections can be run through kernels: it decides by `select` and nothing else."""
+    return bool(method.sites) and type(method).attach is Method.attach
+
+
+class KernelInstallation(Installation):
+    """The hooks of one attached method, with projections replaced by kernels."""
+
+    def __init__(self, view: View, method: Method, plan: Any) -> None:
+        super().__init__(view, method, plan)
+        self.stack = ExitStack()
+        self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
+        self.static: dict[int, Tensor] = {}  # thresholds as tensors, by selection
+
+    def remove(self) -> None:
+        """Put forwards and weights back."""
+        super().remove()
+        self.stack.close()
+        self.index.clear()
+        self.static.clear()
+
+    def _single(self, x: Tensor) -> bool:
+        """One token of one sequence, and the method may touch it."""
+        sparse = self.step.sparse
+        return x.numel() == x.shape[-1] and (sparse is None or bool(sparse.all()))
+
+    def _install_channels(self, site: str, layer: int) -> None:
+        block = self.view.blocks[layer]
+        for projection in PROJECTIONS[site]:
+            module = getattr(block, projection)
+            if module is None:
+                continue
+            weight = self.stack.enter_context(transposed(module))
+
+            def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, p: str = projection) -> Tensor:
+                if not self._single(x):
+                    masked = self._channels(site, layer, p, x)
+                    return F.linear(x if masked is None else masked, m.weight, m.bias)
+                return self._columns(self._decision(site, layer, p, x), x, wt, m.bias)
+
+            self.stack.enter_context(replaced(module, forward))
+
+    def _decision(self, site: str, layer: int, projection: str, x: Tensor) -> Selection | None:
+        key = (site, layer)
+        decided = self.decided.get(key)
+        if decided is None or decided[0] is not x:
+            decided = (x, self.method.select(self.plan, site, layer, self._shaped(x), self.step), {})
+            self.decided[key] = decided
+        selection = decided[1]
+        return selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
+
+    def _columns(self, selection: Selection | None, x: Tensor, wt: Tensor, bias: Tensor | None) -> Tensor:
+        if selection is None:
+            return kernels.dense_gemv(x, wt, bias)
+        if isinstance(selection, Thresholds):
+            limit = self.static.get(id(selection))
+            if limit is None:
+                limit = torch.as_tensor(selection.t, dtype=torch.float32, device=x.device)
+                self.static[id(selection)] = limit
+            return kernels.column_gemv(x, wt, limit, bias)
+        return kernels.column_gemv_index(x, wt, indices(selection), bias)
+
+    def _decide_rows(self, site: str, layer: int, x: Tensor) -> None:
+        super()._decide_rows(site, layer, x)
+        keep = self.kept.get((site, layer))
+        self.index.pop((site, layer), None)
+        if keep is not None and self._single(x):
+            self.index[site, layer] = indices(Mask(keep))
+
+    def _install_neurons(self, layer: int, sees: str) -> None:
+        super()._install_neurons(layer, sees)
+        block = self.view.blocks[layer]
+        rows = {"gate": (block.up,), "output": ()}.get(sees, (block.gate, block.up))
+        for module in rows:
+            if module is not None:
+                self._rows(module, "neurons", layer, 1)
+        self._skip_zeros(block.down)
+
+    def _install_heads(self, layer: int, sees: str) -> None:
+        super()._install_heads(layer, sees)
+        block = self.view.blocks[layer]
+        if sees != "output":
+            self._rows(block.q, "heads", layer, self.view.head_dim)
+        self._skip_zeros(block.o)
+
+    def _rows(self, module: nn.Linear, site: str, layer: int, width: int) -> None:
+        """Compute the kept rows of a projection only; the others are zero and are dropped later."""
+
+        def forward(x: Tensor) -> Tensor:
+            index = self.index.get((site, layer))
+            if index is None or not self._single(x):
+                return F.linear(x, module.weight, module.bias)
+            if width > 1:
+                within = torch.arange(width, dtype=torch.int32, device=x.device)
+                index = (index[:, None] * width + within).flatten()
+            return kernels.row_gemv_index(x, module.weight, index, module.bias)
+
+        self.stack.enter_context(replaced(module, forward))
+
+    def _skip_zeros(self, module: nn.Linear) -> None:
+        """Skip the input channels that dropped neurons or heads left at zero."""
+        weight = self.stack.enter_context(transposed(module))
+        zero = torch.zeros((), device=weight.device)
+
+        def forward(x: Tensor) -> Tensor:
+            if not self._single(x):
+                return F.linear(x, module.weight, module.bias)
+            return kernels.column_gemv(x, weight, zero, module.bias)
+
+        self.stack.enter_context(replaced(module, forward))
+
+
+def indices(selection: Selection) -> Tensor:
+    """int32 [kept], sorted, of a mask or top-k selection of one token."""
+    if isinstance(selection, Mask):
+        return selection.keep.reshape(-1).nonzero().view(-1).int()
+    assert not isinstance(selection, Thresholds)
+    if selection.k >= selection.score.shape[-1]:
+        return torch.arange(selection.score.shape[-1], dtype=torch.int32, device=selection.score.device)
+    return selection.score.reshape(-1).topk(selection.k, sorted=False).indices.sort().values.int()
+
+
+@contextmanager
+def transposed(module: nn.Linear) -> Iterator[Tensor]:
+    """W^T [in, out], contiguous, as the module's only weight copy until the context ends."""
+    before = module.weight.data
+    if before.t().is_contiguous():  # an outer context has done it
+        yield before.t()
+        return
+    stored = before.t().contiguous()
+    module.weight.data = stored.t()
+    del before
+    try:
+        yield stored
+    finally:
+        module.weight.data = stored.t().contiguous()
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Replace a module's forward until the context ends."""
+    outer = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if outer is None:
+            del module.forward
+        else:
+            module.forward = outer  # type: ignore[method-assign]
+
+
+@contextmanager
+def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[None]:
+    """Kernel execution of nested methods until the context ends; those without kernels are attached as they are.
+
+    Raises `UnsupportedError` if none of the methods has a kernel.
+    """
+    if not any(has_kernels(method) for method, _ in methods):
+        raise UnsupportedError(f"{'+'.join(m.name for m, _ in methods)} has no kernel: only masked execution")
+    with ExitStack() as stack:
+        stack.enter_context(view.tracker.tracking(policy))
+        for method, state in methods:
+            if has_kernels(method):
+                stack.enter_context(_installed(view, method, method.plan(view, state)))
+            else:
+                stack.enter_context(method.attach(view, state))
+        yield
+
+
+@contextmanager
+def _installed(view: View, method: Method, plan: Any) -> Iterator[None]:
+    installation = KernelInstallation(view, method, plan)
+    try:
+        installation.install()
+        yield
+    finally:
+        installation.remove()
+
+
+@contextmanager
+def own_gemv(view: View, zero_percent: bool = False) -> Iterator[None]:
+    """The fair baselines on the kernels' own layout: the tuned dense GEMV, or the column kernel that drops nothing."""
+    nothing = torch.tensor(-1.0, device=view.device)
+    with ExitStack() as stack:
+        for block in view.blocks:
+            for _, module in block.projections():
+                weight = stack.enter_context(transposed(module))
+
+                def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight) -> Tensor:
+                    if x.numel() != x.shape[-1]:
+                        return F.linear(x, m.weight, m.bias)
+                    if zero_percent:
+                        return kernels.column_gemv(x, wt, nothing, m.bias)
+                    return kernels.dense_gemv(x, wt, m.bias)
+
+                stack.enter_context(replaced(module, forward))
+        yield
+
+
+@contextmanager
+def sliced(view: View, sparsity: float) -> Iterator[None]:
+    """The speed ceiling: every projection reads only its first (1 - sparsity) input channels, with the tuned GEMV."""
+    with ExitStack() as stack:
+        for block in view.blocks:
+            for _, module in block.projections():
+                weight = stack.enter_context(transposed(module))
+                part = weight[: max(1, round(weight.shape[0] * (1 - sparsity)))]
+
+                def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = part) -> Tensor:
+                    if x.numel() != x.shape[-1]:
+                        return F.linear(x, m.weight, m.bias)
+                    return kernels.dense_gemv(x[..., : wt.shape[0]].contiguous(), wt, m.bias)
+
+                stack.enter_context(replaced(module, forward))
+        yield
+
+
+@torch.no_grad()
+def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
+    """Compare kernels with masked execution, projection by projection, on one decode step's own inputs and masks.
+
+    Deep logits of a thresholded model amplify rounding (a flip near a threshold breeds flips), so each projection is
+    shown the input that masked execution showed it. prompt: int64 [1, tokens]. Returns the largest relative L2 error;
+    raises `KernelMismatchError` above the dtype's tolerance.
+    """
+    from harness.attach import attached
+
+    policy = Policy("all")
+    seen: list[tuple[int, str, Tensor, Tensor]] = []
+    with attached(view, methods, policy):
+        out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
+        handles = [
+            module.register_forward_hook(
+                lambda _m, args, y, layer=layer, name=name: seen.append((layer, name, args[0], y))
+            )
+            for layer, block in enumerate(view.blocks)
+            for name, module in block.projections()
+        ]
+        try:
+            view.model(prompt[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        step = view.tracker.step
+    needed = {(layer, name): x.flatten() != 0 for layer, name, x, _ in seen if name in ("o", "down")}
+    sites = {site for method, _ in methods for site in method.sites}
+    worst = 0.0
+    with kernel_execution(view, methods, policy):
+        view.tracker.step = step
+        for layer, name, x, expected in seen:
+            block = view.blocks[layer]
+            y = getattr(block, name)(x)
+            if name == "gate":
+                block.act(y)  # methods that decide from the gate decide here
+            # Rows of dropped heads and neurons are not computed and never read: compare those that are.
+            if name == "q" and "heads" in sites:
+                y, expected = y.flatten()[needed[layer, "o"]], expected.flatten()[needed[layer, "o"]]
+            elif name in ("gate", "up") and "neurons" in sites:
+                y, expected = y.flatten()[needed[layer, "down"]], expected.flatten()[needed[layer, "down"]]
+            error = ((y.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)).item()
+            worst = max(worst, error)
+            if not error <= TOLERANCE[view.dtype]:
+                raise KernelMismatchError(
+                    f"layer {layer} {name}: the kernel differs from masked execution by {error:.1e} "
+                    f"(tolerance {TOLERANCE[view.dtype]:.0e})"
+                )
+    return worst

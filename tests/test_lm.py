@@ -1,0 +1,133 @@
+"""The harness's HFLM against plain HFLM, and the two-stage scoring of decode-only methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from harness.attach import attached
+from harness.families import view_of
+from harness.lm import HarnessLM
+from harness.method import Method
+from harness.selection import TopK, top_k_count
+from harness.step import Policy
+from harness.tasks import load_tasks, task_manager
+
+TASKS = ["piqa", "arc_easy", "sciq", "lambada_openai"]
+
+
+@dataclass(frozen=True)
+class DecodeOnly(Method):
+    """Drops the smaller half of the product in decode: prompts stay dense."""
+
+    name: ClassVar[str] = "decode_only"
+    paper: ClassVar[str] = "-"
+    phases: ClassVar[tuple[str, ...]] = ("decode",)
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        return {"neurons": "output"}
+
+    def select(self, plan, site, layer, x: Tensor, step) -> TopK:
+        return TopK(x.abs(), top_k_count(x.shape[-1], self.sparsity))
+
+
+@pytest.fixture(scope="module")
+def tiny_lm(tiny_folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    return HarnessLM(view_of(model), tokenizer, batch_size=4, max_length=512)
+
+
+def evaluate(lm, tasks, limit=8, shots=None):
+    results = simple_evaluate(
+        model=lm,
+        tasks=load_tasks(tasks, num_fewshot=shots),
+        task_manager=task_manager(),
+        limit=limit,
+        bootstrap_iters=10,
+        log_samples=True,
+    )
+    return results["samples"], results["results"]
+
+
+def scores(samples) -> list[tuple]:
+    return [
+        (
+            task,
+            item["doc_id"],
+            [float(answer[0]) for answer in item["filtered_resps"]],
+            [answer[1] for answer in item["filtered_resps"]],
+        )
+        for task, items in sorted(samples.items())
+        for item in items
+    ]
+
+
+def same_scores(ours, theirs, tolerance: float) -> None:
+    for (task, doc, logs, greedy), (task_, doc_, logs_, greedy_) in zip(scores(ours), scores(theirs), strict=True):
+        assert (task, doc, greedy) == (task_, doc_, greedy_)
+        assert logs == pytest.approx(logs_, abs=tolerance)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_detached_equals_plain_hflm_item_by_item(tiny_lm, tokenizer, shots):
+    plain = HFLM(pretrained=tiny_lm.view.model, tokenizer=tokenizer, batch_size=4, max_length=512)
+    ours, our_results = evaluate(tiny_lm, TASKS, shots=shots)
+    theirs, their_results = evaluate(plain, TASKS, shots=shots)
+    same_scores(ours, theirs, 1e-4)
+    for task in TASKS:
+        key = "acc,none"
+        assert our_results[task][key] == their_results[task][key]
+
+
+@pytest.mark.slow
+def test_embedded_model_equals_plain_hflm_item_by_item(embedded_dir, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(embedded_dir, dtype=torch.float32).eval()
+    ours, _ = evaluate(HarnessLM(view_of(model), tokenizer, batch_size=8), TASKS, limit=50)
+    theirs, _ = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), TASKS, limit=50)
+    same_scores(ours, theirs, 1e-3)
+
+
+def test_scoring_tasks_exercise_decode_only_methods(tiny_lm):
+    """In one plain forward pass a decode-only method would score exactly dense, silently."""
+    dense, _ = evaluate(tiny_lm, ["piqa", "boolq"])
+    with attached(tiny_lm.view, [(DecodeOnly(0.5), {})], Policy("decode")):
+        sparse, _ = evaluate(tiny_lm, ["piqa", "boolq"])
+    differing = [a[2] != b[2] for a, b in zip(scores(dense), scores(sparse), strict=True)]
+    assert all(differing), "some item was scored without a single decode step (boolq has one-token answers)"
+
+
+def test_two_stage_scoring_equals_stepping(tiny_lm, tokenizer):
+    """The one-pass phase mask gives what a dense prefill and sparse single steps give."""
+    view = tiny_lm.view
+    context, continuation = tokenizer.encode("The quick brown fox jumps"), tokenizer.encode(" over the lazy dog")
+    method = DecodeOnly(0.5)
+    with attached(view, [(method, {})], Policy("decode")), torch.no_grad():
+        ((one_pass, _),) = tiny_lm._loglikelihood_tokens([(None, context, continuation)])
+        tokens = torch.tensor([context + continuation])
+        split = len(context) - 1
+        out = view.model(tokens[:, :split], use_cache=True)
+        total = 0.0
+        for t in range(split, tokens.shape[1] - 1):
+            out = view.model(tokens[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            total += out.logits[0, -1].float().log_softmax(-1)[tokens[0, t + 1]].item()
+    assert one_pass == pytest.approx(total, abs=1e-3)
+
+
+def test_generation_runs_sparse(tiny_lm):
+    """Generative tasks prefill densely under phase=decode and drop in every later step."""
+    with attached(tiny_lm.view, [(DecodeOnly(0.5), {})], Policy("decode"), count=True) as ledger:
+        evaluate(tiny_lm, ["gsm8k"], limit=1, shots=1)
+    prefill, decode = (
+        ledger.skipped_weights(("gate", "up", "down"))[0] / ledger.skipped_weights(("gate", "up", "down"))[1]
+    ).tolist()
+    assert prefill == 0.0
+    assert decode == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,61 @@
+"""scope=model: the native level that skips the requested share of all block weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from torch import Tensor
+
+from harness.errors import UnsupportedError
+from harness.method import Method
+from harness.probes.sparsity import measure
+from harness.scope import coverage, to_native
+from harness.selection import TopK, top_k_count
+from harness.step import Policy
+from methods.teal import Teal
+from tests import tiny
+
+
+@dataclass(frozen=True)
+class Neurons(Method):
+    """Top-k of the product: enough to test the arithmetic."""
+
+    name: ClassVar[str] = "neurons"
+    paper: ClassVar[str] = "-"
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        return {"neurons": "output"}
+
+    def select(self, plan, site, layer, x: Tensor, step) -> TopK:
+        return TopK(x.abs(), top_k_count(x.shape[-1], self.sparsity))
+
+
+def achieved(view, fitted) -> float:
+    rows = measure(view, fitted, Policy(), tiny.tokens(2, 32))
+    return next(
+        r["value"] for r in rows if r["metric"] == "achieved" and r["site"] == "model" and r["step_phase"] == "all"
+    )
+
+
+def test_neurons_reach_the_requested_share_of_the_model():
+    view = tiny.view("llama")
+    fitted = to_native(view, [(Neurons(0.4), {})], 0.4)
+    assert fitted[0][0].sparsity == pytest.approx(0.4 / coverage(view, [Neurons()]))
+    assert achieved(view, fitted) == pytest.approx(0.4, abs=0.01)
+
+
+def test_out_of_reach_names_the_most_that_can_be_skipped():
+    view = tiny.view("llama")
+    most = coverage(view, [Neurons()])
+    with pytest.raises(UnsupportedError, match=f"at most {most:.2f}"):
+        to_native(view, [(Neurons(0.9), {})], 0.9)
+
+
+def test_teal_covers_everything():
+    view = tiny.view("opt")
+    assert coverage(view, [Teal(0.5)]) == 1.0
+    assert to_native(view, [(Teal(0.5), {})], 0.5)[0][0].sparsity == 0.5
