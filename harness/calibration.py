@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.families import View
+from harness.scratch import Scratch
 from harness.step import Policy
 
 # Point -> whose input (or output) is seen.
@@ -18,12 +19,14 @@ class Calibration:
     """Calibration text and the activations of one (patched) model on it.
 
     batches: int64 token windows [batch, length], no padding. passes: forward passes over the text made so far.
+    scratch: where a long fit keeps its finished layers.
     """
 
     def __init__(self, view: View, batches: Iterable[Tensor]) -> None:
         self.view = view
         self.batches = [batch.to(view.device) for batch in batches]
         self.passes = 0
+        self.scratch = Scratch()
         self._kept: dict[str, list[Tensor]] = {}
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.method import Method
+from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
 from methods.oracle import Oracle
@@ -33,4 +34,10 @@ CASES: dict[str, Case] = {
     "dense_slice": Case(lambda s: DenseSlice(s), families=("llama", "mistral")),
     "teal": Case(lambda s: Teal(s), tolerance=0.04),
     "teal_greedy": Case(lambda s: Teal(s, allocation="greedy", base_step=0.2, greedy_tokens=128), tolerance=0.04),
+    "dejavu": Case(lambda s: DejaVu(s, rank=8, epochs=2), site="neurons"),
+    "dejavu_lookahead": Case(lambda s: DejaVu(s, targets="mlp", predictor="lookahead", rank=8), site="neurons"),
+    "dejavu_heads": Case(lambda s: DejaVu(s, targets="heads", predictor="lookahead", rank=2, epochs=2), site="heads"),
+    "dejavu_score": Case(lambda s: DejaVu(s, select_by="score", rank=8, epochs=2), site="neurons", tolerance=0.15),
+    "dejavu_oracle": Case(lambda s: DejaVu(s, predictor="oracle"), site="heads"),
+    "dejavu_random": Case(lambda s: DejaVu(s, predictor="random"), site="heads"),
 }
