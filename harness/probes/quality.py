@@ -118,10 +118,12 @@ def task(
 
     dense: the samples that this function returned for the dense twin, or None for the dense cell itself.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
+    # These ask git and pip about the machine: seconds a task and git's complaints; harness.environment has it already.
+    evaluator.add_env_info = evaluator.get_git_commit_hash = lambda *_: None
     with attached(lm.view, methods, policy, count=bool(methods)) as ledger:
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             model=lm,
             tasks=tasks.load_tasks([name], data=data, num_fewshot=num_fewshot),
             task_manager=tasks.task_manager(data),
