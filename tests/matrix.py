@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.method import Method
+from methods.cats import Cats
+from methods.cett import Cett
 from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
@@ -40,4 +42,7 @@ CASES: dict[str, Case] = {
     "dejavu_score": Case(lambda s: DejaVu(s, select_by="score", rank=8, epochs=2), site="neurons", tolerance=0.15),
     "dejavu_oracle": Case(lambda s: DejaVu(s, predictor="oracle"), site="heads"),
     "dejavu_random": Case(lambda s: DejaVu(s, predictor="random"), site="heads"),
+    "cett": Case(lambda s: Cett(s), site="mlp_hidden", tolerance=0.05),
+    "cett_budget": Case(lambda s: Cett(s, cett=0.2 if s else None, cett_tokens=128), site=None),
+    "cats": Case(lambda s: Cats(s), site="neurons", tolerance=0.05, families=("llama", "mistral")),
 }
