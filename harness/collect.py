@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import ConfigError
-from harness.rows import to_frame
+from harness.rows import COLUMNS, to_frame
 from harness.store import STATUS_PROBE, SchemaError, Store, content_key, place_errors, write_atomic
 
 # Config keys in which a cell and its dense counterpart may differ; all the others must be equal.
@@ -42,7 +42,7 @@ DERIVED: dict[str, str] = {
 }
 
 SKIPPING = ("kernel", "dense_slice")  # executions whose time is a measurement of the scheme
-TIME_UNITS = ("s", "ms", "us")
+MILLISECONDS = {"s": 1e3, "ms": 1.0, "us": 1e-3}  # in a unit of time
 
 # The rows that the headline is made of, by metric name.
 PERPLEXITY = "token_perplexity"  # of running text; lm-eval's own "perplexity" belongs to a task
@@ -50,6 +50,7 @@ BITS_PER_BYTE = "bits_per_byte"
 ACCURACIES = ("acc", "exact_match")  # lm-eval's names, with or without ":<filter>"; the first that a task has
 KL = "kl_to_dense"
 AGREEMENT = "top1_agreement"
+AGAINST_DENSE = "_minus_dense"  # suffix of a paired difference on the same items, with its own error
 FLIPS = ("flips_right_to_wrong", "flips_wrong_to_right")  # shares of items, one row a task
 ACHIEVED = "achieved"
 TIME_PER_TOKEN = "tpot_median"
@@ -114,22 +115,33 @@ def read_table(path: Path | str) -> pd.DataFrame:
 def headline(table: pd.DataFrame) -> pd.DataFrame:
     """One line a cell, joining quality, achieved sparsity and latency. Takes what `collect` returned.
 
-    Columns: the cell's identity, `status`, `message`; `perplexity`, `perplexity_dense`, `bits_per_byte`;
-    `acc:<task>`, `stderr:<task>` and `dense:<task>` for each task, `accuracy` and `accuracy_dense` (means
-    over tasks); `kl` (nats), `agreement`, `flips` (shares; flips is the mean over tasks of answers that went
-    from right to wrong or back); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy
-    makes sparse); `tpot_ms`, `ttft_ms` (smallest batch and context), `execution` and `speedup` (paired by
-    round where that was measured), missing for masked execution. What was not measured is missing.
+    Columns: the cell's identity, `status`, `message`; `perplexity`, `bits_per_byte`, `kl` (nats), `agreement`
+    and `accuracy` (mean over tasks), each with `stderr:<name>` and `dense:<name>`; the same for each task as
+    `acc:<task>`, `stderr:<task>`, `dense:<task>`; `change` (mean paired difference in accuracy to dense) and
+    `stderr:change`; `lost`, `won` and their sum `flips` (shares of answers that went from right to wrong and
+    back, mean over tasks); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy makes
+    sparse); `tpot_ms`, `ttft_ms` (smallest batch and context; kernel before masked), `execution` and
+    `speedup` (paired by round where that was measured), missing for masked execution. What was not measured
+    is missing.
     """
-    lines = [_line(cell) for _, cell in table.groupby("cell_id", sort=False, dropna=False)]
-    frame = pd.DataFrame(lines)
-    order = ["method", "variant", "sparsity_requested"]
-    frame["_dense_first"] = frame["method"] != "dense"
-    return (
-        frame.sort_values(["model", "phase", "_dense_first", *order], na_position="first", kind="stable")
-        .drop(columns="_dense_first")
-        .reset_index(drop=True)
-    )
+    table = table.reset_index(drop=True)
+    lines = table.drop_duplicates("cell_id")[CELL].set_index("cell_id")
+    lines["limited"] = table["limited"].fillna(False).groupby(table["cell_id"]).any()
+    broken = table[table["status"] != "ok"].drop_duplicates("cell_id").set_index("cell_id")
+    lines["status"] = broken["status"].reindex(lines.index, fill_value="ok")
+    lines["message"] = broken["message"]
+
+    rows = table[(table["status"] == "ok") & table["layer"].isna()]
+    lines = _join_quality(lines, rows[rows["probe"] == "quality"])
+    lines = _join_sparsity(lines, rows[rows["probe"] == "sparsity"])
+    lines = _join_latency(lines, rows[rows["probe"] == "latency"])
+
+    lines = lines.reset_index()
+    texts = {"status": "string", "message": "string", "execution": "string"} | COLUMNS
+    lines = lines.astype({name: texts.get(name, "Float64") for name in lines.columns})
+    order = ["model", "phase", "_method", "method", "variant", "sparsity_requested"]
+    lines = lines.assign(_method=lines["method"] != "dense").sort_values(order, na_position="first", kind="stable")
+    return lines.drop(columns="_method").reset_index(drop=True)
 
 
 def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
@@ -149,7 +161,7 @@ def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
     rows = rows.drop(columns=["_twin", "_items"]).join(found[["dense_cell", "dense_value"]])
     rows["difference"] = rows["value"] - rows["dense_value"]
     rows["ratio"] = (rows["value"] / rows["dense_value"]).where(rows["dense_value"] != 0)
-    timed = (rows["probe"] == "latency") & rows["unit"].isin(TIME_UNITS) & rows["execution"].isin(SKIPPING)
+    timed = (rows["probe"] == "latency") & rows["unit"].isin(list(MILLISECONDS)) & rows["execution"].isin(SKIPPING)
     rows["speedup"] = (rows["dense_value"] / rows["value"]).where(timed)
     return rows.astype(DERIVED)
 
@@ -175,69 +187,72 @@ def _empty() -> pd.DataFrame:
     return relate(to_frame([]), {})
 
 
-def _line(cell: pd.DataFrame) -> dict[str, Any]:
-    first = cell.iloc[0]
-    line: dict[str, Any] = {name: first[name] for name in CELL}
-    line["limited"] = bool(cell["limited"].any())
-    broken = cell[cell["status"] != "ok"]
-    line["status"] = "ok" if broken.empty else broken.iloc[0]["status"]
-    line["message"] = pd.NA if broken.empty else broken.iloc[0]["message"]
-    cell = cell[(cell["status"] == "ok") & cell["layer"].isna()]
+def _join_quality(lines: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    texts = {"perplexity": PERPLEXITY, "bits_per_byte": BITS_PER_BYTE, "kl": KL, "agreement": AGREEMENT}
+    for name, metric in texts.items():
+        text = _first(quality, metric)
+        lines[name], lines[f"stderr:{name}"], lines[f"dense:{name}"] = (
+            text["value"],
+            text["stderr"],
+            text["dense_value"],
+        )
+    for name, metric in zip(("lost", "won"), FLIPS):
+        lines[name] = quality[quality["metric"] == metric].groupby("cell_id")["value"].mean()
+    lines["flips"] = lines["lost"] + lines["won"]
 
-    quality = cell[cell["probe"] == "quality"]
-    text = _one(quality, PERPLEXITY)
-    line["perplexity"], line["perplexity_dense"] = text["value"], text["dense_value"]
-    line["bits_per_byte"] = _one(quality, BITS_PER_BYTE)["value"]
-    line |= _accuracies(quality)
-    line["kl"] = _one(quality, KL)["value"]
-    line["agreement"] = _one(quality, AGREEMENT)["value"]
-    flips = quality[quality["metric"].isin(FLIPS)].groupby("task")["value"].sum()
-    line["flips"] = flips.mean() if len(flips) else pd.NA
+    base = quality["metric"].str.replace(r":.*", "", regex=True)
+    scored = quality[base.isin(ACCURACIES)].assign(_rank=base.map(dict(zip(ACCURACIES, (0, 1)))))
+    scored = scored.sort_values(["task", "_rank"], kind="stable").drop_duplicates(["cell_id", "task"])
+    change = scored[["cell_id", "task"]].assign(metric=scored["metric"] + AGAINST_DENSE)
+    change = quality.merge(change, on=["cell_id", "task", "metric"])
+    lines["accuracy"], lines["stderr:accuracy"] = _over_tasks(scored, "value"), _error_over_tasks(scored)
+    lines["dense:accuracy"] = _over_tasks(scored, "dense_value")
+    lines["change"], lines["stderr:change"] = _over_tasks(change, "value"), _error_over_tasks(change)
+    for task, rows in scored.groupby("task"):
+        rows = rows.set_index("cell_id")
+        lines[f"acc:{task}"], lines[f"stderr:{task}"] = rows["value"], rows["stderr"]
+        lines[f"dense:{task}"] = rows["dense_value"]
+    return lines
 
-    tokens = "decode" if str(line["phase"]) == "decode" else "all"
-    sparsity = cell[(cell["probe"] == "sparsity") & (cell["step_phase"] == tokens)]
+
+def _join_sparsity(lines: pd.DataFrame, sparsity: pd.DataFrame) -> pd.DataFrame:
+    counted = sparsity["phase"].where(sparsity["phase"] == "decode", "all").fillna("all")
+    sparsity = sparsity[sparsity["step_phase"] == counted]
     sparsity = sparsity.sort_values("task", na_position="first", kind="stable")  # held-out text before tasks
     for site in ("mlp", "model"):
-        line[f"achieved_{site}"] = _one(sparsity[sparsity["site"] == site], ACHIEVED)["value"]
-
-    timed = cell[cell["probe"] == "latency"]
-    if (
-        str(line["method"]) != "dense"
-    ):  # the dense repeats interleaved in the cell are its baseline, not its time
-        timed = timed[timed["execution"] != "dense"]
-    timed = timed.sort_values(["batch", "context"], kind="stable")
-    time = _one(timed, TIME_PER_TOKEN)
-    line["tpot_ms"], line["execution"], line["speedup"] = _ms(time), time["execution"], time["speedup"]
-    if not pd.isna(line["speedup"]):
-        paired = _one(timed[timed["execution"] == line["execution"]], TIME_RATIO)["value"]
-        line["speedup"] = line["speedup"] if pd.isna(paired) else paired
-    line["ttft_ms"] = _ms(_one(timed, TIME_TO_FIRST))
-    return line
+        lines[f"achieved_{site}"] = _first(sparsity[sparsity["site"] == site], ACHIEVED)["value"]
+    return lines
 
 
-def _accuracies(quality: pd.DataFrame) -> dict[str, Any]:
-    line: dict[str, Any] = {}
-    base = quality["metric"].str.replace(r":.*", "", regex=True)
-    scored = quality[base.isin(ACCURACIES)].assign(_rank=base.map(dict(zip(ACCURACIES, (0, 1), strict=True))))
-    scored = scored.sort_values(["task", "_rank"], kind="stable").drop_duplicates("task")
-    for _, row in scored.iterrows():
-        line[f"acc:{row['task']}"] = row["value"]
-        line[f"stderr:{row['task']}"] = row["stderr"]
-        line[f"dense:{row['task']}"] = row["dense_value"]
-    line["accuracy"] = scored["value"].mean() if len(scored) else pd.NA
-    line["accuracy_dense"] = scored["dense_value"].mean(skipna=False) if len(scored) else pd.NA
-    return line
+def _join_latency(lines: pd.DataFrame, latency: pd.DataFrame) -> pd.DataFrame:
+    # In a method's cell the interleaved dense repeats are the baseline, not its own time.
+    own = (latency["execution"] != "dense") | (latency["method"] == "dense")
+    latency = latency[own.fillna(True)]
+    rank = latency["execution"].map({"kernel": 0, "dense_slice": 1})
+    scale = latency["unit"].map(MILLISECONDS).astype("Float64")
+    latency = latency.assign(_rank=rank, ms=latency["value"] * scale)
+    latency = latency.sort_values(["batch", "context", "_rank"], kind="stable")
+    time = _first(latency, TIME_PER_TOKEN)
+    lines["tpot_ms"], lines["execution"] = time["ms"], time["execution"]
+    lines["ttft_ms"] = _first(latency, TIME_TO_FIRST)["ms"]
+    paired = _first(latency[latency["execution"].isin(SKIPPING)], TIME_RATIO)["value"]
+    lines["speedup"] = paired.reindex(lines.index).where(time["speedup"].reindex(lines.index).notna())
+    lines["speedup"] = lines["speedup"].fillna(time["speedup"])
+    return lines
 
 
-def _one(rows: pd.DataFrame, metric: str) -> Mapping[str, Any]:
-    """The first row of this metric, or missing values."""
-    rows = rows[rows["metric"] == metric]
-    return dict.fromkeys(rows.columns, pd.NA) if rows.empty else rows.iloc[0].to_dict()
+def _first(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The first row of this metric of each cell, by cell id."""
+    return rows[rows["metric"] == metric].drop_duplicates("cell_id").set_index("cell_id")
 
 
-def _ms(row: Mapping[str, Any]) -> Any:
-    return (
-        row["value"]
-        if pd.isna(row["unit"])
-        else row["value"] * {"s": 1e3, "ms": 1.0, "us": 1e-3}[row["unit"]]
-    )
+def _over_tasks(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Mean over a cell's tasks, missing if one of them is: a mean over other tasks is another number."""
+    cells = rows[column].groupby(rows["cell_id"])
+    return cells.mean().where(cells.count() == cells.size())
+
+
+def _error_over_tasks(rows: pd.DataFrame) -> pd.Series:
+    """Standard error of the mean over a cell's tasks, which are independent."""
+    cells = (rows["stderr"] ** 2).groupby(rows["cell_id"])
+    return (cells.sum() ** 0.5 / cells.size()).where(cells.count() == cells.size())

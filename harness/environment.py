@@ -93,9 +93,7 @@ def _cpuinfo(key: str) -> str | None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)
 
 
 def _cpu_flags() -> list[str]:

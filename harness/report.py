@@ -25,9 +25,7 @@ PLAN = {
 }
 OUTCOMES = {"failed": "failed", "oom": "out of memory", "unsupported": "unsupported", "locked": "locked"}
 PHASES = {"all": "every token sparse", "decode": "prompt dense, later tokens sparse"}
-MASKED_NOTE = (
-    "masked: computed densely on zeroed inputs, to measure quality. Its time is not a measure of speed."
-)
+MASKED_NOTE = "masked: computed densely on zeroed inputs, to measure quality. Its time is not a measure of speed."
 
 
 def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
@@ -38,9 +36,7 @@ def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
     """
     console = console or Console()
     lines = headline(table)
-    for _, block in lines.groupby(
-        ["model", "phase", "dense_prefix", "seed", "limited"], sort=False, dropna=False
-    ):
+    for _, block in lines.groupby(["model", "phase", "dense_prefix", "seed", "limited"], sort=False, dropna=False):
         block = block.dropna(axis="columns", how="all")
         measured = block[block["status"] == "ok"]
         if len(measured):
@@ -74,9 +70,7 @@ def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | No
     console = console or Console()
     bad = {name: outcome for name, outcome in outcomes.items() if outcome[0] in OUTCOMES}
     done = len(outcomes) - len(bad)
-    console.print(
-        Text(f"{done} of {len(outcomes)} cells have results", style="bold red" if bad else "bold green")
-    )
+    console.print(Text(f"{done} of {len(outcomes)} cells have results", style="bold red" if bad else "bold green"))
     for name, (status, message) in bad.items():
         console.print(Text(f"  {name}: {OUTCOMES[status]}: {message}", style="red"))
 

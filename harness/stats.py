@@ -15,6 +15,8 @@ _BLOCK = 1 << 20  # resampled items held in memory at once (8 MiB an array)
 
 
 class PairedDifference(NamedTuple):
+    """What `paired_bootstrap` found, in the unit of the values."""
+
     mean: float
     low: float  # 95 % interval
     high: float
@@ -48,9 +50,7 @@ def paired_bootstrap(
     means, (low, high) = result.bootstrap_distribution, result.confidence_interval
     below = np.count_nonzero(means < 0) + np.count_nonzero(means == 0) / 2
     p = 2 * (min(below, resamples - below) + 1) / (resamples + 2)
-    return PairedDifference(
-        float(difference.mean()), float(low), float(high), min(float(p), 1.0), len(difference)
-    )
+    return PairedDifference(float(difference.mean()), float(low), float(high), min(float(p), 1.0), len(difference))
 
 
 def flips(before: ArrayLike, after: ArrayLike) -> tuple[int, int]:

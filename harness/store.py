@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 class Store:
     """The results folder `root`. Cheap to make; nothing is written before the first claim or fit."""
 
-    def __init__(self, root: Path | str, *, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S):
+    def __init__(self, root: Path | str, *, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S) -> None:
         self.root = Path(root)
         self.heartbeat_s = heartbeat_s
         self.stale_s = stale_s
@@ -221,21 +221,23 @@ class Store:
 class CellView:
     """A cell as it lies on disk."""
 
-    def __init__(self, path: Path, cell_id: str):
+    def __init__(self, path: Path, cell_id: str) -> None:
         self.path = path
         self.cell_id = cell_id
 
     @property
     def config(self) -> dict[str, Any]:
+        """The config that the cell was claimed with."""
         return yaml.safe_load((self.path / "config.yaml").read_text())
 
     @property
     def environment(self) -> dict[str, Any]:
+        """Where it ran: what `harness.environment.environment` said."""
         return _read_json(self.path / "env.json")
 
     @property
     def status(self) -> dict[str, Any]:
-        """status (running, done, failed, oom, unsupported), versions, started, ended, message."""
+        """Status (running, done, failed, oom, unsupported), versions, started, ended, message."""
         return _read_json(self.path / "status.json")
 
     def probes(self) -> list[str]:
@@ -244,6 +246,7 @@ class CellView:
         return sorted(name for name in found if name != STATUS_PROBE)
 
     def done(self, probe: str) -> bool:
+        """Whether the probe is committed."""
         return self._file(probe, "rows.parquet").exists()
 
     def read(self, probe: str) -> pd.DataFrame:
@@ -273,7 +276,7 @@ class CellView:
 class Cell(CellView):
     """A claimed cell: the only way to write one."""
 
-    def __init__(self, path: Path, cell_id: str, lock: _Lock, identity: dict[str, Any]):
+    def __init__(self, path: Path, cell_id: str, lock: _Lock, identity: dict[str, Any]) -> None:
         super().__init__(path, cell_id)
         self.failed = False
         self._lock = lock
@@ -363,7 +366,7 @@ class _Lock:
     once can't both take it.
     """
 
-    def __init__(self, folder: Path, heartbeat_s: float, stale_s: float):
+    def __init__(self, folder: Path, heartbeat_s: float, stale_s: float) -> None:
         self.path = folder / "lock.json"
         self._guard = folder / ".guard"
         self._heartbeat_s = heartbeat_s
@@ -398,9 +401,7 @@ class _Lock:
     def check(self) -> None:
         """Raise `LockedError` if another process took the cell over (this one was suspended too long)."""
         if not self._mine():
-            raise LockedError(
-                f"cell {self.path.parent.name} was taken over by another process; nothing was written"
-            )
+            raise LockedError(f"cell {self.path.parent.name} was taken over by another process; nothing was written")
 
     def _mine(self) -> bool:
         return _read_json(self.path).get("token") == self._token
@@ -448,9 +449,7 @@ def _kind(error: BaseException) -> str:
         return "unsupported"
     # By name: torch.cuda.OutOfMemoryError is torch.OutOfMemoryError; the CPU allocator raises RuntimeError.
     name, text = type(error).__name__, str(error)
-    out_of_memory = (
-        isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
-    )
+    out_of_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
     return "oom" if out_of_memory else "failed"
 
 
@@ -470,6 +469,7 @@ def place_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all; an old one stays until the new one is whole."""
     draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # not mkstemp: others may read results
     try:
         draft.write_bytes(content)

@@ -31,6 +31,8 @@ PROJECT = "dynact"
 
 
 class Tracker(Protocol):
+    """What a cell tells whoever follows it."""
+
     def log(self, rows: pd.DataFrame) -> None:
         """Record the cell's rows (as `Cell.read` or `collect` return them) and their headline numbers."""
 
@@ -39,20 +41,21 @@ class NullTracker:
     """Records nothing: `logger=none`."""
 
     def log(self, rows: pd.DataFrame) -> None:
-        pass
+        """Do nothing."""
 
 
 class WandbTracker:
-    def __init__(self, run: wandb.Run):
+    """Writes to one W&B run."""
+
+    def __init__(self, run: wandb.Run) -> None:
         self._run = run
 
     def log(self, rows: pd.DataFrame) -> None:
+        """Write the rows as a table and the headline numbers as the run's summary."""
         import wandb
 
         plain = rows.astype(object).where(rows.notna(), None)
-        table = wandb.Table(
-            columns=list(rows.columns), data=plain.to_numpy().tolist(), allow_mixed_types=True
-        )
+        table = wandb.Table(columns=list(rows.columns), data=plain.to_numpy().tolist(), allow_mixed_types=True)
         self._run.log({"rows": table})
         self._run.summary.update(headline_numbers(rows))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import synthetic
 from rich.console import Console
 
 from harness import report
@@ -15,6 +14,7 @@ from harness.collect import DERIVED, collect, headline, read_table, relate, twin
 from harness.errors import ConfigError
 from harness.rows import COLUMNS, make_row, to_frame
 from harness.store import SchemaError, Store, cell_id
+from tests import synthetic
 
 SMALL = {"methods": ("teal", "random"), "sparsities": (0.4,), "tasks": ("piqa", "copa")}
 FACT = {"probe": "quality", "metric": "acc", "task": "piqa", "n": 10, "unit": "share", "value": 0.5}
@@ -138,11 +138,14 @@ def test_headline_joins_quality_sparsity_and_latency(table: pd.DataFrame) -> Non
     assert len(lines) == table["cell_id"].nunique() == 10
     assert lines["method"][0] == "dense"
     line = lines[(lines["method"] == "teal") & (lines["sparsity_requested"] == 0.4)].iloc[0]
-    assert line["achieved_mlp"] == pytest.approx(0.392) and line["achieved_model"] == pytest.approx(0.392)
-    assert line["perplexity_dense"] == pytest.approx(22.8) and line["perplexity"] > 22.8
+    assert line["achieved_mlp"] == pytest.approx(0.38) and line["achieved_model"] == pytest.approx(0.392)
+    assert line["dense:perplexity"] == pytest.approx(22.8) and line["perplexity"] > 22.8
     assert line["acc:copa"] == pytest.approx(0.66 * (1 - 0.096))
-    assert line["accuracy"] < line["accuracy_dense"]
-    assert line["kl"] == pytest.approx(0.096) and line["flips"] == pytest.approx(1.4 * 0.096)
+    assert line["accuracy"] < line["dense:accuracy"]
+    assert line["kl"] == pytest.approx(0.096) and line["flips"] == pytest.approx(line["lost"] + line["won"])
+    assert line["won"] - line["lost"] == pytest.approx(line["change"])
+    assert line["change"] == pytest.approx(line["accuracy"] - line["dense:accuracy"])
+    assert 0 < line["stderr:change"] < line["stderr:accuracy"] < line["stderr:piqa"]
     assert (line["tpot_ms"], line["execution"], line["ttft_ms"]) == (24.0, "masked", 95.0)
     assert pd.isna(line["speedup"])
     assert pd.isna(lines["kl"][0]) and lines["tpot_ms"][0] == 20.0

@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import synthetic
 
 from harness.rows import COLUMNS
 from harness.tracking import NullTracker, headline_numbers, logged_in, track
+from tests import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model": {"name": "smollm2-135m"}, "method": {"name": "teal"}, "sparsity": 0.4, "tasks": ["piqa"]}
@@ -76,9 +76,7 @@ def test_rows_that_were_not_collected_have_a_headline_too() -> None:
     assert headline_numbers(rows.head(0)) == {}
 
 
-def test_online_without_a_login_goes_offline_and_does_not_ask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_online_without_a_login_goes_offline_and_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     with track("c", CONFIG, root=tmp_path):
         pass
@@ -92,9 +90,7 @@ def test_wandb_mode_disabled_is_respected(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.glob("wandb/*run-*"))
 
 
-def test_trouble_with_wandb_is_a_warning_and_not_a_failed_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trouble_with_wandb_is_a_warning_and_not_a_failed_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     def broken(**_: object) -> None:

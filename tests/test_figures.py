@@ -1,0 +1,238 @@
+"""What the figures draw is what the table holds, and what must not be drawn is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from harness import figures
+from harness.collect import headline
+from harness.errors import ConfigError
+from tests import synthetic
+
+SPARSITIES = (0.25, 0.4, 0.5)
+OKABE_ITO = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"}
+DRAWN: dict[str, Callable[..., Figure]] = {
+    "perplexity": figures.quality_against_sparsity,
+    "accuracy": lambda df, **k: figures.quality_against_sparsity(df, "accuracy", **k),
+    "task": lambda df, **k: figures.quality_against_sparsity(df, "copa", **k),
+    "kl": lambda df, **k: figures.quality_against_sparsity(df, "kl", **k),
+    "requested": figures.requested_against_achieved,
+    "layers": figures.achieved_by_layer,
+    "pareto": figures.pareto,
+    "pareto_perplexity": lambda df, **k: figures.pareto(df, "perplexity", **k),
+    "flips": figures.flips,
+}
+
+
+@pytest.fixture(scope="module")
+def kernel() -> pd.DataFrame:
+    return synthetic.table(execution="kernel", sparsities=SPARSITIES)
+
+
+@pytest.fixture(scope="module")
+def two_models(kernel: pd.DataFrame) -> pd.DataFrame:
+    other = synthetic.table(execution="kernel", sparsities=SPARSITIES, model="smollm2-135m-relu2")
+    return pd.concat([kernel, other], ignore_index=True)
+
+
+def line_of(fig: Figure, colour: str, panel: int = 0) -> tuple[list[float], list[float]]:
+    lines = [line for line in fig.axes[panel].lines if line.get_color() == colour and line.get_marker() != "None"]
+    lines = [line for line in lines if len(line.get_xdata()) > 1]
+    return list(lines[0].get_xdata()), list(lines[0].get_ydata())
+
+
+def words(fig: Figure) -> str:
+    texts = [text.get_text() for text in fig.findobj(mpl.text.Text)]
+    return " | ".join(text for text in texts if text)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("which", ["kernel", "two_models"])
+def test_every_figure_draws_and_its_legend_covers_nothing(name: str, which: str, request) -> None:
+    fig = DRAWN[name](request.getfixturevalue(which))
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    boxes = [ax.get_tightbbox(renderer) for ax in fig.axes]
+    for legend in fig.legends:
+        box = legend.get_window_extent(renderer)
+        assert not any(box.overlaps(other) for other in boxes)
+    for first, box in enumerate(boxes):
+        assert box.x0 >= -1 and box.y0 >= -1
+        assert box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1
+        assert not any(box.overlaps(other) for other in boxes[first + 1 :])
+
+
+def test_quality_lines_are_the_headline_numbers(kernel: pd.DataFrame) -> None:
+    fig = figures.quality_against_sparsity(kernel)
+    lines = headline(kernel)
+    teal = lines[lines["method"] == "teal"].sort_values("sparsity_requested")
+    x, y = line_of(fig, "#009E73")
+    assert x == pytest.approx(teal["achieved_model"].tolist())
+    assert y == pytest.approx(teal["perplexity"].tolist())
+    dense = [line for line in fig.axes[0].lines if line.get_color() == "#000000"]
+    assert [line.get_ydata()[0] for line in dense] == pytest.approx([22.8])
+    bars = fig.axes[0].collections[-1].get_segments()
+    half = 1.96 * float(teal["stderr:perplexity"].iloc[0])
+    assert any(np.ptp(segment[:, 1]) == pytest.approx(2 * half) for segment in bars)
+    for word in ("perplexity", "achieved sparsity", "teal", "dense", "smollm2-135m", "every token sparse"):
+        assert word in words(fig)
+
+
+def test_seeds_are_averaged_and_phase_policies_and_models_are_kept_apart(two_models: pd.DataFrame) -> None:
+    decode = two_models.assign(phase="decode", cell_id=two_models["cell_id"] + "d")
+    decode["step_phase"] = decode["step_phase"].replace("all", "decode")
+    fig = figures.quality_against_sparsity(pd.concat([two_models, decode]))
+    assert len(fig.axes) == 4
+    for title in ("smollm2-135m, prompt dense", "smollm2-135m-relu2, every token sparse"):
+        assert title in words(fig)
+    kernel = two_models[two_models["model"] == "smollm2-135m"]
+    other = kernel.assign(seed=1, cell_id=kernel["cell_id"] + "1")
+    other.loc[other["metric"] == "token_perplexity", "value"] += 2.0
+    _, before = line_of(figures.quality_against_sparsity(kernel), "#009E73")
+    _, after = line_of(figures.quality_against_sparsity(pd.concat([kernel, other])), "#009E73")
+    assert after == pytest.approx([y + 1.0 for y in before])
+
+
+def test_requested_and_achieved_are_drawn_as_counted(kernel: pd.DataFrame) -> None:
+    fig = figures.requested_against_achieved(kernel)
+    x, y = line_of(fig, "#009E73", panel=1)
+    assert x == pytest.approx(list(SPARSITIES))
+    assert y == pytest.approx([0.98 * s for s in SPARSITIES])
+    pretender = kernel.copy()
+    teal = (pretender["method"] == "teal") & (pretender["metric"] == "achieved")
+    pretender.loc[teal, "value"] = 0.0
+    assert line_of(figures.requested_against_achieved(pretender), "#009E73", panel=1)[1] == [0, 0, 0]
+
+
+def test_layers_are_a_map_of_site_by_layer(kernel: pd.DataFrame) -> None:
+    fig = figures.achieved_by_layer(kernel, sparsity=0.4)
+    grid = fig.axes[2].images[0].get_array()
+    rows = kernel[(kernel["method"] == "teal") & (kernel["sparsity_requested"] == 0.4)]
+    rows = rows[(rows["metric"] == "achieved") & rows["layer"].notna()]
+    assert grid.shape == (4, synthetic.LAYERS)
+    expected = rows[(rows["site"] == "mlp_in") & (rows["layer"] == 7)]["value"].iloc[0]
+    assert grid[2, 7] == pytest.approx(expected)
+    assert "50% requested" in words(figures.achieved_by_layer(kernel))
+    with pytest.raises(ConfigError, match="at this request"):
+        figures.achieved_by_layer(kernel, sparsity=0.123)
+
+
+def test_flips_are_bars_around_the_net_change(kernel: pd.DataFrame) -> None:
+    fig = figures.flips(kernel)
+    heights = [bar.get_height() for bar in fig.axes[2].patches]
+    lines = headline(kernel)
+    teal = lines[lines["method"] == "teal"].sort_values("sparsity_requested")
+    assert heights == pytest.approx([*teal["won"], *(-teal["lost"])])
+    assert line_of(fig, "#000000", panel=2)[1] == pytest.approx(teal["change"].tolist())
+
+
+# ---- speed
+
+
+def test_pareto_refuses_masked_execution(kernel: pd.DataFrame) -> None:
+    masked = synthetic.table(execution="masked")
+    with pytest.raises(ConfigError, match="masked"):
+        figures.pareto(masked)
+    planted = masked.copy()  # even a speed-up that someone wrote into the table
+    planted["speedup"] = planted["speedup"].mask(planted["execution"] == "masked", 3.0)
+    with pytest.raises(ConfigError, match="masked"):
+        figures.pareto(planted)
+    lone = kernel["method"].isin(["dense", "teal"])
+    mixed = pd.concat([kernel[lone], masked[masked["method"] == "oracle"]])
+    fig = figures.pareto(mixed)
+    assert "teal" in words(fig) and "oracle" not in words(fig)
+
+
+def test_pareto_draws_the_measured_speedup_and_the_frontier(kernel: pd.DataFrame) -> None:
+    fig = figures.pareto(kernel)
+    x, _ = line_of(fig, "#009E73")
+    assert x == pytest.approx([1 / (1 - 0.7 * s) for s in SPARSITIES])
+    (front,) = (line for line in fig.axes[0].lines if line.get_color() == figures.FRONTIER)
+    assert len(front.get_xdata()) == 4  # dense and the three oracle cells
+    speed, quality = [1.0, 2.0, 3.0, 2.5], [0.5, 0.6, 0.3, 0.2]
+    assert figures._frontier(speed, quality, more=True) == [(2.0, 0.6), (3.0, 0.3)]
+    assert figures._frontier(speed, quality, more=False) == [(2.5, 0.2), (3.0, 0.3)]
+
+
+# ---- what may not be drawn
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_limited_run_is_drawn_only_under_its_mark(name: str) -> None:
+    smoke = synthetic.table(execution="kernel", limited=True)
+    with pytest.raises(ConfigError, match="limited"):
+        DRAWN[name](smoke)
+    assert "LIMITED RUN" in words(DRAWN[name](smoke, limited=True))
+
+
+def test_limited_rows_never_mix_into_a_result(kernel: pd.DataFrame) -> None:
+    smoke = synthetic.table(execution="kernel", limited=True, sparsities=(0.3,))
+    smoke["cell_id"] = smoke["cell_id"] + "s"
+    fig = figures.quality_against_sparsity(pd.concat([kernel, smoke]))
+    assert len(line_of(fig, "#009E73")[0]) == len(SPARSITIES)
+    assert "LIMITED" not in words(fig)
+    assert "LIMITED" not in words(figures.quality_against_sparsity(kernel, limited=True))
+
+
+def test_published_and_failed_rows_are_not_drawn_as_measured(kernel: pd.DataFrame) -> None:
+    for change in ({"source": "published"}, {"status": "failed"}):
+        with pytest.raises(ConfigError, match="nothing to draw"):
+            figures.quality_against_sparsity(kernel.assign(**change))
+
+
+def test_what_was_not_measured_is_said(kernel: pd.DataFrame) -> None:
+    with pytest.raises(ConfigError, match="acc:mmlu"):
+        figures.quality_against_sparsity(kernel, "mmlu")
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        figures.flips(kernel[kernel["method"] == "dense"])
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        figures.achieved_by_layer(kernel[kernel["probe"] != "sparsity"])
+
+
+def test_a_missing_error_or_dense_cell_still_draws(kernel: pd.DataFrame) -> None:
+    bare = kernel[kernel["method"] != "dense"].assign(stderr=pd.NA, dense_value=pd.NA, speedup=1.5)
+    bare = bare.astype({"stderr": "Float64", "dense_value": "Float64", "speedup": "Float64"})
+    for draw in (figures.quality_against_sparsity, figures.pareto):
+        FigureCanvasAgg(draw(bare)).draw()
+
+
+# ---- looks and files
+
+
+def test_the_palette_is_okabe_ito() -> None:
+    style = mpl.rc_params_from_file(figures.STYLE, use_default_template=False)
+    colours = {f"#{colour.lstrip('#').upper()}" for colour in style["axes.prop_cycle"].by_key()["color"]}
+    assert colours <= OKABE_ITO and len(colours) == 6
+    assert {figures.LOST, figures.WON, figures.DENSE} <= OKABE_ITO
+
+
+def test_no_two_methods_look_alike() -> None:
+    names = [f"method{number}" for number in range(20)]
+    lines = pd.DataFrame({"method": names, "variant": pd.Series([pd.NA] * 20, dtype="string")})
+    with mpl.rc_context(fname=figures.STYLE):
+        looks = figures._looks(lines)
+    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks.values()}) == 20
+
+
+def test_drawing_leaves_the_users_settings_alone(kernel: pd.DataFrame) -> None:
+    before = dict(mpl.rcParams)
+    figures.flips(kernel)
+    assert dict(mpl.rcParams) == before
+
+
+def test_saving_writes_both_kinds_reproducibly(kernel: pd.DataFrame, tmp_path: Path) -> None:
+    first = figures.save(figures.flips(kernel), tmp_path / "a" / "flips")
+    assert [path.name for path in first] == ["flips.png", "flips.svg"]
+    assert first[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in first[1].read_bytes()
+    again = figures.save(figures.flips(kernel), tmp_path / "b" / "flips")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert len(list((tmp_path / "a").iterdir())) == 2
