@@ -332,7 +332,8 @@ def _label(axes: Sequence[Axes], x: str, y: str) -> None:
     """Name the axes once: below each panel, and left of the first in each row."""
     for ax in axes:
         ax.set_xlabel(x)
-        if ax.get_subplotspec().is_first_col():
+        spec = ax.get_subplotspec()
+        if spec is not None and spec.is_first_col():
             ax.set_ylabel(y)
 
 

@@ -100,7 +100,7 @@ def _joined(lines: pd.DataFrame, by_task: bool) -> Table:
         table.add_column("ms a token", justify="right", no_wrap=True)
     column("speed-up", "speedup", ".2fx")
     for _, line in lines.iterrows():
-        cells = [_number(line, key, form) for key, form in columns]
+        cells: list[str | Text] = [_number(line, key, form) for key, form in columns]
         if "tpot_ms" in lines:
             cells.insert(len(cells) - ("speedup" in lines), _time(line))
         table.add_row(_method(line), *cells, style="bold" if line["method"] == "dense" else None)

@@ -130,7 +130,7 @@ def _start(cell_id: str, config: Mapping[str, Any], root: Path, group: str | Non
                     group=group,
                     config=dict(config),
                     dir=str(root),
-                    mode=attempt,
+                    mode=attempt,  # type: ignore[arg-type]
                     resume="allow",
                     settings=wandb.Settings(
                         silent=True,

@@ -301,6 +301,21 @@ def test_sigkill_at_any_moment_leaves_whole_probes(store: Store) -> None:
         assert not list((cell.path / "probes").glob(".*"))
 
 
+# ---- where it ran
+
+
+def test_the_environment_is_known_even_without_git_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.environment import environment
+
+    full = environment.__wrapped__()
+    assert full["packages"]["torch"] and full["cpu"] and full["cores"] >= 1
+    json.dumps(full)
+    monkeypatch.setenv("PATH", "")
+    bare = environment.__wrapped__()
+    assert bare["git"] == {"commit": None, "dirty": None} and bare["gpus"] == []
+    assert bare["packages"] == full["packages"]
+
+
 # ---- fits
 
 
