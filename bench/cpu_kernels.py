@@ -56,12 +56,12 @@ class Row:
     wall_over_cpu: float
 
 
-def thresholded_input(k: int, zeros: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A normal x [1, 1, k] and the threshold that drops round(k * zeros / 100) of its channels."""
-    x = torch.randn(1, 1, k).to(dtype)
+def scaled_input(k: int, zeros: int, dtype: torch.dtype) -> Tensor:
+    """A normal x [1, 1, k], scaled so that a threshold of 1 drops round(k * zeros / 100) of its channels."""
+    x = torch.randn(1, 1, k)
     drop = round(k * zeros / 100)
-    ranked = x.float().abs().flatten().sort().values
-    return x, ranked[drop - 1].clone() if drop else torch.tensor(-1.0)
+    ranked = x.abs().flatten().sort().values
+    return (x / ((ranked[drop - 1] + ranked[drop]) / 2 if drop else ranked[0] / 2)).to(dtype)
 
 
 def sweep(call: Callable[[int], object], n: int) -> tuple[float, float]:
@@ -80,9 +80,10 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
     copies = pool.numel() // (k * n)
     w = [m.view(n, k) for m in pool[: copies * k * n].view(copies, -1)]
     wt = [m.view(k, n) for m in w]
-    inputs = {z: [thresholded_input(k, z, dtype) for _ in range(copies)] for z in ZEROS}
-    used = {z: [int((~(x.float().abs() <= t)).sum()) for x, t in inputs[z]] for z in ZEROS}
-    x0 = [x for x, _ in inputs[0]]
+    t = torch.tensor(1.0)
+    inputs = {z: [scaled_input(k, z, dtype) for _ in range(copies)] for z in ZEROS}
+    used = {z: sum(int((x.abs() > t).sum()) for x in inputs[z]) for z in ZEROS}
+    x0 = inputs[0]
 
     calls: dict[str, Callable[[int], object]] = {
         "linear": lambda i: F.linear(x0[i], w[i]),
@@ -90,11 +91,10 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
         "dense_gemv_rows": lambda i: kernels.dense_gemv_rows(x0[i], w[i]),
     }
 
-    def column(i: int, zeros: int) -> Tensor:
-        x, t = inputs[zeros][i]
-        return kernels.column_gemv(x, wt[i], t)
+    def column(x: list[Tensor], i: int) -> Tensor:
+        return kernels.column_gemv(x[i], wt[i], t)
 
-    calls |= {f"column_gemv {z}": partial(column, zeros=z) for z in ZEROS}
+    calls |= {f"column_gemv {z}": partial(column, x) for z, x in inputs.items()}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     wall: dict[str, list[float]] = {name: [] for name in calls}
     bandwidth: list[float] = []
@@ -113,7 +113,7 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
     for name in calls:
         kernel, _, level = name.partition(" ")
         zeros = int(level or 0)
-        kept = sum(used[zeros]) / copies if level else k
+        kept = used[zeros] / copies if level else k
         floor = [kept * n * pool.element_size() / b for b in bandwidth]
         rows.append(
             Row(
