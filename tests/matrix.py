@@ -14,8 +14,10 @@ from methods.cett import Cett
 from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
+from methods.griffin import Griffin
 from methods.oracle import Oracle
 from methods.random import Random
+from methods.tda import Tda
 from methods.teal import Teal
 
 
@@ -45,4 +47,6 @@ CASES: dict[str, Case] = {
     "cett": Case(lambda s: Cett(s), site="mlp_hidden", tolerance=0.05),
     "cett_budget": Case(lambda s: Cett(s, cett=0.2 if s else None, cett_tokens=128), site=None),
     "cats": Case(lambda s: Cats(s), site="neurons", tolerance=0.05, families=("llama", "mistral")),
+    "griffin": Case(lambda s: Griffin(s), site="neurons"),
+    "tda": Case(lambda s: Tda(s), site="neurons", tolerance=0.1),
 }

@@ -1,0 +1,54 @@
+"""GRIFFIN: neurons fixed from the prompt for the whole answer (arXiv 2404.01365)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from harness.families import View
+from harness.method import Method, State
+from harness.selection import Mask, TopK, keep_mask, top_k_count
+from harness.step import Step
+from methods.prompt import PromptMasks
+
+
+@dataclass(frozen=True)
+class Griffin(Method):
+    """Keeps, after a dense prompt, the neurons with the largest flocking statistic (section 4), the same for all tokens.
+
+    With Z = act(gate) * up over the prompt's tokens, every row is scaled to unit length, so that no token dominates; the
+    statistic of a neuron is the L2 norm of its column.
+    """
+
+    name: ClassVar[str] = "griffin"
+    paper: ClassVar[str] = "arXiv 2404.01365"
+    phases: ClassVar[tuple[str, ...]] = ("decode",)
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        """Neurons, seen at the product before down."""
+        return {} if self.sparsity == 0 else {"neurons": "output"}
+
+    def plan(self, view: View, state: State) -> PromptMasks:
+        """Room for what the prompts will say."""
+        return PromptMasks()
+
+    def select(self, plan: PromptMasks, site: str, layer: int, x: Tensor, step: Step) -> Mask | None:
+        """The prompt's neurons for every token of its sequence. x: [batch, tokens, neurons]."""
+        if step.past == 0:
+            plan.forget(layer)
+        if bool(step.prompt.any()):
+            score = flocking(x, step.prompt)
+            k = top_k_count(x.shape[-1], self.sparsity)
+            plan.fix(layer, keep_mask(TopK(score, k), score), step)
+        return plan.of(layer, len(x))
+
+
+def flocking(z: Tensor, prompt: Tensor) -> Tensor:
+    """GRIFFIN's statistic float32 [batch, neurons] of z [batch, tokens, neurons] over prompt bool [batch, tokens]."""
+    z = torch.where(prompt[..., None], z.float(), 0)
+    return (z / z.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).norm(dim=1)
