@@ -120,9 +120,9 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     `acc:<task>`, `stderr:<task>`, `dense:<task>`; `change` (mean paired difference in accuracy to dense) and
     `stderr:change`; `lost`, `won` and their sum `flips` (shares of answers that went from right to wrong and
     back, mean over tasks); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy makes
-    sparse); `tpot_ms`, `ttft_ms` (smallest batch and context; kernel before masked), `execution` and
-    `speedup` (paired by round where that was measured), missing for masked execution. What was not measured
-    is missing.
+    sparse); `tpot_ms`, `dense:tpot_ms` (interleaved with it, if it was) and `ttft_ms` (smallest batch and context;
+    kernel before masked), `execution` and `speedup` (paired by round where that was measured), missing for masked
+    execution. What was not measured is missing.
     """
     table = table.reset_index(drop=True)
     lines = table.drop_duplicates("cell_id")[CELL].set_index("cell_id")
@@ -234,6 +234,7 @@ def _join_latency(lines: pd.DataFrame, latency: pd.DataFrame) -> pd.DataFrame:
     latency = latency.sort_values(["batch", "context", "_rank"], kind="stable")
     time = _first(latency, TIME_PER_TOKEN)
     lines["tpot_ms"], lines["execution"] = time["ms"], time["execution"]
+    lines["dense:tpot_ms"] = time["dense_value"] * time["unit"].map(MILLISECONDS).astype("Float64")
     lines["ttft_ms"] = _first(latency, TIME_TO_FIRST)["ms"]
     paired = _first(latency[latency["execution"].isin(SKIPPING)], TIME_RATIO)["value"]
     lines["speedup"] = paired.reindex(lines.index).where(time["speedup"].reindex(lines.index).notna())

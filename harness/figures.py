@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -20,10 +20,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from harness.collect import ACHIEVED, SKIPPING, headline
 from harness.errors import ConfigError
+from harness.selection import Site
 from harness.store import place_errors, write_atomic
 
 STYLE = Path(__file__).with_name("style.mplstyle")
@@ -32,6 +34,7 @@ LOST, WON = "#D55E00", "#56B4E9"
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
 Z95 = 1.96
+SITES = get_args(Site)  # in the order that a token meets them
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
 
 # What a quality figure can show: its axis label, and whether more is better.
@@ -118,7 +121,7 @@ def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: 
         top = max(0.01, float(rows["value"].max()))
         for ax, (title, panel) in zip(axes, panels, strict=True):
             grid = panel.pivot_table(index="site", columns="layer", values="value", sort=False)
-            grid = grid.sort_index(axis="columns")
+            grid = grid.sort_index(axis="columns").loc[lambda sites: sorted(sites.index, key=SITES.index)]
             image = ax.imshow(grid.to_numpy(dtype=float), aspect="auto", vmin=0, vmax=top)
             ax.set_title(title)
             ax.set_yticks(range(len(grid)), [str(site).replace("_", " ") for site in grid.index])
@@ -231,7 +234,8 @@ def _lines(df: pd.DataFrame, limited: bool, needs: Sequence[str]) -> tuple[pd.Da
         raise ConfigError(f"the table has nothing to draw: no {', '.join(absent)}")
     dense = lines["method"] == "dense"
     methods = lines[~dense].dropna(subset=list(needs))
-    _need(methods, f"no cell of a method has all of {', '.join(needs)}")
+    left_out = "" if limited or not df["limited"].fillna(False).any() else " (limited runs are left out)"
+    _need(methods, f"no cell of a method has all of {', '.join(needs)}{left_out}")
     return methods, lines[dense]
 
 
@@ -383,7 +387,8 @@ def _marked(fig: Figure, df: pd.DataFrame, limited: bool) -> Figure:
     """Write across the figure that it may hold rows of a limited run."""
     if limited and df["limited"].fillna(False).any():
         size = min(30.0, 3.6 * fig.get_figwidth())  # as wide as the figure
-        look: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 20, "alpha": 0.4, "color": LOST}
+        look: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 20, "alpha": 0.55, "color": MUTED}
         mark = fig.text(0.5, 0.5, "LIMITED RUN: not a result", size=size, weight="bold", zorder=10, **look)
+        mark.set_path_effects([withStroke(linewidth=3, foreground="white")])  # it may cross bars and maps
         mark.set_in_layout(False)
     return fig

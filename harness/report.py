@@ -25,6 +25,7 @@ PLAN = {
 }
 OUTCOMES = {"failed": "failed", "oom": "out of memory", "unsupported": "unsupported", "locked": "locked"}
 PHASES = {"all": "every token sparse", "decode": "prompt dense, later tokens sparse"}
+LAYOUTS = ("tasks", "means", "short")  # by how much they show: every task, the mean over tasks, no KL either
 MASKED_NOTE = "masked: computed densely on zeroed inputs, to measure quality. Its time is not a measure of speed."
 
 
@@ -40,11 +41,9 @@ def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
         block = block.dropna(axis="columns", how="all")
         measured = block[block["status"] == "ok"]
         if len(measured):
-            whole = _joined(measured, by_task=True)
-            unbounded = console.options.update(max_width=10_000)
-            fits = console.measure(whole, options=unbounded).maximum <= console.width
-            console.print(whole if fits else _joined(measured, by_task=False))
-            if not fits and _tasks(measured):
+            layout = next((layout for layout in LAYOUTS if _fits(_joined(measured, layout), console)), LAYOUTS[-1])
+            console.print(_joined(measured, layout))
+            if layout != "tasks" and _tasks(measured):
                 console.print(_by_task(measured))
             if "execution" in measured and (measured["execution"] == "masked").any():
                 console.print(Text(MASKED_NOTE, style="yellow"))
@@ -75,7 +74,12 @@ def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | No
         console.print(Text(f"  {name}: {OUTCOMES[status]}: {message}", style="red"))
 
 
-def _joined(lines: pd.DataFrame, by_task: bool) -> Table:
+def _fits(table: Table, console: Console) -> bool:
+    unbounded = console.options.update(max_width=10_000)
+    return console.measure(table, options=unbounded).maximum <= console.width
+
+
+def _joined(lines: pd.DataFrame, layout: str) -> Table:
     table = _frame(_title(lines.iloc[0]))
     columns: list[tuple[str, Any]] = []
 
@@ -84,25 +88,24 @@ def _joined(lines: pd.DataFrame, by_task: bool) -> Table:
             table.add_column(header, justify=justify, no_wrap=True)
             columns.append((key, form))
 
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # a variant may be long
     column("sparsity\nrequested", "sparsity_requested", ".2f")
     column("achieved\nMLP", "achieved_mlp", ".3f")
     column("achieved\nmodel", "achieved_model", ".3f")
     column("perplexity", "perplexity", ".2f")
-    if by_task:
+    if layout == "tasks":
         for task in _tasks(lines):
             column(task.replace("_", "\n"), f"acc:{task}", ".2f")
     else:
         column(f"accuracy\nmean of {len(_tasks(lines))}", "accuracy", ".3f")
-    column("KL to\ndense", "kl", ".3f")
+    if layout != "short":
+        column("KL to\ndense", "kl", ".3f")
     column("answers\nflipped", "flips", ".1%")
-    if "tpot_ms" in lines:
-        table.add_column("ms a token", justify="right", no_wrap=True)
+    column("ms a\ntoken", "tpot_ms", "time")
+    column("dense\nbeside", "dense:tpot_ms", ".1f")
     column("speed-up", "speedup", ".2fx")
     for _, line in lines.iterrows():
-        cells: list[str | Text] = [_number(line, key, form) for key, form in columns]
-        if "tpot_ms" in lines:
-            cells.insert(len(cells) - ("speedup" in lines), _time(line))
+        cells = [_time(line) if form == "time" else _number(line, key, form) for key, form in columns]
         table.add_row(_method(line), *cells, style="bold" if line["method"] == "dense" else None)
     return table
 
@@ -110,7 +113,7 @@ def _joined(lines: pd.DataFrame, by_task: bool) -> Table:
 def _by_task(lines: pd.DataFrame) -> Table:
     table = _frame("accuracy by task (± standard error)")
     tasks = _tasks(lines)
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # a variant may be long
     table.add_column("requested", justify="right", no_wrap=True)
     for task in tasks:
         table.add_column(task.replace("_", "\n"), justify="right", no_wrap=True)

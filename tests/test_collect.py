@@ -210,6 +210,15 @@ def test_the_printed_table_fits_and_calls_masked_time_masked(table: pd.DataFrame
         assert fact in text
 
 
+def test_a_long_variant_is_folded_and_not_cut() -> None:
+    table = synthetic.table(methods=("teal",))
+    variant = "allocation=greedy;calibration=wikipedia;seed=12345"
+    table["variant"] = table["variant"].mask(table["method"] == "teal", variant)
+    text = shown(100, table)
+    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+    assert "12345" in text and "24.0 masked" in text
+
+
 def test_the_printed_table_shows_a_measured_speedup_and_a_limited_run() -> None:
     text = shown(120, synthetic.table(execution="kernel", limited=True))
     assert "1.54x" in text and "speed-up" in text and "LIMITED" in text and "masked" not in text
