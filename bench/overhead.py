@@ -1,0 +1,97 @@
+"""Harness overhead: masked TEAL at 0.5 against plain lm-eval on the dense model, same items and batch size, paired.
+
+Run: python -m bench.overhead --out results/bench/overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness.assets import embedded_model_dir
+from harness.attach import attached
+from harness.calibration import Calibration
+from harness.environment import environment
+from harness.families import view_of
+from harness.lm import HarnessLM
+from harness.session import pick_dtype
+from harness.step import Policy
+from harness.tasks import load_tasks, task_manager
+from harness.text import calibration_text, token_windows
+from methods.teal import Teal
+
+
+def evaluate(lm, tasks, limit):
+    start = time.perf_counter()
+    simple_evaluate(
+        model=lm,
+        tasks=load_tasks(tasks),
+        task_manager=task_manager(),
+        limit=limit,
+        bootstrap_iters=100,
+        log_samples=True,
+    )
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/bench/overhead.json"))
+    parser.add_argument("--tasks", default="piqa,arc_easy,lambada_openai")
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = args.tasks.split(",")
+    folder = embedded_model_dir()
+    dtype = pick_dtype("auto", torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    view = view_of(model)
+    method = Teal(0.5)
+    state = method.fit(view, Calibration(view, token_windows(tokenizer, calibration_text(), 512, count=4).split(4)))
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+    ours = HarnessLM(view, tokenizer, batch_size=8)
+    times: dict[str, list[float]] = {"plain lm-eval, dense": [], "harness, dense": [], "harness, TEAL 0.5 masked": []}
+    for round_ in range(args.rounds + 1):
+        once = [evaluate(plain, tasks, args.limit), evaluate(ours, tasks, args.limit)]
+        with attached(view, [(method, state)], Policy(), count=True):
+            once.append(evaluate(ours, tasks, args.limit))
+        if round_:  # the first round warms up
+            for name, seconds in zip(times, once, strict=True):
+                times[name].append(seconds)
+    base = times["plain lm-eval, dense"]
+    ratios = {
+        name: statistics.median(mine / theirs for mine, theirs in zip(seconds, base, strict=True))
+        for name, seconds in times.items()
+    }
+    result = {
+        "what": "wall time over plain lm-eval (HFLM, dense), median of paired rounds; goal for TEAL: at most 1.25",
+        "tasks": tasks,
+        "limit": args.limit,
+        "batch_size": 8,
+        "dtype": str(dtype),
+        "seconds": times,
+        "ratio": ratios,
+        "environment": environment(),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    for name, ratio in ratios.items():
+        print(f"{name:28s} {statistics.median(times[name]):7.1f} s  {ratio:5.2f}x plain")
+
+
+if __name__ == "__main__":
+    main()
