@@ -399,6 +399,26 @@ def test_a_compiled_graph_finds_the_extension() -> None:
     run_python(RUN_COMPILED_FIRST)
 
 
+RUN_FORKED = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+import torch, kernels
+torch.set_num_threads(2)
+x, w = torch.randn(1, 1200), torch.randn(1200, 2000)
+y = kernels.dense_gemv(x, w)
+with ThreadPoolExecutor(4) as callers:
+    assert all(torch.equal(y, z) for z in callers.map(lambda _: kernels.dense_gemv(x, w), range(40)))
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(y, kernels.dense_gemv(x, w)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_threads_survive_several_callers_and_a_fork() -> None:
+    run_python(RUN_FORKED)
+
+
 @pytest.mark.slow
 def test_a_build_that_was_cut_off_is_done_again(tmp_path) -> None:
     code = "import kernels, warnings; warnings.simplefilter('error'); assert kernels.cpu_extension()"

@@ -15,8 +15,7 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 
 _SOURCES = sorted((Path(__file__).parent / "csrc").glob("*"))
-# -fopenmp only when compiling: the symbols come from the OpenMP that torch has loaded, so there is one pool
-_FLAGS = ["-O3"] + (["-fopenmp"] if sys.platform.startswith("linux") else [])
+_FLAGS = ["-O3"]
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pool.h"
 
 namespace dynact {
 namespace {
@@ -89,7 +90,7 @@ int32_t* room(std::vector<int32_t>& v, int64_t n) {
 // As many parts as torch has threads, and one where a part would be shorter than waking a thread. The parts are fixed
 // by the sizes alone, so a result repeats bit for bit at a given number of threads.
 int64_t parts_for(int64_t items, int64_t bytes) {
-  constexpr int64_t kBytesWorthAThread = 512 * 1024;
+  constexpr int64_t kBytesWorthAThread = 1 << 20;
   if (at::in_parallel_region()) return 1;
   return std::max<int64_t>(1, std::min<int64_t>({at::get_num_threads(), items, bytes / kBytesWorthAThread}));
 }
@@ -99,9 +100,7 @@ template <typename F>
 void split(int64_t items, int64_t bytes, F f) {
   int64_t parts = parts_for(items, bytes);
   if (parts == 1) return f(0, items);
-  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) f(p * items / parts, (p + 1) * items / parts);
-  });
+  Pool::get().run(parts, [&](int64_t p) { f(p * items / parts, (p + 1) * items / parts); });
 }
 
 // y += sum_j val[j] * wt[row_j]: active rows are shared out, each part has a y of its own, summed in a fixed order.
@@ -112,11 +111,9 @@ void add_rows(const T* wt, int64_t N, const int32_t* idx, const float* val, int6
   if (parts == 1) return k.axpy_rows(wt, N, idx, 0, val, m, y);
   float* own = room(scratch().parts, (parts - 1) * N);
   std::fill(own, own + (parts - 1) * N, 0.0f);
-  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) {
-      int64_t a = p * m / parts, b = (p + 1) * m / parts;
-      k.axpy_rows(wt, N, idx ? idx + a : nullptr, idx ? 0 : a, val + a, b - a, p ? own + (p - 1) * N : y);
-    }
+  Pool::get().run(parts, [&](int64_t p) {
+    int64_t a = p * m / parts, b = (p + 1) * m / parts;
+    k.axpy_rows(wt, N, idx ? idx + a : nullptr, idx ? 0 : a, val + a, b - a, p ? own + (p - 1) * N : y);
   });
   for (int64_t p = 1; p < parts; ++p)
     for (int64_t n = 0; n < N; ++n) y[n] += own[(p - 1) * N + n];
@@ -505,11 +502,9 @@ int64_t stream(const Tensor& buffer) {
   int64_t pages = static_cast<int64_t>(buffer.nbytes()) / kPage;
   std::vector<uint64_t> sums(std::max(1, at::get_num_threads()));
   int64_t parts = static_cast<int64_t>(sums.size());
-  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      int64_t a = i * pages / parts, b = (i + 1) * pages / parts;
-      sums[i] = table()->read(p + a * kPage, (b - a) * kPage);
-    }
+  Pool::get().run(parts, [&](int64_t i) {
+    int64_t a = i * pages / parts, b = (i + 1) * pages / parts;
+    sums[i] = table()->read(p + a * kPage, (b - a) * kPage);
   });
   uint64_t total = 0;
   for (uint64_t s : sums) total ^= s;
