@@ -22,7 +22,7 @@ from harness import assets, text
 from harness.calibration import Calibration
 from harness.config import CellConfig
 from harness.errors import ConfigError
-from harness.families import View, view_of
+from harness.families import View, prosparse, view_of
 from harness.method import Method, State
 from harness.scratch import Scratch
 from harness.step import Policy
@@ -71,9 +71,14 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     place = pick_device(device)
     source, revision = _source(model_config)
     tokenizer = _tokenizer(model_json)
+    prosparse.register()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=pick_dtype(dtype, place), attn_implementation="sdpa"
+            source,
+            revision=revision,
+            dtype=pick_dtype(dtype, place),
+            attn_implementation="sdpa",
+            trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(model_config, error) from error
@@ -94,7 +99,7 @@ def _tokenizer(model_json: str) -> Any:
     model_config = json.loads(model_json)
     source, revision = _source(model_config)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(model_config, error) from error
 

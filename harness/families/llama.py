@@ -1,4 +1,4 @@
-"""LLaMA and its kin: RMSNorm, rotary attention with grouped KV heads, gated MLP (Llama 2/3, SmolLM2, Mistral)."""
+"""LLaMA and its kin: RMSNorm, rotary attention with grouped KV heads, gated MLP (Llama 2/3, SmolLM2, Mistral, ProSparse)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from harness.families.base import Block, View
 
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = ("llama", "mistral", "sparsellama")
 
 
 def view(model: nn.Module) -> View:

@@ -1,0 +1,165 @@
+"""Family adapters: every model in conf/model, tiny random models of every family, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from harness.errors import ConfigError, UnsupportedError
+from harness.families import ADAPTERS, view_of
+from tests import tiny
+
+MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in Path("conf/model").glob("*.yaml")}
+STUDY = ("llama-2-7b", "llama-2-13b", "llama-3-8b", "mistral-7b", "opt-6.7b", "relullama-7b", "prosparse-7b")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_entry_has_the_keys(name: str) -> None:
+    model = MODELS[name]
+    assert set(model) == {"name", "source", "path", "repo", "revision"}
+    assert model["name"] == name
+    if model["source"] == "hub":
+        assert model["path"] is None and re.fullmatch(r"[\w.-]+/[\w.-]+", model["repo"])
+        assert re.fullmatch("[0-9a-f]{40}", model["revision"]), "a branch moves; numbers need a commit"
+    else:
+        assert model["repo"] is None and model["revision"] is None
+
+
+def test_the_models_of_the_study_are_there() -> None:
+    assert {name for name in STUDY if MODELS[name]["source"] == "hub"} == set(STUDY)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+def test_a_view_has_the_shapes_of_its_model(family: str) -> None:
+    view = tiny.view(family)
+    config = view.model.config
+    assert view.family == ("opt" if family == "opt" else "llama")
+    assert (view.n_layers, view.d_model) == (config.num_hidden_layers, config.hidden_size)
+    assert view.gated == (family != "opt")
+    assert view.n_heads * view.head_dim == view.channels("o")
+    assert view.group_size * view.n_kv_heads == view.n_heads
+    names = ["q", "k", "v", "o", "gate", "up", "down"] if view.gated else ["q", "k", "v", "o", "up", "down"]
+    assert view.projection_names() == names
+    for block in view.blocks:
+        shapes = {name: (module.out_features, module.in_features) for name, module in block.projections()}
+        wide, narrow = view.n_heads * view.head_dim, view.n_kv_heads * view.head_dim
+        assert shapes["q"] == (wide, view.d_model)
+        assert shapes["k"] == shapes["v"] == (narrow, view.d_model)
+        assert shapes["o"] == (view.d_model, wide)
+        assert shapes["up"] == shapes.get("gate", shapes["up"]) == (view.d_ff, view.d_model)
+        assert shapes["down"] == (view.d_model, view.d_ff)
+    inside = sum(m.weight.numel() for m in view.model.modules() if isinstance(m, nn.Linear)) - vocabulary_weights(view)
+    assert view.block_weights * view.n_layers == inside, "every linear weight of the blocks is counted once"
+    assert view.activation == ("relu" if family == "opt" else "silu")
+
+
+def vocabulary_weights(view: Any) -> int:
+    """Weights of the head, which is no part of a block."""
+    return view.model.get_output_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+@torch.no_grad()
+def test_the_parts_of_a_view_are_the_parts_that_the_model_runs(family: str) -> None:
+    """Final hidden states through the head are the logits; norms come before the projections that they feed."""
+    view, seen = tiny.view(family), {}
+    block, (attn_norm, mlp_norm) = view.blocks[1], view.norms[1]
+    hooks = [
+        view.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.update(final=args[0])),
+        attn_norm.register_forward_hook(lambda _m, _a, out: seen.update(attn_norm=out)),
+        mlp_norm.register_forward_hook(lambda _m, _a, out: seen.update(mlp_norm=out)),
+        block.q.register_forward_pre_hook(lambda _, args: seen.update(q=args[0])),
+        block.up.register_forward_pre_hook(lambda _, args: seen.update(up=args[0])),
+        block.act.register_forward_hook(lambda _m, _a, out: seen.update(act=out)),
+        view.final_norm.register_forward_hook(lambda _m, _a, out: seen.update(final_norm=out)),
+    ]
+    logits = view.model(tiny.tokens(2, 7)).logits
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(view.logits(seen["final"]), logits)
+    assert torch.equal(seen["final"], seen["final_norm"])
+    assert torch.equal(seen["q"], seen["attn_norm"])
+    assert torch.equal(seen["up"].flatten(), seen["mlp_norm"].flatten())
+    assert seen["act"].shape[-1] == view.d_ff
+
+
+def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(model_type="mamba")
+    with pytest.raises(UnsupportedError, match=r"'mamba' \(known: .*llama.*opt"):
+        view_of(model)
+
+
+def test_no_two_adapters_claim_one_model_type() -> None:
+    types = [model_type for adapter in ADAPTERS for model_type in adapter.MODEL_TYPES]
+    assert len(types) == len(set(types))
+
+
+# ------------------------------------------------------------------------------------------ ReLU models
+
+
+def loaded(folder: Path) -> Any:
+    """What the harness loads from a local folder."""
+    from harness import session
+
+    model = {"name": "local", "source": "path", "path": str(folder), "repo": None, "revision": None}
+    return session._load(json.dumps(model, sort_keys=True), "float32", "cpu")
+
+
+def test_a_relu_llama_is_an_ordinary_llama(tmp_path: Path, tokenizer: Any) -> None:
+    found = loaded(tiny.save_with_tokenizer(tmp_path, tokenizer, hidden_act="relu"))
+    assert (found.view.family, found.view.activation) == ("llama", "relu")
+    assert isinstance(found.view.blocks[0].act, nn.ReLU)
+
+
+def as_prosparse(folder: Path, threshold: float) -> None:
+    """Write a LLaMA folder's config as the published ProSparse checkpoints have it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {
+        "architectures": ["SparseLlamaForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_sparsellama.SparseLlamaConfig",
+            "AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM",
+        },
+        "hidden_act": "fatrelu",
+        "hidden_act_param": threshold,
+        "model_type": "sparsellama",
+    }
+    path.write_text(json.dumps(config))
+    for name in ("configuration_sparsellama", "modeling_sparsellama"):
+        (folder / f"{name}.py").write_text("raise SystemExit('remote code was run')")
+
+
+@torch.no_grad()
+def test_prosparse_loads_without_its_remote_code_and_keeps_its_threshold(tmp_path: Path, tokenizer: Any) -> None:
+    tokens = tiny.tokens(1, 9)
+    relu = loaded(tiny.save_with_tokenizer(tmp_path / "relu", tokenizer, hidden_act="relu")).view.model(tokens).logits
+    for threshold, name in ((0.0, "zero"), (0.3, "high")):
+        folder = tiny.save_with_tokenizer(tmp_path / name, tokenizer, hidden_act="relu")
+        as_prosparse(folder, threshold)
+        view = loaded(folder).view
+        assert (view.family, view.activation) == ("llama", "fatrelu")
+        gates: list[torch.Tensor] = []
+        hook = view.blocks[0].act.register_forward_hook(lambda _m, _a, out, gates=gates: gates.append(out))
+        logits = view.model(tokens).logits
+        hook.remove()
+        kept = gates[0][gates[0] != 0]
+        assert len(kept) > 0 and kept.min() > threshold
+        assert torch.equal(logits, relu) == (threshold == 0)
+
+
+def test_other_remote_code_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tiny.save_with_tokenizer(tmp_path, tokenizer)
+    as_prosparse(folder, 0.0)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"sparsellama"', '"strange"'))
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        loaded(folder)
