@@ -2,8 +2,16 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A GPU machine takes the index's own torch; elsewhere the CPU build named in the constraints is enough.
-TORCH  := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<3'; else grep '^torch==' constraints.txt; fi)
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+# Where there is no GPU, the CPU build of torch that the constraints name is enough. A GPU machine takes the newest torch
+# of its index, with the triton that belongs to it.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH  := $(shell grep '^torch==' constraints.txt)
+FREE   := ^$$
+else
+TORCH  := torch>=2.11,<3
+FREE   := ^(torch|triton)==
+endif
 # One thread more than the work needs can stall a shared machine: never let idle OpenMP threads spin.
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
@@ -43,9 +51,11 @@ bench-gpu: setup
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): a few minutes, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,notebooks]"
+	$(PIP) "$(TORCH)"
+	grep -vE '$(FREE)' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt -e ".[dev,notebooks]"
 	touch $@
 
 assets: setup
