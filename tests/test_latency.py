@@ -1,0 +1,127 @@
+"""The latency probe on tiny models: what is timed, how often, beside what. No test looks at how fast it was."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from harness.collect import headline, relate
+from harness.probes import latency
+from harness.rows import make_row, to_frame
+from harness.step import Policy
+from methods.dense import Dense
+from methods.teal import Teal
+from tests import tiny
+
+CONFIG = {"batch": [1], "context": [16], "new_tokens": 5, "repeats": 3, "min_seconds": 0.0}
+
+
+@pytest.fixture(scope="module")
+def teal():
+    view = tiny.view("llama")
+    method = Teal(0.5)
+    return view, [(method, method.fit(view, tiny.calibration(view)))]
+
+
+def found(view, fitted, execution="auto"):
+    return latency.variants(view, fitted, Policy(), 0.5, execution, tiny.tokens(2, 96))
+
+
+def test_a_kernel_method_is_timed_beside_its_fair_baselines(teal):
+    view, fitted = teal
+    kinds = [(v.execution, v.columns.get("variant"), v.columns.get("sparsity_requested")) for v in found(view, fitted)]
+    assert kinds == [
+        ("dense", None, None),
+        ("dense", "tuned GEMV", None),
+        ("kernel", None, 0.0),
+        ("kernel", None, None),
+        ("dense_slice", None, None),
+    ]
+    assert [v.execution for v in found(view, fitted, "masked")] == ["dense", "masked"]
+    assert [v.execution for v in found(view, [(Dense(), {})])] == ["dense"]
+
+
+def test_every_variant_is_timed_in_every_round(teal, monkeypatch):
+    view, fitted = teal
+    order = []
+    generate = latency.generate
+    monkeypatch.setattr(latency, "generate", lambda *args: order.append(len(order)) or generate(*args))
+    variants = found(view, fitted)
+    rows = latency.measure(view, variants, tiny.tokens(2, 64), CONFIG)
+    assert len(order) == (3 + 1) * len(variants), "three rounds after one warm-up"
+    for variant in variants:
+        assert len(variant.first) == len(variant.rounds) == 3
+        assert len(variant.each) == 3 * (5 - 1), "iterations times (tokens - 1) intervals, no more"
+    complete = [make_row(cell_id="c", **row) for row in rows]
+    assert {r["unit"] for r in complete if r["metric"].startswith("tpot")} == {"s"}
+    assert all(r["value"] > 0 for r in complete)
+
+
+def test_kernel_decode_gives_the_masked_tokens(teal):
+    """Greedy tokens of the timed run are those that masked execution produces (float32, tiny depth)."""
+    view, fitted = teal
+    prompt = tiny.tokens(1, 16)
+    runs = {}
+    for name, execution in (("kernel", "kernel"), ("masked", "masked")):
+        variant = found(view, fitted, execution)[3 if execution == "kernel" else 1]
+        with torch.no_grad(), variant.attach():
+            out = view.model(prompt, use_cache=True)
+            logits = [out.logits[:, -1]]
+            for token in tiny.tokens(1, 4, seed=5)[0]:
+                out = view.model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+                logits.append(out.logits[:, -1])
+        runs[name] = torch.cat(logits)
+    torch.testing.assert_close(runs["kernel"], runs["masked"], rtol=1e-3, atol=1e-3)
+
+
+def test_roofline_counts_kept_weights_head_and_cache():
+    view = tiny.view("llama")
+    head = view.model.get_output_embeddings().weight.numel()
+    blocks = view.block_weights * view.n_layers
+    assert latency.step_bytes(view, 1.0, 1, 0) == 4 * (blocks + head)
+    assert latency.step_bytes(view, 0.5, 2, 10) == 4 * (blocks / 2 + head + 2 * 2 * 10 * 2 * 16 * 3)
+
+
+def cell(*runs) -> pd.DataFrame:
+    """A cell's latency rows: (execution, variant, sparsity, seconds a token)."""
+    rows = []
+    for execution, variant, sparsity, seconds in runs:
+        rows.append(
+            make_row(
+                cell_id="c",
+                model="m",
+                method="teal",
+                phase="all",
+                probe="latency",
+                execution=execution,
+                variant=variant,
+                sparsity_requested=sparsity,
+                metric="tpot_median",
+                value=seconds,
+                unit="s",
+                n=9,
+                batch=1,
+                context=16,
+            )  # fmt: skip
+        )
+    return relate(to_frame(rows), {})
+
+
+def test_a_better_gemv_is_never_sold_as_sparsity():
+    """The headline compares the method with the strongest dense run, and never shows its kernel at 0 % as the method."""
+    table = cell(
+        ("dense", None, 0.5, 0.4),
+        ("dense", "tuned GEMV", 0.5, 0.2),
+        ("kernel", None, 0.0, 0.1),
+        ("kernel", None, 0.5, 0.16),
+    )
+    line = headline(table).iloc[0]
+    assert line["tpot_ms"] == pytest.approx(160)
+    assert line["speedup"] == pytest.approx(0.2 / 0.16)
+
+
+def test_masked_time_is_no_speedup():
+    line = headline(cell(("dense", None, 0.5, 0.4), ("masked", None, 0.5, 0.1))).iloc[0]
+    assert line["execution"] == "masked"
+    assert pd.isna(line.get("speedup"))
