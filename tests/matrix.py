@@ -14,6 +14,7 @@ from methods.cett import Cett
 from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
+from methods.kv_skip import KvSkip
 from methods.griffin import Griffin
 from methods.oracle import Oracle
 from methods.random import Random
@@ -49,4 +50,8 @@ CASES: dict[str, Case] = {
     "cats": Case(lambda s: Cats(s), site="neurons", tolerance=0.05, families=("llama", "mistral")),
     "griffin": Case(lambda s: Griffin(s), site="neurons"),
     "tda": Case(lambda s: Tda(s), site="neurons", tolerance=0.1),
+    "kv_skip": Case(lambda s: KvSkip(s, unit="group"), site="heads"),
+    "kv_skip_zeros": Case(lambda s: KvSkip(s, select_by="random", unit="group", dropped="zeros"), site="heads"),
+    "kv_recompute": Case(lambda s: KvSkip(s, select_by="lookahead", unit="group", kv="recompute", rank=2), site="heads"),
+    "kv_mask_output": Case(lambda s: KvSkip(s, kv="mask_output"), site="heads"),
 }
