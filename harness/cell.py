@@ -155,13 +155,29 @@ class Run:
         """Requested against achieved on held-out text."""
         from harness.probes import sparsity
 
+        self._on_text("sparsity", sparsity.measure)
+
+    def predictivity(self) -> None:
+        """How well a method's predictor finds what contributes most: recall, precision, density, AUC by layer."""
+        from harness.probes import predictivity
+
+        self._on_text("predictivity", predictivity.measure)
+
+    def affinity(self) -> None:
+        """How far active neurons repeat from token to token, cluster, and unite over a batch."""
+        from harness.probes import affinity
+
+        self._on_text("affinity", affinity.measure)
+
+    def _on_text(self, probe: str, measure: Callable[..., list[dict[str, Any]]]) -> None:
+        """A probe that looks at one pass over held-out text."""
         text = self.config["probe"]["perplexity"]
 
         def make() -> tuple:
             windows = session.evaluation_windows(self.loaded, text, self.config["probe"]["sparsity"]["windows"])
-            return (sparsity.measure(self.loaded.view, self.fitted, self.policy, windows),)
+            return (measure(self.loaded.view, self.fitted, self.policy, windows),)
 
-        self.commit("sparsity", make)
+        self.commit(probe, make)
 
     def latency(self) -> None:
         """Time to first token and per token, dense beside the method."""

@@ -13,7 +13,7 @@ from typing import Any
 from harness.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
-PROBES = ("quality", "sparsity", "latency", "predictivity")
+PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity")
 # Read by the command line, not part of what is measured.
 RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment")
 
