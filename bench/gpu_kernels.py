@@ -147,14 +147,14 @@ def column_table(bench: Bench, c: Columns, zeros_list: tuple[int, ...], forms: t
     base = dense(bench, c)
     for zeros in zeros_list:
         t, kept = c.at(zeros)
-        compact = zeros / 100 >= COMPACT_FROM
+        packs = zeros / 100 >= COMPACT_FROM
         lists = [(c.x[i].float().abs() > t[i]).nonzero().flatten().int() for i in range(c.copies)]
 
         def op(i: int) -> Tensor:
             return kc.column_gemv(c.x[i], c.pool[i], t[i], None, zeros / 100)  # noqa: B023
 
         def accumulate(i: int) -> Tensor:
-            return column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, compact=compact)  # noqa: B023
+            return column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, expected_sparsity=zeros / 100)  # noqa: B023
 
         def given(i: int) -> Tensor:
             return column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True)  # noqa: B023
@@ -166,7 +166,7 @@ def column_table(bench: Bench, c: Columns, zeros_list: tuple[int, ...], forms: t
             us = timed([lambda i=i, f=calls[form]: f(i) for i in range(c.copies)])
             if form in ("op", "repeatable"):
                 y = torch.full((c.n,), torch.nan, device="cuda")
-                wrong = error(column(c.x[0], c.pool[0], t[0], y=y, compact=compact), want)
+                wrong = error(column(c.x[0], c.pool[0], t[0], y=y, expected_sparsity=zeros / 100), want)
             else:
                 c.y.zero_()
                 wrong = error(calls[form](0), want)
@@ -174,7 +174,7 @@ def column_table(bench: Bench, c: Columns, zeros_list: tuple[int, ...], forms: t
             own = min(base["dense_rows"], base["dense_columns"])
             bench.add(
                 "column", us, c.n * c.k * 2 * kept, n=c.n, k=c.k, dtype=str(c.dtype), kernel=form,
-                form="compact" if compact and form != "list" else "list" if form == "list" else "masked",
+                form="list" if form == "list" else "compact" if packs else "masked",
                 zeros_percent=zeros, kept=kept, over_own_dense=own / us, over_cublas=base["cublas"] / us, error=wrong,
             )  # fmt: skip
 
@@ -250,99 +250,91 @@ def attention_table(bench: Bench) -> None:
 
 
 def tune(bench: Bench) -> None:
-    """Tiles of every kernel, on a few shapes: what the defaults in kernels/cuda were chosen from."""
+    """Candidate tiles of every kernel: what the defaults in kernels/cuda were chosen from."""
+    from kernels.cuda import compact
     from kernels.cuda.attention import attend_step
-    from kernels.cuda.column import batch, column, column_list
+    from kernels.cuda.column import SCALAR, batch, column, column_list
     from kernels.cuda.rows import neurons, rows
+    from kernels.cuda.step import rms_norm
 
-    def attempt(what: str, tile: tuple, floor_bytes: float, calls: list[Callable], **facts: Any) -> None:
+    half = torch.float16
+
+    def attempt(what: str, tile: tuple, floor_bytes: float, copies: int, call: Callable[[int], Any], **facts: Any) -> None:
         try:
-            bench.add("tune", timed(calls, 5), floor_bytes, kernel=what, tile=tile, **facts)
+            us = timed([lambda i=i: call(i) for i in range(copies)], 5)
+            bench.add("tune", us, floor_bytes, kernel=what, tile=tile, **facts)
         except Exception as e:  # a tile that does not compile or fit is a result too
             bench.rows.append({"table": "tune", "kernel": what, "tile": tile, "failed": repr(e)[:300], **facts})
 
-    masked = [(64, 32, 64), (64, 32, 32), (128, 32, 64), (128, 32, 32), (128, 32, 128), (64, 32, 128)]
-    compact = [(128, 32, 256), (64, 32, 256), (128, 16, 256), (128, 32, 512), (64, 32, 512), (256, 16, 256)]
+    masked = [(64, 32, 64), (64, 32, 32), (128, 32, 32), (128, 16, 32), (128, 16, 16), (64, 64, 64), (256, 16, 16)]
     for n, k in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)):
-        c = Columns(n, k, torch.float16)
+        c = Columns(n, k, half)
         size = n * k * 2
-        copies = range(c.copies)
-        for zeros in (0, 50, 65, 80):
+        for zeros in (0, 25, 50, 65, 80, 90):
             t, kept = c.at(zeros)
             facts = {"n": n, "k": k, "zeros_percent": zeros}
-            for tile in masked if zeros <= 65 else ():
-                attempt("masked", tile, size * kept,
-                        [lambda i=i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, tile=tile) for i in copies], **facts)  # fmt: skip
-            if zeros == 0:
-                attempt(
-                    "dense_columns",
-                    (64, 32, 64),
-                    size,
-                    [lambda i=i: kc.dense_gemv(c.x[i], c.pool[i]) for i in copies],
-                    **facts,
-                )
-            for tile in compact if zeros >= 65 else ():
-                attempt("compact", tile, size * kept,
-                        [lambda i=i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, compact=True, tile=tile) for i in copies], **facts)  # fmt: skip
-            if zeros == 50:
-                attempt("masked op", (64, 32, 64), size * kept,
-                        [lambda i=i: kc.column_gemv(c.x[i], c.pool[i], t[i]) for i in copies], **facts)  # fmt: skip
-            if zeros == 80:
-                attempt("compact op", (128, 32, 256), size * kept,
-                        [lambda i=i: kc.column_gemv(c.x[i], c.pool[i], t[i], None, 0.8) for i in copies], **facts)  # fmt: skip
-                lists = [(c.x[i].float().abs() > t[i]).nonzero().flatten().int() for i in copies]
+            for tile in masked if zeros in (0, 25, 50, 65) else ():
+                attempt("masked", tile, size * kept, c.copies,
+                        lambda i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, tile=tile), **facts)  # fmt: skip
+            if k == 11008 and zeros == 50:
+                x32 = c.x.float()
+                hidden = F.silu(c.x)
+                t_hidden = hidden.float().abs().quantile(0.5, dim=1, keepdim=True)
+                ones = torch.ones_like(x32)
+                for tile in masked:
+                    attempt("masked glu", tile, size * kept, c.copies,
+                            lambda i: column(x32[i], c.pool[i], t_hidden[i], y=c.y[i], up=ones[i], act="silu", accumulate=True, tile=tile), **facts)  # fmt: skip
+            for unroll, blocks in ((8, 4), (8, 3), (4, 4), (4, 8), (16, 2), (16, 3), (8, 5)) if zeros >= 50 else ():
+                attempt("compact", (unroll, blocks), size * kept, c.copies,
+                        lambda i: compact.launch(c.x[i], None, t[i], c.pool[i], None, c.y[i], None, test=SCALAR.value, edges=(1 << 30, 1 << 30), act=0, partials=False, unroll=unroll, blocks=blocks), **facts)  # fmt: skip
+            if zeros in (50, 80):
+                attempt("op", (), size * kept, c.copies,
+                        lambda i: kc.column_gemv(c.x[i], c.pool[i], t[i], None, zeros / 100), **facts)  # fmt: skip
+                lists = [(c.x[i].float().abs() > t[i]).nonzero().flatten().int() for i in range(c.copies)]
                 m = lists[0].numel()
-                for tile in [(64, 32, m // 32), (64, 32, m // 64), (128, 32, m // 32), (128, 16, m // 32)]:
-                    attempt("list", tile, size * kept,
-                            [lambda i=i: column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True, tile=tile) for i in copies], **facts)  # fmt: skip
-        if k == 11008:
-            t, kept = c.at(50)
-            for tile in ((128, 32, 64), (64, 32, 64), (128, 32, 32)):
-                up = torch.ones_like(c.x)
-                attempt("masked relu*up", tile, size * kept / 2,
-                        [lambda i=i: column(c.x[i], c.pool[i], t[i], y=c.y[i], up=up[i], act="relu", accumulate=True, tile=tile) for i in copies], n=n, k=k)  # fmt: skip
+                for tile in [(64, 32, m // 32), (64, 16, m // 16), (128, 16, m // 32), (128, 16, m // 16)]:
+                    attempt("list", tile, size * kept, c.copies,
+                            lambda i: column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True, tile=tile), **facts)  # fmt: skip
         w = c.pool.view(c.copies, n, k)
-        y = torch.empty(n, dtype=torch.float16, device="cuda")
-        for tile in ((2, 2048, 8), (1, 2048, 4), (2, 1024, 4), (4, 1024, 8), (1, 4096, 8), (1, 1024, 4), (4, 512, 4)):
-            attempt("rows", tile, size, [lambda i=i: rows(c.x[i], w[i], y=y, tile=tile) for i in copies], n=n, k=k)
+        y = torch.empty(n, dtype=half, device="cuda")
+        for tile in ((2, 2048, 8), (1, 4096, 8), (1, 4096, 16), (1, 8192, 16), (1, 2048, 8)):
+            attempt("rows", tile, size, c.copies, lambda i: rows(c.x[i], w[i], y=y, tile=tile), n=n, k=k)
         if n == 12288:
             x = torch.randn(c.copies, 4, k, device="cuda").half()
             t = torch.tensor(0.6745, device="cuda")
-            yb = torch.zeros(4, n, device="cuda")
-            for tile in ((64, 64, 128), (64, 64, 256), (128, 64, 128), (64, 32, 128), (128, 32, 256)):
-                attempt("batch 4", tile, size * 0.94,
-                        [lambda i=i: batch(x[i], c.pool[i], t, y=yb, accumulate=True, tile=tile) for i in copies], n=n, k=k)  # fmt: skip
-        del c, w
+            sums = torch.zeros(4, n, device="cuda")
+            for *tile, warps in ((128, 32, 256, 4), (128, 32, 512, 4), (128, 64, 512, 4), (256, 32, 512, 8), (64, 32, 1024, 4),
+                                 (64, 64, 1024, 4), (128, 32, 512, 8), (128, 32, 256, 2), (64, 64, 512, 2)):  # fmt: skip
+                attempt("batch 4", (*tile, warps), size * 0.9375, c.copies,
+                        lambda i: batch(x[i], c.pool[i], t, y=sums, accumulate=True, tile=tuple(tile), warps=warps), n=n, k=k)  # fmt: skip
+        bench.save()
     copies = 10
-    gate, up = (torch.randn(copies, NEURONS, HIDDEN, dtype=torch.float16, device="cuda") for _ in range(2))
+    gate, up = (torch.randn(copies, NEURONS, HIDDEN, dtype=half, device="cuda") for _ in range(2))
     x = torch.randn(copies, HIDDEN, device="cuda").half()
-    h = torch.empty(NEURONS, dtype=torch.float16, device="cuda")
+    h = torch.empty(NEURONS, dtype=half, device="cuda")
     for inactive in (0, 50, 80):
         m = round(NEURONS * (1 - inactive / 100))
         lists = [torch.randperm(NEURONS, device="cuda")[:m].sort().values.int() for _ in range(copies)]
-        for tile in ((1, 2048, 4), (2, 1024, 4), (1, 1024, 4), (1, 4096, 8), (2, 2048, 8), (1, 1024, 2)):
-            attempt("neurons", tile, 2 * m * HIDDEN * 2,
-                    [lambda i=i: neurons(x[i], gate[i], up[i], h=h, act="silu", idx=lists[i] if inactive else None, tile=tile) for i in range(copies)],
+        for tile in ((1, 2048, 4), (2, 1024, 4), (1, 4096, 8), (1, 4096, 4)):
+            attempt("neurons", tile, 2 * m * HIDDEN * 2, copies,
+                    lambda i: neurons(x[i], gate[i], up[i], h=h, act="silu", idx=lists[i] if inactive else None, tile=tile),
                     inactive_percent=inactive)  # fmt: skip
-    del gate, up
     heads, d = 32, 128
     for context in (512, 4096):
         copies = max(4, 10**9 // (2 * heads * context * d * 2))
-        k, v = (torch.randn(copies, 1, heads, context + 64, d, dtype=torch.float16, device="cuda") for _ in range(2))
+        k, v = (torch.randn(copies, 1, heads, context + 64, d, dtype=half, device="cuda") for _ in range(2))
         qkv = torch.randn(3 * heads * d, device="cuda")
         cos = torch.rand(d, device="cuda").half()
-        out = torch.empty(heads * d, dtype=torch.float16, device="cuda")
+        out = torch.empty(heads * d, dtype=half, device="cuda")
         length = torch.tensor(context + 7, device="cuda")
-        for tile in ((16, 64), (8, 64), (16, 32), (32, 32), (32, 64), (8, 128), (16, 128)):
-            attempt("attend_step", tile, 2 * heads * context * d * 2,
-                    [lambda i=i: attend_step(qkv, cos, cos, k[i], v[i], length, out, n_heads=heads, scale=0.09, splits=tile[0], block=tile[1]) for i in range(copies)],
+        for tile in ((16, 64, 4, 1), (8, 128, 4, 1), (8, 128, 8, 1), (4, 64, 8, 3), (4, 64, 4, 3), (4, 256, 8, 1),
+                     (8, 64, 4, 3), (8, 32, 4, 3), (4, 32, 4, 4), (16, 32, 4, 3), (16, 64, 4, 2), (4, 128, 8, 2), (8, 32, 2, 3),
+                     (8, 64, 8, 2), (16, 32, 2, 3)):  # fmt: skip
+            attempt("attend_step", tile, 2 * heads * context * d * 2, copies,
+                    lambda i: attend_step(qkv, cos, cos, k[i], v[i], length, out, n_heads=heads, scale=0.09, tile=tile),
                     context=context)  # fmt: skip
-    from kernels.cuda.step import rms_norm
-
-    x32, zero = torch.randn(HIDDEN, device="cuda"), torch.zeros(22016, device="cuda")
-    y16 = torch.empty(HIDDEN, dtype=torch.float16, device="cuda")
-    attempt("rms_norm", (), 0, [lambda: rms_norm(x32, y16, 1e-5, y16, zero) for _ in range(100)])
-    attempt("rms_norm without clearing", (), 0, [lambda: rms_norm(x32, y16, 1e-5, y16) for _ in range(100)])
+    x32, y16 = torch.randn(HIDDEN, device="cuda"), torch.empty(HIDDEN, dtype=half, device="cuda")
+    attempt("rms_norm", (), 0, 100, lambda _: rms_norm(x32, y16, 1e-5, y16))
 
 
 def main() -> None:

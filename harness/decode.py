@@ -4,9 +4,9 @@
 path, on the same weights. One copy of the weights exists at any time: merged (q, k, v; gate, up) and, for the column
 kernels, transposed; `nn.Linear.weight` is a view of it while the context lasts, and afterwards what it was.
 
-On a GPU a block is seven launches: norm, q/k/v, attention (with rotary embedding and cache write), o, norm, gate/up,
-down (with the gated product in its prologue). The residual stream stays in an fp32 buffer that o and down add into, and
-each norm clears the accumulator of the matrix after it, so that no launch only zeroes, adds or rounds.
+`decode_attention` alone swaps the attention of one-token steps, on any device. On a GPU a fused block is seven launches: norm, q/k/v, attention (with rotary embedding and cache write), o, norm, gate/up,
+down (with the gated product in its prologue). The residual stream stays in an fp32 buffer that o and down add into; o
+clears the accumulator of gate/up and down that of the next block's q/k/v, so that no launch only zeroes, adds or rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import kernels
 from harness.errors import UnsupportedError
 from harness.families import Block, View
 
@@ -44,24 +45,21 @@ ACTIVATIONS = {
 }
 
 
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """For one token without padding, what stands for its mask is how many cache entries are filled, a 0-d tensor."""
+    if kwargs["q_length"] == 1 and kwargs.get("attention_mask") is None:
+        return torch.as_tensor(kwargs["q_offset"] + 1, device=kwargs["device"])
+    return sdpa_mask(*args, **kwargs)
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Decode attention over the filled part of a static cache for one token, else torch's."""
-    position = kwargs.get("position_ids")
-    if query.shape[2] == 1 and attention_mask is None and position is not None:
-        import kernels
-
-        out = kernels.decode_attention(query, key, value, position[0, -1] + 1, scale=kwargs.get("scaling"))
+    """Decode attention over the filled part of the cache where `_mask` says how long it is, else torch's."""
+    if attention_mask is not None and attention_mask.dim() == 0:
+        out = kernels.decode_attention(query, key, value, attention_mask, scale=kwargs.get("scaling"))
         return out.transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask for one token without padding: the attention above reads no further than the cache is filled."""
-    if kwargs.get("q_length") == 1 and kwargs.get("attention_mask") is None:
-        return None
-    return sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -70,7 +68,7 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 @contextmanager
 def decode_attention(model: nn.Module) -> Iterator[None]:
-    """The module's attention decodes through the kernel until the context ends."""
+    """The module's own attention decodes through the kernel, on any device and family, until the context ends."""
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
     try:
@@ -114,27 +112,27 @@ class Buffers:
     """What the blocks hand to one another within a step."""
 
     x: Tensor  # [d_model], normed input
-    qkv: Tensor  # [(H + 2G) D]; fp32 accumulator for columns
+    qkv: Tensor  # [(H + 2G) D]; for columns an fp32 accumulator, zero between blocks
     heads: Tensor  # [H D]
-    gate_up: Tensor  # [2F]; fp32 accumulator for columns
+    gate_up: Tensor  # [2F]; likewise, zero before a block's MLP
     hidden: Tensor  # [F]
 
     @classmethod
     def of(cls, view: View, linear: Linear) -> Buffers:
-        """Empty buffers for a view."""
+        """Buffers for a view."""
         sums = torch.float32 if linear == "columns" else view.dtype
         width = view.n_heads * view.head_dim
         both = width + 2 * view.n_kv_heads * view.head_dim
 
-        def empty(n: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(n, dtype=dtype, device=view.device)
+        def zeros(n: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(n, dtype=dtype, device=view.device)
 
         return cls(
-            x=empty(view.d_model, view.dtype),
-            qkv=empty(both, sums),
-            heads=empty(width, view.dtype),
-            gate_up=empty(2 * view.d_ff, sums),
-            hidden=empty(view.d_ff, view.dtype),
+            x=zeros(view.d_model, view.dtype),
+            qkv=zeros(both, sums),
+            heads=zeros(width, view.dtype),
+            gate_up=zeros(2 * view.d_ff, sums),
+            hidden=zeros(view.d_ff, view.dtype),
         )
 
 
@@ -151,12 +149,10 @@ class FusedBlock:
         thresholds: ThresholdOf,
         expected_sparsity: float,
     ) -> None:
-        from kernels.cuda.column import COMPACT_FROM
-
         self.view, self.layer, self.buffers, self.linear, self.weights = view, layer, buffers, linear, weights
         self.block, self.norms = view.blocks[layer], view.norms[layer]
         self.act = ACTIVATIONS[view.activation]
-        self.compact = expected_sparsity >= COMPACT_FROM
+        self.expected_sparsity = expected_sparsity
         self.thresholds = {name: self._merged(members, thresholds) for name, members in MERGED.items()}
         self.sizes = {
             name: tuple(getattr(self.block, member).out_features for member in members)
@@ -180,14 +176,14 @@ class FusedBlock:
         first, second = self.norms
         columns = self.linear == "columns"
 
-        rms_norm(h, first.weight, first.variance_epsilon, b.x, b.qkv if columns else None)
+        rms_norm(h, first.weight, first.variance_epsilon, b.x)
         qkv = self._project("qkv", b.x, b.qkv)
         attend_step(
             qkv, cos.view(-1), sin.view(-1), cache.keys, cache.values, length, b.heads,
             n_heads=self.view.n_heads, scale=self.block.attn.scaling,
         )  # fmt: skip
-        self._add("o", b.heads, h)
-        rms_norm(h, second.weight, second.variance_epsilon, b.x, b.gate_up if columns else None)
+        self._add("o", b.heads, h, clears=b.gate_up)
+        rms_norm(h, second.weight, second.variance_epsilon, b.x)
         if self.linear == "rows":
             weight, bias = self.weights["gate_up"]
             w_gate, w_up = weight.chunk(2)
@@ -197,7 +193,7 @@ class FusedBlock:
             return residual
         gate, up = self._project("gate_up", b.x, b.gate_up).chunk(2)
         if columns:
-            self._add("down", gate, h, up)
+            self._add("down", gate, h, up, clears=b.qkv)
         else:
             self._add("down", glu_into(gate, up, self.act, b.hidden), h)
         return residual
@@ -212,11 +208,11 @@ class FusedBlock:
             return rows.rows(x, weight, y=y, bias=bias)
         return column.column(
             x, weight, self.thresholds[name], y=y, bias=bias, segments=self.sizes[name], accumulate=True,
-            compact=self.compact,
+            expected_sparsity=self.expected_sparsity,
         )  # fmt: skip
 
-    def _add(self, name: str, x: Tensor, h: Tensor, up: Tensor | None = None) -> None:
-        """h += the projection of x, or of act(x) * up."""
+    def _add(self, name: str, x: Tensor, h: Tensor, up: Tensor | None = None, clears: Tensor | None = None) -> None:
+        """Add the projection of x, or of act(x) * up, to h; column kernels also clear an accumulator used later."""
         from kernels.cuda import column, rows
 
         weight, bias = self.weights[name]
@@ -229,7 +225,7 @@ class FusedBlock:
         else:
             column.column(
                 x, weight, self.thresholds[name], y=h, up=up, act=None if up is None else self.act, bias=bias,
-                accumulate=True, compact=self.compact,
+                accumulate=True, zero=clears, expected_sparsity=self.expected_sparsity,
             )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def check_column(device: str, dtype: torch.dtype, k: int, n: int, share: float, 
 @pytest.mark.parametrize(("k", "n"), [(300, 128), (77, 50), (32, 1)])
 def test_column(dtype, k, n, compact):
     for share in (0.3, 0.9):
-        check_column("cpu", dtype, k, n, share, compact=compact)
+        check_column("cpu", dtype, k, n, share, expected_sparsity=0.9 if compact else 0.5)
 
 
 @interpreted
@@ -147,12 +147,25 @@ def test_segments_have_thresholds_of_their_own():
     x, wt = randn(k, dtype=torch.float16), randn(k, 96, dtype=torch.float16)
     for t in (torch.tensor([0.2, 0.8, 1.4]), torch.rand(3, k)):
         for compact in (False, True):
-            y = column(x, wt, t, y=torch.empty(96, dtype=x.dtype), segments=sizes, compact=compact)
+            y = column(
+                x, wt, t, y=torch.empty(96, dtype=x.dtype), segments=sizes, expected_sparsity=0.9 if compact else 0.5
+            )
             parts = zip(t, wt.split(sizes, 1), strict=True)
             want = torch.cat([thresholded(x, ti) @ w.double() for ti, w in parts])
             assert error(y, want) <= ROUNDING[x.dtype]
     with pytest.raises(ValueError, match="multiples of 16"):
         column(x, wt, torch.rand(2), y=torch.empty(96), segments=(40, 56))
+
+
+@interpreted
+def test_a_launch_clears_the_accumulator_of_a_later_one():
+    from kernels.cuda.column import column
+
+    x, wt = randn(96, dtype=torch.float16), randn(96, 40, dtype=torch.float16)
+    y, later = torch.ones(40), torch.ones(1001)
+    column(x, wt, torch.tensor(0.5), y=y, accumulate=True, zero=later)
+    assert error(y - 1, thresholded(x, torch.tensor(0.5)) @ wt.double()) <= 1e-5
+    assert not later.any()
 
 
 @interpreted
@@ -341,7 +354,7 @@ def check_attention(device, dtype, h, g, s, d, length, tolerance, **options):
 @pytest.mark.parametrize(("h", "g", "dtype"), [(2, 2, torch.float32), (4, 2, torch.bfloat16), (3, 1, torch.float32)])
 def test_attention(h, g, dtype):
     for length in (1, 70):
-        check_attention("cpu", dtype, h, g, 80, 16, length, 2 * ROUNDING[dtype], splits=2, block=16)
+        check_attention("cpu", dtype, h, g, 80, 16, length, 2 * ROUNDING[dtype], tile=(2, 16, 4, 1))
 
 
 @interpreted
@@ -373,7 +386,7 @@ def check_attend_step(device, dtype, h, g, d, s, length):
     out = torch.full((h * d,), torch.nan, dtype=dtype, device=device)
     at = torch.tensor(length, device=device)
     attend_step(qkv, cos, sin, k_cache, v_cache, at, out, n_heads=h, scale=d**-0.5)
-    assert torch.equal(k_cache, keys)
+    torch.testing.assert_close(k_cache, keys)  # contracted products may round the other way on a GPU
     assert torch.equal(v_cache, values)
     assert error(out, want) <= 2 * ROUNDING[dtype]
 
@@ -391,11 +404,9 @@ def test_rms_norm(n):
     from kernels.cuda.step import rms_norm
 
     x, w = torch.randn(n), randn(n, dtype=torch.float16)
-    zero = torch.ones(3 * n + 1)
-    y = rms_norm(x, w, 1e-5, torch.full((n,), torch.nan, dtype=torch.float16), zero)
+    y = rms_norm(x, w, 1e-5, torch.full((n,), torch.nan, dtype=torch.float16))
     want = w * (x * torch.rsqrt(x.pow(2).mean() + 1e-5)).half()
     assert error(y, want.double()) <= ROUNDING[torch.float16]
-    assert not zero.any()
 
 
 # --- on a GPU, at the shapes of a 7B model --------------------------------------------------------------------------
@@ -409,7 +420,7 @@ SHAPES_7B = [(4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)]  # (K, N
 def test_column_7b(k, n, dtype):
     for share in (0.0, 0.5, 0.9):
         for compact in (False, True):
-            check_column("cuda", dtype, k, n, share, compact=compact)
+            check_column("cuda", dtype, k, n, share, expected_sparsity=0.9 if compact else 0.5)
 
 
 @gpu

@@ -67,6 +67,7 @@ def attend_kernel(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BS: tl.constexpr,
+    STAGES: tl.constexpr,
     DEVICE_LENGTH: tl.constexpr,
     MODE: tl.constexpr,
     STEP: tl.constexpr,
@@ -104,7 +105,7 @@ def attend_kernel(
     stretch = tl.cdiv(length, SPLITS)
     first = split * stretch
     last = tl.minimum(first + stretch, length)
-    for s in range(first, last, BS):
+    for s in tl.range(first, last, BS, num_stages=STAGES):
         rs = s + tl.arange(0, BS)
         live = rs < last
         load = live
@@ -192,6 +193,11 @@ def attend_kernel(
             tl.store(count_ptr + head, 0)
 
 
+def _tile(heads: int, s: int) -> tuple[int, int, int, int]:
+    """(splits, cache entries of a load tile, warps, stages) for a cache of s entries."""
+    return power_of_two(max(1, min(64, PROGRAMS // heads, cdiv(s, 64)))), 64, 4, 1
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -205,8 +211,7 @@ def _launch(
     dropped: str | None = None,
     new: tuple[Tensor, Tensor] | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
-    splits: int | None = None,
-    block: int | None = None,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     b, g, s, d = k.shape
     if d & (d - 1) or d < 16:
@@ -214,9 +219,7 @@ def _launch(
     if k.stride(3) != 1 or v.stride(3) != 1:
         raise ValueError("head vectors must be contiguous in the cache")
     ratio = n_heads // g
-    block = block or 64
-    if splits is None:
-        splits = power_of_two(max(1, min(64, PROGRAMS // (b * g), cdiv(s, block))))
+    splits, block, warps, stages = tile or _tile(b * g, s)
     partial = torch.empty(b * n_heads * splits * d, device=q.device, dtype=torch.float32)
     stats = torch.empty(b * n_heads * splits * 2, device=q.device, dtype=torch.float32)
     device_length = isinstance(length, Tensor)
@@ -237,9 +240,9 @@ def _launch(
         length if device_length else q, q if keep is None else keep, out, partial, stats,
         workspace.counters(q.device, b * g), 0 if device_length else length, scale,
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *keep_args, g,
-        R=ratio, RP=1 if ratio == 1 else max(16, power_of_two(ratio)), D=d, SPLITS=splits, BS=block,
+        R=ratio, RP=1 if ratio == 1 else max(16, power_of_two(ratio)), D=d, SPLITS=splits, BS=block, STAGES=stages,
         DEVICE_LENGTH=device_length, MODE=KEEP[dropped if keep is not None else None], STEP=new is not None,
-        ROTARY=rotary is not None, DT=DTYPES[k.dtype], DOT=dot_dtype(k.dtype), num_warps=4,
+        ROTARY=rotary is not None, DT=DTYPES[k.dtype], DOT=dot_dtype(k.dtype), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -253,15 +256,14 @@ def decode_attention(
     dropped: str = "exclude",
     scale: float | None = None,
     *,
-    splits: int | None = None,
-    block: int | None = None,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """Attention of one new token over the first `length` >= 1 cache entries; returns [B, H, 1, D] in q's dtype.
 
     q: [B, H, 1, D]; k, v: [B, G, S, D], any strides with contiguous heads; length: int or 0-d integer tensor on the
     device. keep: bool [B, G, S] or [B, H, S]: with dropped="exclude" the others leave the softmax (and with [B, G, S]
     are not read), with "zeros" their key and value are 0 and keep their softmax mass. scale: default D**-0.5.
-    splits, block: how the cache is cut, for tuning. Raises ValueError on a head dimension that is no power of two.
+    tile: (splits, entries of a load tile, warps, stages), for tuning. Raises ValueError on a head dimension that is no power of two.
     """
     if dropped not in ("exclude", "zeros"):
         raise ValueError(f'dropped must be "exclude" or "zeros", got {dropped!r}')
@@ -269,7 +271,7 @@ def decode_attention(
     scale = d**-0.5 if scale is None else scale
     return _launch(
         q.contiguous(), k, v, length, torch.empty_like(q, memory_format=torch.contiguous_format), n_heads=h,
-        scale=scale, keep=keep, dropped=dropped, splits=splits, block=block,
+        scale=scale, keep=keep, dropped=dropped, tile=tile,
     )  # fmt: skip
 
 
@@ -284,8 +286,7 @@ def attend_step(
     *,
     n_heads: int,
     scale: float,
-    splits: int | None = None,
-    block: int | None = None,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """A decoder step's attention in one launch, batch 1: rotate q and k, append k and v to the cache, attend.
 
@@ -296,6 +297,5 @@ def attend_step(
     g, d = k_cache.shape[1], k_cache.shape[3]
     q, k, v = qkv.split((n_heads * d, g * d, g * d))
     return _launch(
-        q, k_cache, v_cache, length, out, n_heads=n_heads, scale=scale, new=(k, v), rotary=(cos, sin), splits=splits,
-        block=block,
+        q, k_cache, v_cache, length, out, n_heads=n_heads, scale=scale, new=(k, v), rotary=(cos, sin), tile=tile,
     )  # fmt: skip

@@ -6,7 +6,8 @@ row that is not loaded. A program owns `BN` outputs and a slice of the channels;
 
 Three forms, the same result:
   masked   one tile of loads, each predicated by the channel's threshold test: best up to about 65 % zeros;
-  compact  each program first packs the channels that it keeps: best above, where masked spends its time on zeros;
+  compact  each block first packs the channels that it keeps: best above, where masked spends its time on zeros (CUDA
+           C++, see compact.py);
   list     the channels are given.
 """
 
@@ -18,8 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda import workspace
-from kernels.cuda.common import DTYPES, act_code, activate, add_partials, cdiv, dot_dtype, end_split
+from kernels.cuda import compact, workspace
+from kernels.cuda.common import (
+    ACCUMULATE,
+    DTYPES,
+    PARTIALS,
+    STORE,
+    act_code,
+    activate,
+    add_partials,
+    cdiv,
+    clear_share,
+    dot_dtype,
+    end_split,
+    finish,
+    power_of_two,
+)
 
 # What a kernel compares channels with.
 KEEP_ALL = tl.constexpr(0)
@@ -53,7 +68,7 @@ def drop(x, t_ptr, segment, rk, live, K, TEST: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["S", "seg1", "seg2"])
+@triton.jit(do_not_specialize=["n_zero", "seg1", "seg2"])
 def masked_kernel(
     x_ptr,
     up_ptr,
@@ -61,12 +76,11 @@ def masked_kernel(
     w_ptr,
     bias_ptr,
     y_ptr,
-    scratch_ptr,
-    count_ptr,
+    zero_ptr,
     N,
     K,
     KS,
-    S,
+    n_zero,
     seg1,
     seg2,
     ACT: tl.constexpr,
@@ -75,6 +89,7 @@ def masked_kernel(
     HAS_BIAS: tl.constexpr,
     HOW: tl.constexpr,
     EVEN_N: tl.constexpr,
+    CLEAR: tl.constexpr,
     DT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -86,6 +101,8 @@ def masked_kernel(
         live_n = tl.full([BN], 1, tl.int1)
     else:
         live_n = rn < N
+    if CLEAR > 0:
+        clear_share(zero_ptr, n_zero, CLEAR)
     segment = (strip * BN >= seg1).to(tl.int32) + (strip * BN >= seg2).to(tl.int32)
     k0 = split * KS
     end = tl.minimum(k0 + KS, K)
@@ -110,69 +127,7 @@ def masked_kernel(
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)
-    end_split(acc, rn, live_n, strip, split, S, N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
-
-
-@triton.jit(do_not_specialize=["S", "seg1", "seg2"])
-def compact_kernel(
-    x_ptr,
-    up_ptr,
-    t_ptr,
-    w_ptr,
-    bias_ptr,
-    y_ptr,
-    scratch_ptr,
-    count_ptr,
-    N,
-    K,
-    S,
-    seg1,
-    seg2,
-    ACT: tl.constexpr,
-    HAS_UP: tl.constexpr,
-    TEST: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HOW: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    DT: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    KC: tl.constexpr,
-    LOG_KC: tl.constexpr,
-):
-    strip = tl.program_id(0)
-    split = tl.program_id(1)
-    rn = strip * BN + tl.arange(0, BN)
-    live_n = rn < N
-    segment = (strip * BN >= seg1).to(tl.int32) + (strip * BN >= seg2).to(tl.int32)
-    k0 = split * KC
-    rk = k0 + tl.arange(0, KC)
-    live = rk < K
-    x = channel_values(x_ptr, up_ptr, rk, live, ACT, HAS_UP, DT)
-    x = drop(x, t_ptr, segment, rk, live, K, TEST)
-    kept = (x != 0.0).to(tl.int32)
-    upto = tl.cumsum(kept, 0)
-    n = tl.sum(kept, 0)
-    acc = tl.zeros([BN], tl.float32)
-    for j in range(0, n, BM):
-        slot = j + tl.arange(0, BM)
-        # The slot-th kept channel is the number of channels i with upto[i] <= slot: a binary search.
-        at = tl.zeros([BM], tl.int32)
-        for b in tl.static_range(0, LOG_KC):
-            probe = at + ((KC >> (b + 1)) - 1)
-            at = tl.where(tl.gather(upto, probe, 0) <= slot, probe + 1, at)
-        filled = slot < n
-        xv = tl.where(filled, tl.gather(x, at, 0), 0.0)
-        if EVEN_N:
-            load = filled[:, None]
-        else:
-            load = filled[:, None] & live_n[None, :]
-        w = tl.load(w_ptr + (k0 + at)[:, None] * N + rn[None, :], mask=load, other=0.0, eviction_policy="evict_first")
-        acc += tl.sum(w.to(tl.float32) * xv[:, None], 0)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)
-    end_split(acc, rn, live_n, strip, split, S, N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+    end_split(acc, rn, live_n, split, N, y_ptr, bias, HOW)
 
 
 @triton.jit(do_not_specialize=["S", "m"])
@@ -183,8 +138,6 @@ def list_kernel(
     w_ptr,
     bias_ptr,
     y_ptr,
-    scratch_ptr,
-    count_ptr,
     m,
     N,
     S,
@@ -225,23 +178,20 @@ def list_kernel(
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)
-    end_split(acc, rn, live_n, strip, split, S, N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+    end_split(acc, rn, live_n, split, N, y_ptr, bias, HOW)
 
 
-@triton.jit(do_not_specialize=["S", "B"])
+@triton.jit(do_not_specialize=["B"])
 def batch_kernel(
     x_ptr,
     t_ptr,
     w_ptr,
     bias_ptr,
     y_ptr,
-    scratch_ptr,
-    count_ptr,
     B,
     N,
     K,
     KS,
-    S,
     TEST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HOW: tl.constexpr,
@@ -277,7 +227,7 @@ def batch_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rn, mask=live_n, other=0.0).to(tl.float32)[None, :]
     live_out = (rb < B)[:, None] & live_n[None, :]
-    end_split(acc, at, live_out, strip, split, S, B * N, y_ptr, scratch_ptr, count_ptr, bias, HOW)
+    end_split(acc, at, live_out, split, B * N, y_ptr, bias, HOW)
 
 
 def _test(t: Tensor | float | None, channels: int, parts: int = 1) -> tuple[int, Tensor | None]:
@@ -296,28 +246,30 @@ def _test(t: Tensor | float | None, channels: int, parts: int = 1) -> tuple[int,
     raise ValueError(f"thresholds of shape {tuple(t.shape)} fit neither [{parts}] nor [{parts}, {channels}]")
 
 
-class Split:
-    """Where the partial sums of one split-K launch go. how: see `common`."""
+class Sums:
+    """Where the partial sums of one split-K launch go, and what turns them into y."""
 
-    def __init__(self, y: Tensor, splits: int, strips: int, accumulate: bool) -> None:
-        self.y, self.partials = y, None
-        self.scratch, self.count = y, y
+    def __init__(self, y: Tensor, splits: int, accumulate: bool) -> None:
+        self.y, self.target = y, y
         if accumulate:
-            self.how = 3
-        elif splits == 1:
-            self.how = 0
+            self.how = ACCUMULATE.value
+        elif splits == 1 and y.dtype in DTYPES:
+            self.how = STORE.value
         elif torch.are_deterministic_algorithms_enabled():
-            self.how = 2
-            self.scratch = self.partials = torch.empty(splits, y.numel(), device=y.device, dtype=torch.float32)
+            self.how = PARTIALS.value
+            self.target = torch.empty(splits, y.numel(), device=y.device, dtype=torch.float32)
         else:
-            self.how = 1
-            self.scratch = workspace.accumulator(y.device, y.numel())
-            self.count = workspace.counters(y.device, strips)
+            self.how = ACCUMULATE.value
+            self.target = workspace.accumulator(y.device, y.numel())
 
     def done(self) -> None:
-        """The second launch of the repeatable form."""
-        if self.partials is not None:
-            add_partials(self.partials, self.y)
+        """The second launch, where one is needed."""
+        if self.target is self.y:
+            return
+        if self.how == PARTIALS.value:
+            add_partials(self.target, self.y)
+        else:
+            finish(self.target, self.y)
 
 
 def _width(n: int, segments: tuple[int, ...], widest: int) -> int:
@@ -343,54 +295,53 @@ def column(
     bias: Tensor | None = None,
     segments: tuple[int, ...] = (),
     accumulate: bool = False,
-    compact: bool = False,
+    zero: Tensor | None = None,
+    expected_sparsity: float = 0.5,
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """One launch of the column kernel for one row; returns y.
+    """The column kernel for one row; returns y.
 
     x: [K], contiguous, 16-bit or fp32 (rounded to wt's dtype first). wt: [K, N]. t: fp32, 0-d or [K]; with
     `segments` (sizes of up to three groups of outputs, multiples of 16) [P] or [P, K]; None keeps every channel,
     the number 0 drops exact zeros.
-    y: [N]; with `accumulate` fp32, added to in place (atomics, whatever the determinism setting says).
-    tile: (outputs, channels of a load tile, channels of a program), for tuning.
+    y: [N]; with `accumulate` fp32, added to in place (one launch, atomics, whatever the determinism setting says).
+    zero: fp32 buffer of a later kernel, cleared on the way, which saves that kernel a launch.
+    expected_sparsity: chooses the form. tile: (outputs, channels of a load tile, channels of a program), for tuning.
     """
     k, n = wt.shape
     parts = len(segments) if segments else 1
     if parts > 3:
         raise ValueError(f"at most three segments, got {parts}")
-    edges = [sum(segments[: i + 1]) if i + 1 < parts else n + (1 << 16) for i in range(2)]
+    edges = tuple(sum(segments[: i + 1]) if i + 1 < parts else n + (1 << 16) for i in range(2))
     test, t = _test(t, k, parts)
-    compact = compact and test != KEEP_ALL.value
-    if tile is None:
-        tile = (128, 32, 256) if compact else ((128, 32, 64) if act else (64, 32, 64))
-    bn, bm, ks = tile
+    if expected_sparsity >= COMPACT_FROM and test != KEEP_ALL.value and compact.fits(wt, segments):
+        sums = Sums(y, compact.splits(k), accumulate)
+        if sums.how != STORE.value:
+            compact.launch(
+                x, up, t, wt, bias, sums.target, zero, test=test, edges=edges, act=act_code(act),
+                partials=sums.how == PARTIALS.value,
+            )  # fmt: skip
+            sums.done()
+            return y
+    bn, bm, ks = tile or _tile(n, expected_sparsity)
     bn = _width(n, segments, bn)
     strips, splits = cdiv(n, bn), cdiv(k, ks)
-    split = Split(y, splits, strips, accumulate)
-    common = dict(
-        ACT=act_code(act),
-        HAS_UP=up is not None,
-        TEST=test,
-        HAS_BIAS=bias is not None,
-        HOW=split.how,
-        EVEN_N=n % bn == 0,
-        DT=DTYPES[wt.dtype],
-        BN=bn,
-        BM=bm,
-        num_warps=1,
-    )
-    t, up, bias = (x if v is None else v for v in (t, up, bias))
-    if compact:
-        compact_kernel[(strips, splits)](
-            x, up, t, wt, bias, y, split.scratch, split.count, n, k, splits, *edges,
-            KC=ks, LOG_KC=ks.bit_length() - 1, **common,
-        )  # fmt: skip
-    else:
-        masked_kernel[(strips, splits)](
-            x, up, t, wt, bias, y, split.scratch, split.count, n, k, ks, splits, *edges, **common
-        )
-    split.done()
+    sums = Sums(y, splits, accumulate)
+    n_zero = 0 if zero is None else zero.numel()
+    masked_kernel[(strips, splits)](
+        x, x if up is None else up, x if t is None else t, wt, x if bias is None else bias, sums.target,
+        y if zero is None else zero, n, k, ks, n_zero, *edges,
+        ACT=act_code(act), HAS_UP=up is not None, TEST=test, HAS_BIAS=bias is not None, HOW=sums.how,
+        EVEN_N=n % bn == 0, CLEAR=power_of_two(cdiv(n_zero, strips * splits)) if n_zero else 0, DT=DTYPES[wt.dtype],
+        BN=bn, BM=bm, num_warps=1,
+    )  # fmt: skip
+    sums.done()
     return y
+
+
+def _tile(n: int, expected_sparsity: float) -> tuple[int, int, int]:
+    """(outputs, channels of a load tile, channels of a program): the best on an H100 by bench/gpu_kernels.py --tune."""
+    return (128, 32, 32) if expected_sparsity < 0.6 and n >= 8192 else (64, 32, 64)
 
 
 def column_list(
@@ -405,24 +356,20 @@ def column_list(
     accumulate: bool = False,
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """One launch over the listed channels; returns y.
+    """The column kernel over the listed channels; returns y.
 
     idx: int32 [m]; count: 0-d int32 on the device, how many of idx count (None: all). x: [K], or with `by_position`
     [m], one value for each entry of idx. The rest as in `column`. tile: (outputs, channels of a load tile, splits).
     """
     n, m = wt.shape[1], idx.numel()
-    if tile is None:
-        tile = (64, 32, max(1, min(64 if n >= 6144 else 128, cdiv(m, 32))))
-    bn, bm, splits = tile
-    strips = cdiv(n, bn)
-    split = Split(y, splits, strips, accumulate)
-    list_kernel[(strips, splits)](
-        x, idx, idx if count is None else count, wt, x if bias is None else bias, y, split.scratch, split.count,
-        m, n, splits,
-        BY_POSITION=by_position, DEVICE_COUNT=count is not None, HAS_BIAS=bias is not None, HOW=split.how,
+    bn, bm, splits = tile or (64, 32, max(1, min(64 if n >= 6144 else 128, cdiv(m, 32))))
+    sums = Sums(y, splits, accumulate)
+    list_kernel[(cdiv(n, bn), splits)](
+        x, idx, idx if count is None else count, wt, x if bias is None else bias, sums.target, m, n, splits,
+        BY_POSITION=by_position, DEVICE_COUNT=count is not None, HAS_BIAS=bias is not None, HOW=sums.how,
         EVEN_N=n % bn == 0, DT=DTYPES[wt.dtype], BN=bn, BM=bm, num_warps=1,
     )  # fmt: skip
-    split.done()
+    sums.done()
     return y
 
 
@@ -435,19 +382,20 @@ def batch(
     bias: Tensor | None = None,
     accumulate: bool = False,
     tile: tuple[int, int, int] | None = None,
+    warps: int = 4,
 ) -> Tensor:
-    """One launch for x [B, K], 2 <= B <= 16, contiguous; y: [B, N]. Arguments as in `column`."""
+    """The column kernel for x [B, K], 2 <= B <= 16, contiguous; y: [B, N]. Arguments as in `column`."""
     (b, k), n = x.shape, wt.shape[1]
-    bn, bm, ks = tile or (64, 64, 128)
-    strips, splits = cdiv(n, bn), cdiv(k, ks)
-    split = Split(y, splits, strips, accumulate)
+    bn, bm, ks = tile or (128, 32, 256)
+    splits = cdiv(k, ks)
+    sums = Sums(y, splits, accumulate)
     test, t = _test(t, k)
-    batch_kernel[(strips, splits)](
-        x, x if t is None else t, wt, x if bias is None else bias, y, split.scratch, split.count, b, n, k, ks, splits,
-        TEST=test, HAS_BIAS=bias is not None, HOW=split.how,
-        DT=DTYPES[wt.dtype], DOT=dot_dtype(wt.dtype), BN=bn, BM=bm, num_warps=4,
+    batch_kernel[(cdiv(n, bn), splits)](
+        x, x if t is None else t, wt, x if bias is None else bias, sums.target, b, n, k, ks,
+        TEST=test, HAS_BIAS=bias is not None, HOW=sums.how, DT=DTYPES[wt.dtype], DOT=dot_dtype(wt.dtype), BN=bn, BM=bm,
+        num_warps=warps,
     )  # fmt: skip
-    split.done()
+    sums.done()
     return y
 
 
@@ -486,7 +434,7 @@ def column_gemv(
         return kept @ wt if bias is None else kept @ wt + bias
     if rows == 1:
         flat = x.reshape(-1).contiguous()
-        column(flat, wt, t, y=y.view(-1), bias=bias, compact=expected_sparsity >= COMPACT_FROM)
+        column(flat, wt, t, y=y.view(-1), bias=bias, expected_sparsity=expected_sparsity)
     else:
         batch(x.reshape(-1, x.shape[-1]).contiguous(), wt, t, y=y.view(-1, wt.shape[1]), bias=bias)
     return y
@@ -524,8 +472,8 @@ def column_gemv_glu(
     if fast_path(gate, wt):
         y = gate.new_empty(*gate.shape[:-1], wt.shape[1])
         flat = None if up is None else up.reshape(-1).contiguous()
-        compact = expected_sparsity >= COMPACT_FROM
-        column(gate.reshape(-1).contiguous(), wt, t, y=y.view(-1), up=flat, act=act, bias=bias, compact=compact)
+        x = gate.reshape(-1).contiguous()
+        column(x, wt, t, y=y.view(-1), up=flat, act=act, bias=bias, expected_sparsity=expected_sparsity)
         return y
     return column_gemv(glu(gate, up, act), wt, t, bias, expected_sparsity)
 

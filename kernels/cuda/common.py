@@ -18,9 +18,8 @@ ACTIVATIONS = {None: 0, "silu": 1, "relu": 2, "relu2": 3, "gelu_tanh": 4, "gelu"
 
 # How a split-K kernel ends.
 STORE = tl.constexpr(0)  # one split: the sum is the result
-FINISH = tl.constexpr(1)  # atomics into a zero accumulator; the last program writes the result and clears it
+ACCUMULATE = tl.constexpr(1)  # atomics into a running fp32 sum
 PARTIALS = tl.constexpr(2)  # partial sums; a second launch adds them in a fixed order (bitwise repeatable)
-ACCUMULATE = tl.constexpr(3)  # atomics into y itself, fp32: the caller's running sum
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -63,27 +62,41 @@ def activate(v, ACT: tl.constexpr):
 
 
 @triton.jit
-def end_split(acc, at, live, strip, split, S, size, y_ptr, scratch_ptr, count_ptr, bias, HOW: tl.constexpr):
+def end_split(acc, at, live, split, size, y_ptr, bias, HOW: tl.constexpr):
     """End the split-K sum `acc` (fp32) of the outputs at offsets `at` (mask `live`); bias is added exactly once.
 
-    scratch: FINISH: fp32 [size], zero before and after; PARTIALS: fp32 [S, size].
-    count: FINISH: int32, one for each strip, zero before and after.
+    y: the result (STORE), a running fp32 sum [size] (ACCUMULATE) or partials, fp32 [splits, size] (PARTIALS).
     """
+    acc += tl.where(split == 0, bias, 0.0)
     if HOW == STORE:
-        tl.store(y_ptr + at, (acc + bias).to(y_ptr.dtype.element_ty), mask=live)
-    elif HOW == ACCUMULATE:
-        tl.atomic_add(y_ptr + at, acc + tl.where(split == 0, bias, 0.0), mask=live, sem="relaxed")
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=live)
     elif HOW == PARTIALS:
-        tl.store(scratch_ptr + split * size + at, acc + tl.where(split == 0, bias, 0.0), mask=live)
+        tl.store(y_ptr + split * size + at, acc, mask=live)
     else:
-        tl.atomic_add(scratch_ptr + at, acc, mask=live, sem="relaxed")
-        tl.debug_barrier()  # every lane's additions come before the arrival below
-        arrived = tl.atomic_add(count_ptr + strip, 1, sem="acq_rel")
-        if arrived == S - 1:
-            total = tl.load(scratch_ptr + at, mask=live, other=0.0, cache_modifier=".cg") + bias
-            tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=live)
-            tl.store(scratch_ptr + at, tl.zeros_like(total), mask=live)
-            tl.store(count_ptr + strip, 0)
+        tl.atomic_add(y_ptr + at, acc, mask=live, sem="relaxed")
+
+
+@triton.jit
+def clear_share(ptr, n, SHARE: tl.constexpr):
+    """Clear this program's SHARE of an fp32 buffer [n] that a later kernel accumulates into (a 2-d grid)."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at = program * SHARE + tl.arange(0, SHARE)
+    tl.store(ptr + at, tl.zeros([SHARE], tl.float32), mask=at < n)
+
+
+@triton.jit
+def finish_kernel(sum_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    """y = the running sum, which is zero again afterwards."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    total = tl.load(sum_ptr + at, mask=live, other=0.0)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(sum_ptr + at, tl.zeros([BLOCK], tl.float32), mask=live)
+
+
+def finish(total: torch.Tensor, y: torch.Tensor) -> None:
+    """Round an fp32 running sum into y (any shape, contiguous) and clear it."""
+    finish_kernel[(cdiv(y.numel(), 256),)](total, y, y.numel(), BLOCK=256, num_warps=2)
 
 
 @triton.jit

@@ -15,8 +15,6 @@ from torch import Tensor
 from kernels.cuda.column import column, column_list, fast_path, glu
 from kernels.cuda.common import DTYPES, act_code, activate, cdiv
 
-PROGRAMS = 132 * 16  # list kernels stride over their rows with at most this many programs
-
 
 @triton.jit
 def dot_rows(x_ptr, w_ptr, row, live, K, EVEN_K: tl.constexpr, DT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
@@ -195,10 +193,10 @@ def rows(
     rows, elsewhere untouched. tile: (rows, K tile, warps).
     """
     n, k = w.shape
-    br, bk, warps = tile or (2, 2048, 8)
+    br, bk, warps = tile or (1, 4096, 8)
     bk = _block_k(k, bk)
     m = n if idx is None else idx.numel()
-    grid = cdiv(m, br) if idx is None else max(1, min(PROGRAMS, cdiv(m, br)))
+    grid = max(1, cdiv(m, br))
     rows_kernel[(grid,)](
         x, w, x if idx is None else idx, x if count is None else count, x if bias is None else bias,
         x if t is None else t, y, m, k,
@@ -227,7 +225,7 @@ def neurons(
     br, bk, warps = tile or (1, 2048, 4)
     bk = _block_k(k, bk)
     m = f if idx is None else idx.numel()
-    grid = cdiv(m, br) if idx is None else max(1, min(PROGRAMS, cdiv(m, br)))
+    grid = max(1, cdiv(m, br))
     neurons_kernel[(grid,)](
         x, w_up if w_gate is None else w_gate, w_up, x if idx is None else idx, x if count is None else count,
         x if b_gate is None else b_gate, x if b_up is None else b_up, h, m, k,
@@ -311,7 +309,7 @@ def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor
             flat, w_up, a, h, f, k, EVEN_K=k % bk == 0, DT=DTYPES[w_up.dtype], BR=br, BK=bk, num_warps=warps
         )
         y = x.new_empty(*x.shape[:-1], wt_down.shape[1])
-        column(h, wt_down, 0.0, y=y.view(-1), compact=True)
+        column(h, wt_down, 0.0, y=y.view(-1), expected_sparsity=1.0)
         return y
     a = glu(torch.nn.functional.linear(x, w_gate), None, act)
     a = torch.where(a.abs().float() <= t, 0, a)

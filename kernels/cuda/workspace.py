@@ -1,8 +1,8 @@
 """Scratch memory that kernels leave as they found it: all zeros.
 
-A split-K kernel adds partial sums into an fp32 accumulator that must start at zero. Clearing it costs a launch of
-its own, so instead the last program of a strip, which reads the finished sums, writes the zeros back. One
-accumulator and one set of arrival counters for each (device, stream) then serve every call.
+A split-K kernel adds partial sums into an fp32 accumulator that must start at zero. The kernel that rounds the finished
+sums writes the zeros back, so no launch only clears. One accumulator and one set of arrival counters for each (device,
+stream) serve every call.
 """
 
 from __future__ import annotations
