@@ -333,9 +333,10 @@ def _grid(
 
 
 def _label(axes: Sequence[Axes], x: str, y: str) -> None:
-    """Name the axes once: below each panel, and left of the first in each row."""
+    """Name the axes where their numbers are."""
     for ax in axes:
-        ax.set_xlabel(x)
+        if ax.xaxis.get_tick_params()["labelbottom"]:
+            ax.set_xlabel(x)
         spec = ax.get_subplotspec()
         if spec is not None and spec.is_first_col():
             ax.set_ylabel(y)
@@ -380,7 +381,8 @@ def _key(label: str, **look: Any) -> Line2D:
 
 def _legend(fig: Figure, looks: Mapping[str, dict[str, Any]], *more: Line2D) -> None:
     keys = [_key(name, **look) for name, look in looks.items()]
-    fig.legend(handles=[*keys, *more], loc="outside right upper")
+    fig.set_figwidth(fig.get_figwidth() + 1.3)
+    fig.legend(handles=[*keys, *more], loc="outside right center")
 
 
 def _marked(fig: Figure, df: pd.DataFrame, limited: bool) -> Figure:

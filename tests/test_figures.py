@@ -62,6 +62,7 @@ def test_every_figure_draws_and_its_legend_covers_nothing(name: str, which: str,
     canvas.draw()
     renderer = canvas.get_renderer()
     boxes = [ax.get_tightbbox(renderer) for ax in fig.axes]
+    boxes += [text.get_window_extent(renderer) for text in fig.texts]
     for legend in fig.legends:
         box = legend.get_window_extent(renderer)
         assert not any(box.overlaps(other) for other in boxes)
