@@ -195,8 +195,10 @@ class DejaVu(Method):
                     plan.random[site, layer] = torch.rand(PERIOD, n, generator=generator).to(view.device)
         return plan
 
-    def score(self, plan: Plan, site: str, layer: int, x: Tensor) -> Tensor:
-        """Predicted scores [batch, tokens, n], larger for what is likelier active, from what `select` sees."""
+    def score(self, plan: Plan, site: str, layer: int, x: Tensor) -> Tensor | None:
+        """Scores [batch, tokens, n], larger for what is likelier active, from what `select` sees; None if random."""
+        if self.predictor == "random":
+            return None
         if self.predictor == "oracle":
             return plan.true.of(site, layer, x)
         x = unit_rms(x)
@@ -206,9 +208,9 @@ class DejaVu(Method):
 
     def select(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> Selection:
         """Top-k or all above the layer's cut. x: [batch, tokens, d_model], or at the oracle the sublayer's product."""
-        if self.predictor == "random":
-            return TopK(plan.random[site, layer][step.position % PERIOD], plan.k[site])
         scores = self.score(plan, site, layer, x)
+        if scores is None:
+            scores = plan.random[site, layer][step.position % PERIOD]
         if self.select_by == "score":
             return Mask(scores > plan.cut[site, layer])
         return TopK(scores, plan.k[site])

@@ -18,10 +18,10 @@ from methods.prompt import PromptMasks
 
 @dataclass(frozen=True)
 class Griffin(Method):
-    """Keeps, after a dense prompt, the neurons with the largest flocking statistic (section 4), the same for all tokens.
+    """Keeps, after a dense prompt, the neurons of largest flocking statistic (section 4), the same for all tokens.
 
-    With Z = act(gate) * up over the prompt's tokens, every row is scaled to unit length, so that no token dominates; the
-    statistic of a neuron is the L2 norm of its column.
+    With Z = act(gate) * up over the prompt's tokens, every row is scaled to unit length, so that no token dominates;
+    the statistic of a neuron is the L2 norm of its column.
     """
 
     name: ClassVar[str] = "griffin"

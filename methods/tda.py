@@ -24,13 +24,13 @@ BISECTIONS = 60
 class Tda(Method):
     """Keeps, after a dense prompt, the neurons whose activation norm over the prompt exceeds their layer's threshold.
 
-    The score of a neuron is the L2 norm of its column of act(gate) * up over the prompt's tokens, not normalised by token
-    (GRIFFIN's is), divided by the square root of their number, so that one threshold serves prompts of every length.
+    The score of a neuron is the L2 norm of its column of act(gate) * up over the prompt's tokens, not normalised by
+    token (GRIFFIN's is), divided by the square root of their number, so that a threshold serves prompts of any length.
 
     The abstract says "layer-wise threshold" and no more of it was found. Here all layers share one relative error: each
     threshold drops the same share of its layer's squared activations on calibration text, and that share is the one at
-    which the requested sparsity is reached on average over layers. How much a layer drops differs by layer, and, since a
-    threshold is no top-k, by prompt.
+    which the requested sparsity is reached on average over layers. How much a layer drops differs by layer, and, since
+    a threshold is no top-k, by prompt.
     """
 
     name: ClassVar[str] = "tda"

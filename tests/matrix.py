@@ -8,18 +8,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.method import Method
+import torch
+
+from harness.calibration import Calibration
+from harness.families import View
+from harness.method import Method, State
 from methods.cats import Cats
 from methods.cett import Cett
 from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
 from methods.kv_skip import KvSkip
+from methods.drelu import DRelu
+from methods.fatrelu import FatRelu
 from methods.griffin import Griffin
+from methods.lte import Lte
 from methods.oracle import Oracle
+from methods.prosparse import ProSparse
 from methods.random import Random
+from methods.relu import Relu
+from methods.relu2 import Relu2
+from methods.relu_stage2 import ReluStage2
 from methods.tda import Tda
 from methods.teal import Teal
+
+
+@dataclass(frozen=True)
+class RandomRouters(Lte):
+    """LTE with random routers over 16 experts of 8 neurons, for any model."""
+
+    checkpoint: str | None = "random"
+
+    def unsupported(self, view: View) -> str | None:
+        return None
+
+    def fit(self, view: View, calibration: Calibration) -> State:
+        generator = torch.Generator().manual_seed(0)
+        router = torch.randn(view.n_layers, 16, view.d_model, generator=generator)
+        return {"router": router, "expert_of": torch.arange(view.d_ff).remainder(16).repeat(view.n_layers, 1)}
 
 
 @dataclass(frozen=True)
@@ -30,7 +56,12 @@ class Case:
     site: str | None = "model"
     tolerance: float = 0.02
     families: tuple[str, ...] = ("llama", "mistral", "opt")
+    dense_at_zero: bool = True  # sparsity 0 is the dense model (an activation swap is another model)
 
+
+GATED = ("llama", "mistral")
+# Half of a random gate is negative: at 0.5 a swap's natural zeros are what was asked for.
+SWAP = {"site": "neurons", "tolerance": 0.06, "families": GATED, "dense_at_zero": False}
 
 CASES: dict[str, Case] = {
     "dense": Case(lambda s: Dense(), site=None),
@@ -54,4 +85,11 @@ CASES: dict[str, Case] = {
     "kv_skip_zeros": Case(lambda s: KvSkip(s, select_by="random", unit="group", dropped="zeros"), site="heads"),
     "kv_recompute": Case(lambda s: KvSkip(s, select_by="lookahead", unit="group", kv="recompute", rank=2), site="heads"),
     "kv_mask_output": Case(lambda s: KvSkip(s, kv="mask_output"), site="heads"),
+    "lte": Case(lambda s: RandomRouters(s), site=None),
+    "relu": Case(lambda s: Relu(s), **SWAP),
+    "relu2": Case(lambda s: Relu2(s), **SWAP),
+    "fatrelu": Case(lambda s: FatRelu(s, threshold=0.01), **SWAP),
+    "prosparse": Case(lambda s: ProSparse(s, threshold=0.01), **SWAP),
+    "drelu": Case(lambda s: DRelu(s), **SWAP),
+    "relu_stage2": Case(lambda s: ReluStage2(s), **SWAP),
 }
