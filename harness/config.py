@@ -6,7 +6,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,8 @@ def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
             methods.append(factory(**given))
         except TypeError as error:
             raise ConfigError(f"method {name}: {error}") from error
-    return methods
+    # In a nest the requested sparsity is for the innermost method; a swap outside of it keeps its natural zeros.
+    return [replace(m, sparsity=0.0) if m.swap and m is not methods[-1] else m for m in methods]
 
 
 def _canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:

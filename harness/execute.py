@@ -35,7 +35,8 @@ class KernelMismatchError(RuntimeError):
 
 def has_kernels(method: Method) -> bool:
     """Whether a method's selections can be run through kernels: it decides by `select` and nothing else."""
-    return bool(method.sites) and type(method).attach is Method.attach
+    own = type(method)
+    return bool(method.sites) and own.attach is Method.attach and own._attach is Method._attach
 
 
 class KernelInstallation(Installation):
@@ -197,6 +198,7 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[No
         stack.enter_context(view.tracker.tracking(policy))
         for method, state in methods:
             if has_kernels(method):
+                stack.enter_context(method.rewrite(view, state))
                 stack.enter_context(_installed(view, method, method.plan(view, state)))
             else:
                 stack.enter_context(method.attach(view, state))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -50,6 +50,7 @@ class Method:
     families: ClassVar[tuple[str, ...]] = ()
     fit_fields: ClassVar[tuple[str, ...]] = ()
     oracle: ClassVar[bool] = False  # reads what a deployable method cannot know
+    swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
 
     @property
     def sites(self) -> Mapping[str, str]:
@@ -84,12 +85,17 @@ class Method:
         """Skip what `select` decides until the context ends; afterwards the model is bit for bit what it was."""
         return self._attach(view, state)
 
+    def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:
+        """What the method changes in the model itself, reversibly: a rotation, an activation. Default: nothing."""
+        return nullcontext()
+
     @contextmanager
     def _attach(self, view: View, state: State) -> Iterator[None]:
-        with torch.no_grad():
-            plan = self.plan(view, state)
-        with install(view, self, plan):
-            yield
+        with self.rewrite(view, state):
+            with torch.no_grad():
+                plan = self.plan(view, state)
+            with install(view, self, plan):
+                yield
 
     def fit_key(self) -> dict[str, Any]:
         """What identifies a fit of this method beside the model and the data."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +19,13 @@ class Block:
     """One decoder block. All projections are nn.Linear; gate is None in a plain (not gated) MLP.
 
     layer: the block itself; its first argument is the residual stream [batch, tokens, d_model].
-    act: the activation module, applied to gate (to up in a plain MLP).
+    act: the activation module, applied to gate (to up in a plain MLP). act_at: the module and attribute that hold it.
     """
 
     layer: nn.Module
     attn: nn.Module
     act: nn.Module
+    act_at: tuple[nn.Module, str]
     q: nn.Linear
     k: nn.Linear
     v: nn.Linear
@@ -109,6 +111,21 @@ class View:
     def block_weights(self) -> int:
         """Linear weights of one block: the denominator of model-wide sparsity."""
         return sum(self.weights(name) for name in self.projection_names())
+
+    @contextmanager
+    def activation_swapped(self, name: str, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Put `modules`, one a block, in the place of the activations until the context ends."""
+        blocks, before = list(self.blocks), self.activation
+        self.activation = name
+        try:
+            for layer, (block, module) in enumerate(zip(blocks, modules, strict=True)):
+                setattr(*block.act_at, module)
+                self.blocks[layer] = replace(block, act=module)
+            yield
+        finally:
+            self.activation, self.blocks[:] = before, blocks
+            for block in blocks:
+                setattr(*block.act_at, block.act)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., vocabulary] of final hidden states [..., d_model]."""

@@ -20,6 +20,7 @@ def view(model: nn.Module) -> View:
                 layer=layer,
                 attn=attn,
                 act=mlp.act_fn,
+                act_at=(mlp, "act_fn"),
                 q=attn.q_proj,
                 k=attn.k_proj,
                 v=attn.v_proj,

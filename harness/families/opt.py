@@ -21,6 +21,7 @@ def view(model: nn.Module) -> View:
                 layer=layer,
                 attn=attn,
                 act=layer.activation_fn,
+                act_at=(layer, "activation_fn"),
                 q=attn.q_proj,
                 k=attn.k_proj,
                 v=attn.v_proj,
