@@ -154,7 +154,7 @@ def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
 
     dense = rows[measured & (rows["execution"].fillna("") == "dense") & (rows["probe"] == "latency")]
     found = _match(rows, dense, ["cell_id", *FACT])
-    for policy in (["phase", "dense_prefix"], []):
+    for policy in (["phase", "dense_prefix"], ["phase"], []):
         dense = rows[measured & (rows["method"] == "dense")]
         found = found.combine_first(_match(rows, dense, ["_twin", "_items", *FACT, *policy]))
 

@@ -109,6 +109,7 @@ def test_the_twin_of_the_same_phase_policy_comes_first() -> None:
     decode = {"cell_id": "b", "method": "dense", "phase": "decode", "dense_prefix": 0, "value": 0.2}
     assert related(sparse, every)["dense_value"][0] == 0.1
     assert related(sparse, every, decode)["dense_value"][0] == 0.2
+    assert related(sparse | {"dense_prefix": 4}, every, decode)["dense_value"][0] == 0.2
 
 
 def test_masked_time_is_never_a_speedup_and_the_interleaved_dense_is_the_baseline() -> None:
