@@ -23,7 +23,9 @@ from harness.selection import keep_mask
 from harness.step import Policy
 from methods.dejavu import DejaVu
 from methods.griffin import Griffin
+from methods.kv_skip import KvSkip
 from methods.lte import Lte
+from methods.oracle import Oracle
 from methods.predictors import recall_at_density, train, unit_rms, weighted_bce, weighted_bce_gradient
 from tests import tiny
 
@@ -269,6 +271,12 @@ def test_a_relus_zeros_do_not_matter():
     assert value_of(rows, "recall", "neurons") == 1.0
     assert value_of(rows, "captured", "neurons") == pytest.approx(1.0)
     assert value_of(rows, "precision", "neurons") < 0.75, "half of OPT's neurons are zero, and 90 % were kept"
+
+
+def test_methods_without_neurons_heads_or_select_give_no_rows():
+    view = tiny.view("llama")
+    for method in (Oracle(0.5), KvSkip(0.5)):
+        assert measure(view, [(method, {})], ALL, tiny.tokens(2, 16)) == []
 
 
 def test_prompt_fixed_methods_are_judged_on_decode_tokens():

@@ -34,12 +34,12 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     Every method looks at the activations that it would see if it dropped nothing itself (the methods outside it are
     attached), so rows of different sparsities and predictors speak of the same activations. Only tokens that the policy
     makes sparse count; the first half of each window [n, length] is a prompt, the second half decode tokens. A method
-    without these sites gives no rows.
+    without these sites, or that does not decide by `select`, gives no rows.
     """
     rows: list[Row] = []
     for place, (method, state) in enumerate(methods):
         watched = [site for site in SITES if site in method.sites]
-        if watched:
+        if watched and type(method).select is not Method.select:
             rows += _of(view, methods[:place], method, method.plan(view, state), policy, windows, watched)
     return rows
 
