@@ -8,7 +8,7 @@ the library's matmul on that same weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -216,20 +216,24 @@ def _installed(view: View, method: Method, plan: Any) -> Iterator[None]:
 
 
 @contextmanager
-def own_gemv(view: View, zero_percent: bool = False) -> Iterator[None]:
-    """The fair baselines on the kernels' own layout: the tuned dense GEMV, or the column kernel that drops nothing."""
-    nothing = torch.tensor(-1.0, device=view.device)
-    with ExitStack() as stack:
-        for block in view.blocks:
-            for _, module in block.projections():
-                weight = stack.enter_context(transposed(module))
+def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None = None) -> Iterator[None]:
+    """Every projection on the kernels' own layout, with nothing decided at run time (torch.compile sees it whole).
 
-                def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight) -> Tensor:
+    limits: threshold by (projection, layer) for the column kernel, -1 where missing. None: the tuned dense GEMV. With
+    empty limits it is the column kernel that drops nothing: what the kernel alone is worth.
+    """
+    with ExitStack() as stack:
+        for layer, block in enumerate(view.blocks):
+            for name, module in block.projections():
+                weight = stack.enter_context(transposed(module))
+                limit = None
+                if limits is not None:
+                    limit = torch.as_tensor(limits.get((name, layer), -1.0), dtype=torch.float32, device=view.device)
+
+                def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, t: Tensor | None = limit) -> Tensor:
                     if x.numel() != x.shape[-1]:
                         return F.linear(x, m.weight, m.bias)
-                    if zero_percent:
-                        return kernels.column_gemv(x, wt, nothing, m.bias)
-                    return kernels.dense_gemv(x, wt, m.bias)
+                    return kernels.dense_gemv(x, wt, m.bias) if t is None else kernels.column_gemv(x, wt, t, m.bias)
 
                 stack.enter_context(replaced(module, forward))
         yield
