@@ -54,6 +54,7 @@ class Row:
     over_own_dense: float
     roofline_share: float  # bytes of the weights that the call must read, over measured bandwidth x time
     wall_over_cpu: float
+    read_bytes_per_s: float  # the measured bandwidth: median over the same rounds
 
 
 def scaled_input(k: int, zeros: int, dtype: torch.dtype) -> Tensor:
@@ -129,6 +130,7 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
                 over_own_dense=ratio(cpu[own], cpu[name]),
                 roofline_share=ratio(floor, cpu[name]),
                 wall_over_cpu=ratio(wall[name], cpu[name]),
+                read_bytes_per_s=round(median(bandwidth)),
             )
         )
     print(f"{model} {projection} {dtype_name}: {median(bandwidth) / 1e9:.1f} GB/s, own dense: {own}", flush=True)
@@ -153,7 +155,6 @@ def environment(rounds: int) -> dict[str, object]:
         "load_average_before": [round(v, 2) for v in os.getloadavg()],
         "pool_bytes": POOL_BYTES,
         "rounds": rounds,
-        "read_bandwidth_GB_per_s": round(kernels.read_bandwidth("cpu") / 1e9, 2),
         "clock": "thread CPU time",
     }
 
