@@ -1,4 +1,4 @@
-"""The second app: train the counterparts of the embedded model. `python train.py train=relu`, see conf/training.yaml."""
+"""The second app, `python train.py train=relu`: train the counterparts of the embedded model (conf/training.yaml)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -30,9 +30,8 @@ from harness.training.data import Batches, prepare, read_tokens
 from harness.training.evaluate import evaluate
 from harness.training.experts import cached_cluster
 from harness.training.generate import starts, write
-from harness.training.llama import LINEARS, Model
+from harness.training.llama import Model
 from harness.training.loop import Recipe, Trainer
-
 
 ConfigStore.instance().store(group="train", name="recipe", node=Recipe)
 
@@ -50,7 +49,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="training")
 def app(cfg: DictConfig) -> None:
     """Run the stages of `cfg.do` for one variant."""
-    recipe: Recipe = OmegaConf.to_object(cfg.train)
+    recipe = cast(Recipe, OmegaConf.to_object(cfg.train))
     unknown = set(cfg.do) - {"text", "train", "evaluate"}
     if unknown:
         raise ConfigError(f"do={sorted(unknown)}: the stages are text, train and evaluate")
@@ -126,9 +125,7 @@ def train(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
     folder = Path(cfg.folder) / recipe.name
     own = torch.cat(read_tokens(text, "own-*.safetensors"))
     (real,) = read_tokens(text, "real.safetensors")
-    batches = Batches(
-        own.to(device), real.to(device), recipe.real_share, recipe.batch, recipe.length, recipe.seed
-    )
+    batches = Batches(own.to(device), real.to(device), recipe.real_share, recipe.batch, recipe.length, recipe.seed)
     experts = None
     if recipe.expert_size:
         layers = model.shape.layers
@@ -201,9 +198,7 @@ def score(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
             thresholds = tensors["threshold"].to(device)
             if "router" in tensors:
                 experts = {key: tensors[key].to(device) for key in ("router", "expert_of")}
-        return evaluate(
-            student, teacher, activation, thresholds, tokens, drop, experts, cfg.evaluate.batch
-        )
+        return evaluate(student, teacher, activation, thresholds, tokens, drop, experts, cfg.evaluate.batch)
 
     kept = checkpoint.tensors
     base_file = Path(cfg.folder) / f"base-{device.type}-{len(windows)}.json"
@@ -234,8 +229,8 @@ def score(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
 def merged(model: Model, tensors: dict[str, torch.Tensor], factor: float) -> Model:
     """The student: `model` with the adapter's tensors merged, fp32."""
     linears = {
-        name: merge(model.linears[name], *(tensors[f"{kind}.{name}"] for kind in ("scale", "a", "b")), factor)
-        for name in LINEARS
+        name: merge(w, tensors[f"scale.{name}"], tensors[f"a.{name}"], tensors[f"b.{name}"], factor)
+        for name, w in model.linears.items()
     }
     return Model(model.shape, linears, model.norms, model.embedding, model.final_norm)
 
@@ -267,13 +262,17 @@ def tracker(cfg: DictConfig, recipe: Recipe) -> Iterator[Callable[[dict[str, flo
         shown = {k: entry[k] for k in ("kl", "zeros", "threshold", "tokens_per_second") if k in entry}
         print(f"{recipe.name} step {int(entry['step'])} " + " ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
-    if cfg.logger == "none":
+    if cfg.logger.name == "none":
         yield show
         return
     import wandb
 
-    mode = "online" if wandb.api.api_key else "offline"
-    with wandb.init(project="dynact-train", name=recipe.name, id=recipe.name, resume="allow", mode=mode) as run:
+    from harness.tracking import PROJECT, logged_in
+
+    mode = "online" if logged_in(wandb.setup().settings.base_url) else "offline"
+    facts = {"project": PROJECT, "group": "training", "config": asdict(recipe), "dir": cfg.folder}
+    os.environ.setdefault("WANDB_MODE", mode)
+    with wandb.init(name=recipe.name, **facts) as run:
 
         def log(entry: dict[str, float]) -> None:
             show(entry)

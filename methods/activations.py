@@ -18,17 +18,17 @@ Threshold = float | Tensor
 
 
 def silu(x: Tensor, threshold: Threshold = 0.0) -> Tensor:
-    """x * sigmoid(x): the activation of the original model. It has no zeros, so the threshold is ignored."""
+    """X * sigmoid(x): the activation of the original model. It has no zeros, so the threshold is ignored."""
     return functional.silu(x)
 
 
 def fatrelu(x: Tensor, threshold: Threshold = 0.0) -> Tensor:
-    """x where x > threshold, else exactly 0. Threshold 0 is ReLU."""
+    """X where x > threshold, else exactly 0. Threshold 0 is ReLU."""
     return torch.where(x <= threshold, torch.zeros_like(x), x)
 
 
 def relu2(x: Tensor, threshold: Threshold = 0.0) -> Tensor:
-    """x squared where x > threshold, else exactly 0. The threshold is on x, not on its square."""
+    """X squared where x > threshold, else exactly 0. The threshold is on x, not on its square."""
     kept = fatrelu(x, threshold)
     return kept * kept
 
@@ -71,8 +71,10 @@ class GateActivation(nn.Module):
         self.register_buffer("threshold", torch.as_tensor(threshold, dtype=torch.float32), persistent=False)
 
     def forward(self, gate: Tensor) -> Tensor:
+        """The activation of `gate`, any shape."""
         # a 0-d fp32 tensor does not promote a bf16 operand
         return self.activation.gate(gate, self.threshold)
 
     def extra_repr(self) -> str:
+        """Name and threshold, for printing the model."""
         return f"{self.name}, threshold={float(self.threshold):.4g}"

@@ -11,7 +11,10 @@ from harness.training.llama import LINEARS, Model
 
 
 def merge(base: Tensor, scale: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """base * (1 + scale) + factor * b @ a. base: [..., out, in]; scale: [..., out]; a: [..., r, in]; b: [..., out, r]."""
+    """Return base * (1 + scale) + factor * b @ a.
+
+    base: [..., out, in]; scale: [..., out]; a: [..., rank, in]; b: [..., out, rank].
+    """
     return base * (1 + scale)[..., None] + factor * (b @ a)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -10,7 +11,7 @@ def write_card(record: dict[str, Any]) -> str:
     recipe, run, figures = record["recipe"], record["run"], record["evaluation"]
     natural, base = figures["natural"], figures["base"]["natural"]
     lines = [
-        f"# {record['name']}: SmolLM2-135M with {record['activation']}",
+        f"# {record['name']}: SmolLM2-135M with {_activation(record)}",
         "",
         f"A rank-{recipe['rank']} adapter over the embedded SmolLM2-135M-Instruct (base fingerprint "
         f"`{record['base'][:16]}`), int8 factors, merged on load: `model=smollm2-135m-{record['name']}` or "
@@ -50,17 +51,17 @@ def write_card(record: dict[str, Any]) -> str:
     lines += [
         "",
         "## Recipe",
-        f"Distillation from the base, KL only. {run['steps']:,} steps of {recipe['batch']} x "
+        f"Distillation from the base, KL only{_origin(record)}. {run['steps']:,} steps of {recipe['batch']} x "
         f"{recipe['length']} tokens = {run['tokens']:,} tokens: {run['passes']:.2f} passes over "
         f"{run['own_tokens']:,} tokens that the base wrote itself from a few real words, and "
-        f"{recipe['real_share']:.0%} real passages ({run['real_tokens']:,} tokens; coqa, squad, drop, Wikipedia "
-        f"and OpenWebText excerpts, none that shares ten words in a row with a boolq passage). Seed "
+        f"{recipe['real_share']:.0%} real passages ({run['real_tokens']:,} tokens; coqa, squad, Wikipedia "
+        f"and OpenWebText excerpts, none that shares thirteen words in a row with anything scored). Seed "
         f"{recipe['seed']}, {run['device']}, {run['tokens_per_second']:,.0f} tokens/s"
         + (f", MFU {run['mfu']:.1%}" if run.get("mfu") else "")
-        + f", {run['seconds']:.0f} s.",
+        + f", {run['seconds']:.0f} s in the last sitting.",
         "",
         "```json",
-        _compact(recipe),
+        json.dumps(recipe, indent=1),
         "```",
         "",
         "## Loss curve",
@@ -74,8 +75,29 @@ def write_card(record: dict[str, Any]) -> str:
         )
     lines += ["", "## Files", "| file | sha256 |", "|---|---|"]
     lines += [f"| {name} | `{value}` |" for name, value in record["sha256"].items()]
-    lines += ["", "## Rebuild", f"`python train.py train={record['name']}` (a GPU of 80 GB; see conf/training.yaml)."]
+    lines += [
+        "",
+        "## Rebuild",
+        "On a GPU of 80 GB; same text and batches, rounding as that GPU does it:",
+        "",
+        "```",
+        "python train.py do=[text] text.seed=0",
+        "python train.py do=[text] text.seed=1",
+        *([f"python train.py train={recipe['init_from']} do=[train]"] if recipe["init_from"] else []),
+        f"python train.py train={record['name']}",
+        "```",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _origin(record: dict[str, Any]) -> str:
+    origin = record["recipe"]["init_from"]
+    return f", going on from `{origin}` (its tokens, of the same text, come on top)" if origin else ""
+
+
+def _activation(record: dict[str, Any]) -> str:
+    threshold = f", zero below a gate of {record['threshold']:.3f}" if record["threshold"] else ""
+    return record["activation"] + threshold
 
 
 def _skippable(record: dict[str, Any]) -> str:
@@ -86,9 +108,3 @@ def _skippable(record: dict[str, Any]) -> str:
         "silu": "nothing by itself"
         + (": the router decides, before gate and up are computed." if record.get("experts") else "."),
     }[record["activation"]]
-
-
-def _compact(recipe: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(recipe, indent=1)

@@ -47,9 +47,7 @@ def read_tokens(folder: Path, pattern: str) -> list[Tensor]:
 class Batches:
     """Windows at random offsets of two token streams; batch `step` depends on (seed, step) alone."""
 
-    def __init__(
-        self, own: Tensor, real: Tensor, real_share: float, batch: int, length: int, seed: int
-    ) -> None:
+    def __init__(self, own: Tensor, real: Tensor, real_share: float, batch: int, length: int, seed: int) -> None:
         self.own, self.real = own, real
         self.real_rows = round(real_share * batch)
         self.batch, self.length, self.seed = batch, length, seed

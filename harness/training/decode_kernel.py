@@ -20,8 +20,17 @@ except ImportError:  # the torch path below serves every device
 if triton is not None:
 
     @triton.jit(do_not_specialize=["length"])
-    def _attend(
-        q, k, v, out, length, capacity, scale, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+    def _attend(  # noqa: ANN202
+        q,
+        k,
+        v,
+        out,
+        length,
+        capacity,
+        scale,
+        GROUP: tl.constexpr,
+        DIM: tl.constexpr,
+        BLOCK: tl.constexpr,  # noqa: ANN001
     ):
         program = tl.program_id(0)
         rows = tl.arange(0, 16)  # the least that a matrix unit takes; GROUP of them are real

@@ -13,7 +13,13 @@ from harness.training.llama import Model, norm, rotary, rotate
 
 
 def starts(
-    real: Tensor, count: int, length: int, shortest: int, longest: int, bare: float, generator: torch.Generator
+    real: Tensor,
+    count: int,
+    length: int,
+    shortest: int,
+    longest: int,
+    bare: float,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Beginnings of `count` sequences: a separator (token 0), then a piece of `real` text.
 
@@ -45,14 +51,10 @@ def write(
     """
     shape, device, dtype = model.shape, model.embedding.device, model.embedding.dtype
     batch, length = tokens.shape
-    cache = torch.zeros(
-        (2, shape.layers, batch, shape.kv_heads, length, shape.head_dim), device=device, dtype=dtype
-    )
+    cache = torch.zeros((2, shape.layers, batch, shape.kv_heads, length, shape.head_dim), device=device, dtype=dtype)
     cos, sin = (table.to(dtype) for table in rotary(shape, torch.arange(length, device=device)))
     generator = torch.Generator(device).manual_seed(seed)
-    layers = [
-        {n: stack[i] for n, stack in (model.linears | model.norms).items()} for i in range(shape.layers)
-    ]
+    layers = [{n: stack[i] for n, stack in (model.linears | model.norms).items()} for i in range(shape.layers)]
     draw = torch.compile(sample) if kernel else sample
     noise = torch.empty((batch, shape.vocabulary), device=device, dtype=torch.float32)
     for position in range(length - 1):
@@ -96,4 +98,3 @@ def _step(
     h = norm(x, w["norm2"], shape.epsilon)
     hidden = functional.silu(functional.linear(h, w["gate"])) * functional.linear(h, w["up"])
     return x + functional.linear(hidden, w["down"])
-

@@ -44,6 +44,7 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one head."""
         return self.width // self.heads
 
     @property
@@ -106,7 +107,7 @@ class Model:
 
 
 def rotary(shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, [positions, head_dim] fp32, in the half-split order of the Hugging Face modules."""
+    """Cos and sin, [positions, head_dim] fp32, in the half-split order of the Hugging Face modules."""
     half = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[:, None] * shape.theta ** (-half / shape.head_dim)
     angles = torch.cat([angles, angles], dim=-1)
@@ -179,7 +180,9 @@ def make_block(
             weight = torch.where(blend > 0.5, (score > 0.5).float(), score)
             hidden = hidden * weight.to(hidden.dtype)[..., w["expert_of"]]
             # LTE, section 4.2: few experts (efficiency) and scores far from one half (separability)
-            router_loss = torch.stack([score.square().mean(), (score - 0.5).square().clamp_min(1e-3).reciprocal().mean()])
+            router_loss = torch.stack(
+                [score.square().mean(), (score - 0.5).square().clamp_min(1e-3).reciprocal().mean()]
+            )
         elif activation == start:
             hidden = new.hidden(gate, up, threshold)
         else:

@@ -34,8 +34,8 @@ class Recipe:
     activation: str = MISSING  # a key of methods.activations.ACTIVATIONS
     start: str = "silu"  # the activation that the run starts from
     init_from: str | None = None  # folder or name of an adapter to go on from
-    steps: int = 3000
-    batch: int = 16
+    steps: int = 2900
+    batch: int = 24
     length: int = 1024
     rank: int = 64
     factor: float = 2.0
@@ -72,7 +72,8 @@ class Trainer:
         experts: Tensor | None = None,
     ) -> None:
         """init: the tensors of an adapter to go on from (`harness.checkpoints.read_adapter`); experts:
-        expert of each neuron [layers, neurons]."""
+        expert of each neuron [layers, neurons].
+        """
         self.recipe, self.batches, self.device = recipe, batches, device
         fast = device.type == "cuda"
         self.dtype = torch.bfloat16 if fast else torch.float32
@@ -94,7 +95,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0, fused=fast)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.first_magnitude: Tensor | None = None  # [layers]
+        self.first_magnitude = torch.zeros(self.shape.layers, device=device)  # set by the first step
 
         def compiled(function: Callable) -> Callable:
             return torch.compile(function, dynamic=False) if fast else function
@@ -102,11 +103,9 @@ class Trainer:
         self._merge = compiled(self.adapter)
         self._divergence = compiled(divergence)
         self._teacher_block = compiled(make_block(self.shape, "silu", statistics=False))
-        self._block = compiled(
-            make_block(self.shape, recipe.activation, recipe.start, experts=experts is not None)
-        )
+        self._block = compiled(make_block(self.shape, recipe.activation, recipe.start, experts=experts is not None))
         self.cos, self.sin = rotary(self.shape, torch.arange(recipe.length, device=device))
-        if recipe.fit_gains and init is not None or recipe.fit_gains and self.step == 0:
+        if recipe.fit_gains:
             self._fit_gains()
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -181,7 +180,8 @@ class Trainer:
             if group["kind"] == "router" and hard:
                 group["lr"] = 0.0
         target = self._teach(tokens)
-        x = self.teacher.embedding[tokens]
+        # the first layer's input asks for a gradient too, so that one compiled block serves every layer
+        x = self.teacher.embedding[tokens].requires_grad_()
         magnitudes, zeros, routers = [], [], []
         for w in self.layers(self.dtype):
             x, magnitude, zero, router = self._block(x, w, self.cos, self.sin, self.threshold, self.blend)
@@ -191,8 +191,8 @@ class Trainer:
         x = norm(x, self.teacher.final_norm, self.shape.epsilon)
         kl = head_divergence(x.flatten(0, 1), target.flatten(0, 1), self.teacher.embedding, kernel=self._divergence)
         magnitude = torch.stack(magnitudes)
-        if self.first_magnitude is None:
-            self.first_magnitude = magnitude.detach().clone()
+        if self.step == 0:
+            self.first_magnitude.copy_(magnitude.detach())
         relative = (magnitude / self.first_magnitude).mean()
         loss = kl + progressive_weight(progress, recipe.l1_ends, recipe.l1_peaks) * relative
         if self.router is not None and not hard:
@@ -263,7 +263,7 @@ class Trainer:
         """What the run has learnt, fp32 on the CPU: a.*, b.*, scale.*, threshold [layers], router, expert_of."""
         tensors = {name: p.detach().cpu().clone() for name, p in self.adapter.named_parameters()}
         tensors["threshold"] = self.threshold.cpu().expand(self.shape.layers).clone()
-        if self.router is not None:
+        if self.router is not None and self.experts is not None:
             tensors |= {"router": self.router.detach().cpu().clone(), "expert_of": self.experts.cpu()}
         return tensors
 

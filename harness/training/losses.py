@@ -19,9 +19,7 @@ def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 class _HeadDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, chunk: int, kernel: Any
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, chunk: int, kernel: Any) -> Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device, dtype=torch.float32)
         for i in range(0, len(student), chunk):
