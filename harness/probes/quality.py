@@ -136,8 +136,8 @@ def task(
             fewshot_random_seed=seed,
         )
     assert results is not None
-    samples = _samples(results["samples"])
-    rows = list(_score_rows(results, data))
+    samples = _samples(name, results["samples"])
+    rows = list(_score_rows(name, results, data))
     if dense is not None:
         rows += _against_dense(samples, dense)
     rows += _headroom(samples if dense is None else dense)
@@ -148,8 +148,11 @@ def task(
     return rows, samples
 
 
-def _score_rows(results: Any, data: str) -> Iterator[Row]:
+def _score_rows(task_name: str, results: Any, data: str) -> Iterator[Row]:
+    """The scores of the task; of a group (mmlu) those of the whole, its parts stay in the samples."""
     for name, scores in results["results"].items():
+        if name != task_name:
+            continue
         counted = results["n-samples"].get(name)
         for key, value in scores.items():
             metric, comma, filter_ = key.partition(",")
@@ -166,15 +169,15 @@ def _score_rows(results: Any, data: str) -> Iterator[Row]:
                 "stderr": float(stderr) if isinstance(stderr, int | float) and not math.isnan(stderr) else None,
                 "n": n,
                 "unit": "ratio" if "perplexity" in metric else "share",
-                "split": tasks.split_note(name, data) if counted else None,
+                "split": tasks.split_note(name, data),
                 "limited": n < min(WHOLE, whole),
             }
 
 
-def _samples(by_task: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """One line for each (task, item, filter, metric): value, choices, and the model's answers as JSON."""
+def _samples(task_name: str, by_task: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+    """One line for each (task, part, item, filter, metric): value, choices, and the model's answers as JSON."""
     lines = []
-    for name, items in by_task.items():
+    for part, items in by_task.items():
         for item in items:
             answers = item["filtered_resps"]
             several = isinstance(answers, list) and len(answers) > 1
@@ -183,7 +186,8 @@ def _samples(by_task: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
                 if isinstance(value, bool | int | float | np.number):
                     lines.append(
                         {
-                            "task": name,
+                            "task": task_name,
+                            "part": part,
                             "doc_id": int(item["doc_id"]),
                             "metric": metric if item["filter"] == "none" else f"{metric}:{item['filter']}",
                             "value": float(value),
@@ -191,13 +195,14 @@ def _samples(by_task: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
                             "answer": json.dumps(answers, default=str)[:2000],
                         }
                     )
-    return pd.DataFrame(lines, columns=["task", "doc_id", "metric", "value", "choices", "answer"])
+    return pd.DataFrame(lines, columns=["task", "part", "doc_id", "metric", "value", "choices", "answer"])
 
 
 def _against_dense(samples: pd.DataFrame, dense: pd.DataFrame) -> list[Row]:
     """Flips and the paired difference to dense on the same items (95 % bootstrap interval as half-width / 1.96)."""
     rows: list[Row] = []
-    both = samples.merge(dense, on=["task", "doc_id", "metric"], suffixes=("", "_dense"))
+    both = samples.merge(dense, on=["task", "part", "doc_id", "metric"], suffixes=("", "_dense"))
+    answers = [m for m in both["metric"].unique() if m == "acc" or m.startswith("exact_match")]
     for (name, metric), items in both.groupby(["task", "metric"]):
         if metric.partition(":")[0] not in CORRECT:
             continue
@@ -212,7 +217,7 @@ def _against_dense(samples: pd.DataFrame, dense: pd.DataFrame) -> list[Row]:
                 "stderr": (difference.high - difference.low) / (2 * 1.96),
             }
         )
-        if metric == next(m for m in items["metric"]) and metric.partition(":")[0] in ("acc", "exact_match"):
+        if metric == answers[0]:  # one filter of a task's answers is enough to count flips
             lost, won = stats.flips(theirs, ours)
             rows.append(common | {"metric": "flips_right_to_wrong", "value": lost / len(items)})
             rows.append(common | {"metric": "flips_wrong_to_right", "value": won / len(items)})
