@@ -13,6 +13,7 @@ from typing import Any
 from harness.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
+CHECKPOINTS = CONF.parent / "results" / "checkpoints"
 PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity")
 # Read by the command line, not part of what is measured.
 RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment")
@@ -113,6 +114,10 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
 
 def _check_model(model: Mapping[str, Any]) -> None:
     source = _choice(model["source"], "model.source", ("embedded", "path", "hub"))
+    adapter = model.get("adapter")
+    if adapter is not None and not any((root / adapter / "adapter.json").is_file() for root in (CHECKPOINTS, Path())):
+        known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
+        raise ConfigError(f"model.adapter={adapter} is no checkpoint: choose from {', '.join(known) or 'none'}")
     if source == "path" or model["path"] is not None:
         path = model["path"]
         if path is None or not Path(path).is_dir():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harness import assets, text
 from harness.calibration import Calibration
+from harness.checkpoints import merge_weights, read_checkpoint, swap_activation
 from harness.config import CellConfig
 from harness.errors import ConfigError
 from harness.families import View, prosparse, view_of
@@ -72,22 +73,34 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     source, revision = _source(model_config)
     tokenizer = _tokenizer(model_json)
     prosparse.register()
+    adapter = model_config.get("adapter")
+    wanted = pick_dtype(dtype, place)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
-            dtype=pick_dtype(dtype, place),
+            dtype=torch.float32 if adapter else wanted,  # an adapter is merged before anything is rounded
             attn_implementation="sdpa",
             trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(model_config, error) from error
-    model.to(place).eval().requires_grad_(False)
+    checkpoint = read_checkpoint(adapter) if adapter else None
+    if checkpoint is not None:
+        merge_weights(checkpoint, model)
+    model.to(place, wanted).eval().requires_grad_(False)
+    if checkpoint is not None:  # after the cast: its thresholds stay float32
+        swap_activation(model, checkpoint.activation, checkpoint.tensors["threshold"])
     if revision:  # a branch moves: the commit that was loaded is what a fit belongs to
         fingerprint = f"{source}@{getattr(model.config, '_commit_hash', None) or revision}"
     else:
         fingerprint = assets.model_fingerprint(Path(source))
     view = view_of(model, name=model_config["name"], fingerprint=fingerprint)
+    if checkpoint is not None:
+        if checkpoint.record["base"] != fingerprint:
+            raise ConfigError(f"checkpoint {adapter} was trained on another base than {model_config['name']}")
+        view.activation = checkpoint.activation
+        view.fingerprint = content_key({"base": fingerprint, "adapter": checkpoint.record["sha256"]})
     return Loaded(view, tokenizer, int(getattr(model.config, "max_position_embeddings", 2048)))
 
 
