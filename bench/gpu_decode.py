@@ -7,8 +7,9 @@ advance inside). Variants differ in how the projections run; norm, attention, em
 fused kernels in all of them:
 
   library   cuBLAS, merged q/k/v and gate/up
-  rows      the tuned dense baseline: row-major Triton kernels
-  columns   the column-sparse kernels on W^T: at 0 %, and with a threshold for each projection and layer
+  rows      the tuned dense baseline, row-major Triton kernels
+  columns   the column kernels on W^T: dense, with thresholds that keep everything (0 %), and with a threshold for each
+            projection and layer. "Tuned dense" in the ratios is the faster of the two dense forms
 
 Thresholds are set layer by layer on random tokens so that the requested share of every projection's input is dropped
 (inputs already sparse), and the achieved share is counted on other tokens. Floor: bytes of kept weights, of the head and
@@ -97,6 +98,12 @@ def fit(view: View, sparsity: float) -> tuple[dict[tuple[str, int], float], dict
     return masks.thresholds, masks.kept
 
 
+def dropped_share(view: View, kept: dict[tuple[str, int], float]) -> float:
+    """Share of the blocks' linear weights that a token does not touch."""
+    weights = sum(view.weights(name) * share for (name, _), share in kept.items())
+    return 1 - weights / (view.block_weights * view.n_layers)
+
+
 def touched(view: View, kept: dict[tuple[str, int], float], context: int) -> float:
     """Bytes that one step must read."""
     bytes_each = torch.finfo(view.dtype).bits // 8
@@ -120,15 +127,19 @@ def prefilled(view: View, context: int) -> tuple[StaticCache, Tensor]:
 
 
 @torch.no_grad()
-def block_errors(view: View, linear: str, thresholds: dict, sparsity: float) -> dict[str, float]:
-    """||fused - masked|| / ||masked|| of what single blocks add to the residual stream, same input, same cache."""
-    errors = {}
+def block_errors(view: View, linear: str, thresholds: dict) -> dict[str, dict[str, float]]:
+    """What single blocks add to the residual stream, fused against masked, on the same input and cache: relative error.
+
+    `one rounding` is the yardstick: the same masked block on an input moved by about one rounding. A threshold is a
+    discontinuity, so both flip entries near it; neither error is that of a kernel alone (see bench/gpu_kernels.py).
+    """
     layers = sorted({0, view.n_layers // 2, view.n_layers - 1})
     x = torch.randn(1, 1, view.d_model, device="cuda").to(view.dtype)
+    moved = (x.float() * (1 + torch.finfo(view.dtype).eps / 2 * torch.randn_like(x.float()))).to(view.dtype)
     position = torch.tensor([[37]], device="cuda")
     rotary = view.model.model.rotary_emb(x, position)
 
-    def run(layer: int) -> Tensor:
+    def run(layer: int, x: Tensor) -> Tensor:
         torch.manual_seed(layer)
         cache = StaticCache(config=view.model.config, max_cache_len=64)
         filled = torch.randn(1, view.n_kv_heads, 37, view.head_dim, device="cuda").to(view.dtype)
@@ -139,14 +150,21 @@ def block_errors(view: View, linear: str, thresholds: dict, sparsity: float) -> 
         out = view.blocks[layer].layer(x.clone(), position_embeddings=rotary, **arguments)
         return out.double() - x.double()
 
-    with Masks(view, sparsity) as masks:
+    with Masks(view, 0.0) as masks:
         masks.fitting, masks.thresholds = False, thresholds
         if not thresholds:
             masks.thresholds = {(n, i): -1.0 for i, b in enumerate(view.blocks) for n, _ in b.projections()}
-        want = {layer: run(layer) for layer in layers}
+        want = {layer: run(layer, x) for layer in layers}
+        near = {layer: run(layer, moved) for layer in layers}
+    errors = {}
     with fast_decode(view, linear, thresholds):
         for layer in layers:
-            errors[str(layer)] = ((run(layer) - want[layer]).norm() / want[layer].norm()).item()
+            size = want[layer].norm()
+            fused = (run(layer, x) - want[layer]).norm() / size
+            errors[str(layer)] = {
+                "fused": fused.item(),
+                "one rounding": ((near[layer] - want[layer]).norm() / size).item(),
+            }
     return errors
 
 
@@ -184,9 +202,11 @@ def main() -> None:
     torch.manual_seed(0)
     view = llama_2_7b(getattr(torch, args.dtype), args.layers)
     rate = kc.read_bandwidth("cuda", 0.3)
-    variants: dict[str, tuple[str, float]] = {"cublas": ("library", 0.0), "tuned dense": ("rows", 0.0)}
+    variants: dict[str, tuple[str, float | None]] = {"cublas": ("library", None)}
+    variants |= {"dense rows": ("rows", None), "dense columns": ("columns", None)}
     variants |= {f"sparse {s:.0%}": ("columns", s) for s in (0.0, 0.25, 0.40, 0.50, 0.65)}
-    fits = {s: fit(view, s) if s else ({}, {}) for _, s in variants.values()}
+    keep_all = {(name, layer): -1.0 for layer, block in enumerate(view.blocks) for name, _ in block.projections()}
+    fits = {s: fit(view, s) if s else (keep_all if s == 0.0 else {}, {}) for _, s in variants.values()}
     record: dict[str, Any] = {
         "what": __doc__,
         "environment": environment(),
@@ -195,7 +215,7 @@ def main() -> None:
         "dtype": args.dtype,
         "layers": args.layers,
         "new_tokens": NEW_TOKENS,
-        "achieved": {f"{s:.0%}": 1 - sum(k.values()) / len(k) for s, (_, k) in fits.items() if k},
+        "achieved": {f"{s:.0%}": dropped_share(view, k) for s, (_, k) in fits.items() if k},
         "failed": {},
         "block_errors": {},
         "rows": [],
@@ -212,8 +232,8 @@ def main() -> None:
             start = time.time()
             try:
                 if number == 0:
-                    record["block_errors"][name] = block_errors(view, linear, thresholds, sparsity)
-                with fast_decode(view, linear, thresholds, sparsity):
+                    record["block_errors"][name] = block_errors(view, linear, thresholds)
+                with fast_decode(view, linear, thresholds, sparsity or 0.0):
                     for context in args.contexts:
                         runs.setdefault((name, context), []).extend(time_steps(view, context))
             except Exception:
@@ -227,9 +247,11 @@ def main() -> None:
             floor = touched(view, fits[variants[name][1]][1], context) / rate * 1e3
             row = {"variant": name, "context": context, "ms": ms, "tokens_per_s": 1e3 / ms, "floor_ms": floor}
             row |= {"share_of_floor": floor / ms, "spread": (max(times) - min(times)) / ms, "runs": times}
-            for base in ("tuned dense", "cublas", "sparse 0%"):
-                if (base, context) in runs:
-                    row[f"over {base}"] = median(runs[base, context]) / ms
+            bases = {"cublas": ["cublas"], "sparse 0%": ["sparse 0%"], "tuned dense": ["dense rows", "dense columns"]}
+            for base, names in bases.items():  # tuned dense: the faster of the two layouts
+                theirs = [median(runs[n, context]) for n in names if (n, context) in runs]
+                if theirs:
+                    row[f"over {base}"] = min(theirs) / ms
             record["rows"].append(row)
         save()
     for row in record["rows"]:

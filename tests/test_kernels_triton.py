@@ -354,7 +354,7 @@ def check_attention(device, dtype, h, g, s, d, length, tolerance, **options):
 @pytest.mark.parametrize(("h", "g", "dtype"), [(2, 2, torch.float32), (4, 2, torch.bfloat16), (3, 1, torch.float32)])
 def test_attention(h, g, dtype):
     for length in (1, 70):
-        check_attention("cpu", dtype, h, g, 80, 16, length, 2 * ROUNDING[dtype], tile=(2, 16, 4, 1))
+        check_attention("cpu", dtype, h, g, 80, 16, length, 2 * ROUNDING[dtype], tile=(2, 16, 1))
 
 
 @interpreted
@@ -386,7 +386,9 @@ def check_attend_step(device, dtype, h, g, d, s, length):
     out = torch.full((h * d,), torch.nan, dtype=dtype, device=device)
     at = torch.tensor(length, device=device)
     attend_step(qkv, cos, sin, k_cache, v_cache, at, out, n_heads=h, scale=d**-0.5)
-    torch.testing.assert_close(k_cache, keys)  # contracted products may round the other way on a GPU
+    assert error(k_cache[0, :, length], k.double()) <= 2 * ROUNDING[dtype]  # a GPU may contract the products
+    k_cache[0, :, length] = k
+    assert torch.equal(k_cache, keys)
     assert torch.equal(v_cache, values)
     assert error(out, want) <= 2 * ROUNDING[dtype]
 

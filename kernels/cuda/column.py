@@ -5,7 +5,7 @@ row that is not loaded. A program owns `BN` outputs and a slice of the channels;
 (or, under `torch.use_deterministic_algorithms(True)`, in partials that a second launch adds in a fixed order).
 
 Three forms, the same result:
-  masked   one tile of loads, each predicated by the channel's threshold test: best up to about 65 % zeros;
+  masked   one tile of loads, each predicated by the channel's threshold test: best up to about 60 % zeros;
   compact  each block first packs the channels that it keeps: best above, where masked spends its time on zeros (CUDA
            C++, see compact.py);
   list     the channels are given.
@@ -42,7 +42,7 @@ NOT_ZERO = tl.constexpr(1)  # drop exact zeros
 SCALAR = tl.constexpr(2)
 PER_CHANNEL = tl.constexpr(3)
 
-COMPACT_FROM = 0.7  # expected share of dropped channels from which the compact form is the faster one
+COMPACT_FROM = 0.6  # expected share of dropped channels from which the compact form is the faster one
 MAX_ROWS = 16  # more rows than this multiply densely
 
 
@@ -319,7 +319,7 @@ def column(
         if sums.how != STORE.value:
             compact.launch(
                 x, up, t, wt, bias, sums.target, zero, test=test, edges=edges, act=act_code(act),
-                partials=sums.how == PARTIALS.value,
+                partials=sums.how == PARTIALS.value, expected_sparsity=expected_sparsity,
             )  # fmt: skip
             sums.done()
             return y
@@ -341,7 +341,7 @@ def column(
 
 def _tile(n: int, expected_sparsity: float) -> tuple[int, int, int]:
     """(outputs, channels of a load tile, channels of a program): the best on an H100 by bench/gpu_kernels.py --tune."""
-    return (128, 32, 32) if expected_sparsity < 0.6 and n >= 8192 else (64, 32, 64)
+    return (128, 32, 32) if n >= 8192 or expected_sparsity == 0 else (64, 32, 64)
 
 
 def column_list(
@@ -362,7 +362,7 @@ def column_list(
     [m], one value for each entry of idx. The rest as in `column`. tile: (outputs, channels of a load tile, splits).
     """
     n, m = wt.shape[1], idx.numel()
-    bn, bm, splits = tile or (64, 32, max(1, min(64 if n >= 6144 else 128, cdiv(m, 32))))
+    bn, bm, splits = tile or (64, 16, max(1, min(512, cdiv(m, 16))))
     sums = Sums(y, splits, accumulate)
     list_kernel[(cdiv(n, bn), splits)](
         x, idx, idx if count is None else count, wt, x if bias is None else bias, sums.target, m, n, splits,
@@ -386,7 +386,7 @@ def batch(
 ) -> Tensor:
     """The column kernel for x [B, K], 2 <= B <= 16, contiguous; y: [B, N]. Arguments as in `column`."""
     (b, k), n = x.shape, wt.shape[1]
-    bn, bm, ks = tile or (128, 32, 256)
+    bn, bm, ks = tile or (128, 32, 512)
     splits = cdiv(k, ks)
     sums = Sums(y, splits, accumulate)
     test, t = _test(t, k)

@@ -1,6 +1,6 @@
 """The column kernel for high sparsity, in CUDA C++: each block packs the channels that it keeps before it reads a weight.
 
-From about 70 % zeros the masked Triton kernel is bound by the zeros that it still multiplies, and Triton has no cheap way
+From about 60 % zeros the masked Triton kernel is bound by the zeros that it still multiplies, and Triton has no cheap way
 to pack a list inside a kernel. Compiled at first use by the NVRTC that torch ships (a second); where that fails, callers
 use the masked form.
 """
@@ -178,6 +178,11 @@ def _kernel(device: int, unroll: int, blocks: int, **macros: int) -> Any:
         return torch.cuda._compile_kernel(head + _SOURCE, "compact", compute_capability=f"{major}{minor}")
 
 
+def _tile(expected_sparsity: float) -> tuple[int, int]:
+    """The best on an H100 by bench/gpu_kernels.py --tune: the fewer rows are left, the fewer in flight suffice."""
+    return (16, 2) if expected_sparsity < 0.72 else (8, 4) if expected_sparsity < 0.86 else (4, 4)
+
+
 def fits(wt: Tensor, segments: tuple[int, ...] = ()) -> bool:
     """Whether the packed kernel can run on these weights (16-bit, whole 16-byte groups, segments of whole blocks)."""
     return (
@@ -202,11 +207,12 @@ def launch(
     edges: tuple[int, int],
     act: int,
     partials: bool,
-    unroll: int = 8,
-    blocks: int = 4,
+    expected_sparsity: float = 0.8,
+    tile: tuple[int, int] | None = None,
 ) -> None:
-    """One launch; arguments as in `column.column`. unroll: rows in flight a warp; blocks: resident on a processor."""
+    """One launch; arguments as in `column.column`. tile: (rows in flight a warp, blocks resident on a processor)."""
     k, n = wt.shape
+    unroll, blocks = tile or _tile(expected_sparsity)
     kernel = _kernel(
         wt.device.index or 0, unroll, blocks, BF16=wt.dtype == torch.bfloat16, X32=x.dtype == torch.float32, ACT=act,
         HAS_UP=up is not None, PARTIALS=partials,

@@ -74,6 +74,8 @@ def rows_kernel(
         row = rj
         if HAS_IDX:
             row = tl.load(idx_ptr + rj, mask=live, other=0)
+        if ADD:  # asked for early: its latency hides behind the row
+            before = tl.load(y_ptr + row, mask=live, other=0.0).to(tl.float32)
         v = dot_rows(x_ptr, w_ptr, row, live, K, EVEN_K, DT, BR, BK)
         v = add_bias(v, bias_ptr, row, live, HAS_BIAS)
         if ACT != 0:
@@ -83,7 +85,7 @@ def rows_kernel(
         if T_MODE == 2:
             v = tl.where(tl.abs(v) <= tl.load(t_ptr + row, mask=live, other=0.0), 0.0, v)
         if ADD:
-            v += tl.load(y_ptr + row, mask=live, other=0.0).to(tl.float32)
+            v += before
         tl.store(y_ptr + row, v.to(y_ptr.dtype.element_ty), mask=live)
 
 
