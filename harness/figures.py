@@ -8,9 +8,12 @@ nothing to draw raises `ConfigError`.
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,10 +26,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from harness.collect import ACHIEVED, SKIPPING, headline
+from harness.collect import ACHIEVED, SKIPPING, collect, headline, read_table
 from harness.errors import ConfigError
 from harness.selection import Site
-from harness.store import place_errors, write_atomic
+from harness.store import Store, place_errors, write_atomic
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 DENSE, MUTED, FRONTIER = "#000000", "#666666", "#C4C4C4"
@@ -216,6 +219,72 @@ def save(fig: Figure, path: Path | str) -> list[Path]:
     return written
 
 
+# Every figure of the project: name of its files -> how it is drawn from the table.
+FIGURES: dict[str, Callable[..., Figure]] = {
+    "perplexity": quality_against_sparsity,
+    "accuracy": partial(quality_against_sparsity, metric="accuracy"),
+    "kl": partial(quality_against_sparsity, metric="kl"),
+    "flips": flips,
+    "pareto_accuracy": pareto,
+    "pareto_perplexity": partial(pareto, metric="perplexity"),
+    "requested_against_achieved": requested_against_achieved,
+    "achieved_by_layer": achieved_by_layer,
+}
+
+
+def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
+    """The table to draw from and the folder that it was found in.
+
+    The cells of `results` are collected, if it has any; else its table is read; else the committed study's in
+    `results/study`. Raises `ConfigError` if there is none of these.
+    """
+    root = Path(results)
+    if Store(root).cells():
+        return collect(root), root
+    for folder in (root, root / "study"):
+        for name in ("table.parquet", "table.csv"):
+            if (folder / name).exists():
+                return read_table(folder / name), folder
+    raise ConfigError(f"there are no results in {root}: run a cell first, for example with `make run`")
+
+
+def draw_all(df: pd.DataFrame, limited: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
+    """Every figure that the rows allow, by name, and for each of the others why it can't be drawn.
+
+    limited: draw limited runs too, under their mark. A table that holds no other rows is drawn that way anyhow.
+    """
+    measured = df[(df["source"] == "measured") & (df["status"] == "ok")]
+    limited = limited or bool(measured["limited"].fillna(False).all())
+    drawn, missing = {}, {}
+    for name, draw in FIGURES.items():
+        try:
+            drawn[name] = draw(df, limited=limited)
+        except ConfigError as error:
+            missing[name] = str(error)
+    return drawn, missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw all that the rows allow into `<results>/figures`. Exit code 0, or 2 if there is nothing to draw."""
+    parser = argparse.ArgumentParser(prog="python -m harness.figures", description="Draw every figure from the rows.")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells (default: results)")
+    parser.add_argument("--limited", action="store_true", help="draw limited runs too, under a mark that says so")
+    options = parser.parse_args(arguments)
+    try:
+        table, found = load(options.results)
+        drawn, missing = draw_all(table, options.limited)
+        if not drawn:
+            raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
+        for name, fig in drawn.items():
+            print(*save(fig, options.results / "figures" / name))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if missing:
+        print(f"not drawn, for want of rows: {', '.join(missing)}")
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------- what is drawn
 
 
@@ -394,3 +463,7 @@ def _marked(fig: Figure, df: pd.DataFrame, limited: bool) -> Figure:
         mark.set_path_effects([withStroke(linewidth=3, foreground="white")])  # it may cross bars and maps
         mark.set_in_layout(False)
     return fig
+
+
+if __name__ == "__main__":
+    sys.exit(main())
