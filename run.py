@@ -227,8 +227,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """Resolve interpolations; drop options given for a method that this cell of a sweep does not use."""
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     plain["method"] = {name: value for name, value in plain["method"].items() if value and "_target_" in value}
     return plain
 

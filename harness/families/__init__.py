@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from harness.errors import UnsupportedError
 from harness.families import llama, opt
@@ -13,7 +13,7 @@ __all__ = ["Block", "View", "view_of"]
 ADAPTERS = (llama, opt)
 
 
-def view_of(model: nn.Module, name: str = "model", fingerprint: str = "") -> View:
+def view_of(model: Any, name: str = "model", fingerprint: str = "") -> View:
     """The view of a transformers causal language model.
 
     Raises `UnsupportedError` where no adapter knows the model type.

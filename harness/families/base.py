@@ -49,7 +49,7 @@ class View:
     norms: for every block its (attention, MLP) input norm modules. final_norm: the norm before the head.
     """
 
-    model: nn.Module
+    model: Any  # a transformers causal language model; nn.Module would type every attribute as Tensor | Module
     family: str
     blocks: list[Block]
     n_heads: int

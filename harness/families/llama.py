@@ -1,15 +1,15 @@
-"""LLaMA and its kin: RMSNorm, rotary attention with grouped KV heads, gated MLP (Llama 2/3, SmolLM2, Mistral, ProSparse)."""
+"""LLaMA and its kin: RMSNorm, rotary attention with grouped KV heads, gated MLP (Llama, SmolLM2, Mistral, ProSparse)."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from harness.families.base import Block, View
 
 MODEL_TYPES = ("llama", "mistral", "sparsellama")
 
 
-def view(model: nn.Module) -> View:
+def view(model: Any) -> View:
     """The view of a `LlamaForCausalLM`-like model. Raises AttributeError if the modules are not as expected."""
     config = model.config
     blocks, norms = [], []

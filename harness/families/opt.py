@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from harness.families.base import Block, View
 
 MODEL_TYPES = ("opt",)
 
 
-def view(model: nn.Module) -> View:
+def view(model: Any) -> View:
     """The view of an `OPTForCausalLM`. Its MLP works on [batch * tokens, width]; the harness restores the shape."""
     config = model.config
     decoder = model.model.decoder

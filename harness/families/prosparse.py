@@ -21,7 +21,7 @@ class FatReLU(nn.Module):
         self.threshold = threshold
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
+        """X of any shape."""
         return torch.where(x > self.threshold, x, torch.zeros_like(x))
 
 
