@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - Triton compiles the kernel's arguments by what they are, not by annotations
 """Attention of one new token per sequence over a key-value cache, for writing text at large batch.
 
 One program a (sequence, key-value head): the query heads that share a key-value head are the rows of one
@@ -20,7 +21,7 @@ except ImportError:  # the torch path below serves every device
 if triton is not None:
 
     @triton.jit(do_not_specialize=["length"])
-    def _attend(  # noqa: ANN202
+    def _attend(
         q,
         k,
         v,
