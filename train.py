@@ -170,11 +170,18 @@ def train(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
         "threshold": float(trainer.threshold),
         "experts": recipe.expert_size,
         "base": model_fingerprint(_model_dir(cfg)),
-        "recipe": asdict(recipe) | {"init_from": Path(recipe.init_from).parent.name if recipe.init_from else None},
+        "recipe": asdict(recipe) | {"init_from": _origin(recipe)},
         "run": run,
         "history": trainer.history,
     }
     save_checkpoint(folder / "adapter", trainer.adapter_tensors(), record)
+
+
+def _origin(recipe: Recipe) -> str | None:
+    """The name of the adapter that the run went on from, without the folders of this machine."""
+    if recipe.init_from is None:
+        return None
+    return str(read_checkpoint(recipe.init_from).record["name"])
 
 
 def score(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: torch.device) -> None:
