@@ -251,10 +251,10 @@ def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
 def draw_all(df: pd.DataFrame, limited: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
     """Every figure that the rows allow, by name, and for each of the others why it can't be drawn.
 
-    limited: draw limited runs too, under their mark. A table that holds no other rows is drawn that way anyhow.
+    limited: draw limited runs too, under their mark. A table without any other cell is drawn that way anyhow.
     """
     measured = df[(df["source"] == "measured") & (df["status"] == "ok")]
-    limited = limited or bool(measured["limited"].fillna(False).all())
+    limited = limited or bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
     drawn, missing = {}, {}
     for name, draw in FIGURES.items():
         try:
