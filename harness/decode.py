@@ -229,12 +229,14 @@ class FusedBlock:
             )  # fmt: skip
 
 
-def _fits(view: View) -> str | None:
+def unfit(view: View) -> str | None:
     """Why the fused step can't run this model, or None."""
     if view.family != "llama":
         return f"the fused decode step knows Llama-like blocks only, not the {view.family} family"
     if view.activation not in ACTIVATIONS:
         return f"no kernel for the activation {view.activation!r}"
+    if any(float(getattr(block.act, "threshold", 0.0)) > 0 for block in view.blocks):
+        return "the fused decode step knows no activation with a threshold"
     if view.head_dim & (view.head_dim - 1):
         return f"the attention kernel needs a head dimension that is a power of two, not {view.head_dim}"
     return None
@@ -253,7 +255,7 @@ def fast_decode(
     expected_sparsity: chooses the form of the column kernel, never the result. Steps of more than one token, or batch
     above one, take the module's own path. Raises UnsupportedError where the fused step does not fit the model.
     """
-    reason = _fits(view)
+    reason = unfit(view)
     if reason is not None:
         raise UnsupportedError(reason)
     buffers = Buffers.of(view, linear)

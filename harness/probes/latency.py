@@ -22,9 +22,10 @@ from transformers import StaticCache
 
 import kernels
 from harness.attach import Fitted, attached
-from harness.decode import DecodeLoop, Linear, ThresholdOf, fast_decode
+from harness.decode import DecodeLoop, Linear, ThresholdOf, fast_decode, unfit
 from harness.execute import check_kernels, has_kernels, kernel_execution, own_gemv, sliced
 from harness.families import View
+from harness.method import Method
 from harness.probes.sparsity import measure as sparsity_rows
 from harness.selection import PROJECTIONS, Thresholds
 from harness.step import Policy, Step
@@ -73,7 +74,7 @@ def variants(
         if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", "decode", None)
     )
     checked = {"message": f"kernel equals masked within {error:.1e}"}
-    thresholds = static_thresholds(view, methods) if graph else None
+    thresholds = static_thresholds(view, methods) if graph and unfit(view) is None else None
     if thresholds is not None:
 
         def fast(linear: Linear, cut: ThresholdOf | None = None) -> Callable[[], AbstractContextManager[Any]]:
@@ -249,6 +250,8 @@ def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     if len(methods) != 1:
         return None
     method, state = methods[0]
+    if not has_kernels(method) or type(method).rewrite is not Method.rewrite:
+        return None
     plan = method.plan(view, state)
     for site in method.sites:
         for layer in range(view.n_layers):
