@@ -58,6 +58,15 @@ def test_every_variant_is_timed_in_every_round(teal, monkeypatch):
     assert all(r["value"] > 0 for r in complete)
 
 
+def test_a_batch_takes_the_fallback_and_says_so(teal):
+    view, fitted = teal
+    rows = latency.measure(view, found(view, fitted), tiny.tokens(2, 64), CONFIG | {"batch": [1, 2]})
+    timed = [r for r in rows if r["metric"] == "tpot_median"]
+    assert {r["execution"] for r in timed if r["batch"] == 1} == {"dense", "kernel", "dense_slice"}
+    assert {r["execution"] for r in timed if r["batch"] == 2} == {"dense", "masked"}
+    assert all("no kernel" in r["message"] for r in timed if r["execution"] == "masked")
+
+
 def test_kernel_decode_gives_the_masked_tokens(teal):
     """Greedy tokens of the timed run are those that masked execution produces (float32, tiny depth)."""
     view, fitted = teal

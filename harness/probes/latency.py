@@ -8,7 +8,9 @@ no bytes, and no figure draws a speed-up from it.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -105,13 +107,13 @@ def measure(view: View, found: Sequence[Variant], windows: Tensor, config: dict[
             prompt = prompts(windows, batch, context).to(view.device)
             for variant in found:
                 variant.first, variant.each, variant.rounds = [], [], []
-            load = other_load()
+            said = disturbance(view.device)
             interleave(view, found, prompt, config["new_tokens"], config["repeats"], config["min_seconds"])
             # The strongest dense run is the baseline, so that a better GEMV is never sold as sparsity.
             dense = [variant for variant in found if variant.execution == "dense"]
             strongest = min(dense, key=lambda variant: statistics.median(variant.each))
             for variant in found:
-                rows += rows_of(view, variant, strongest, batch, context, load, bandwidth)
+                rows += rows_of(view, variant, strongest, batch, context, said, bandwidth)
                 over = ratio(found[0], variant)
                 rows.append(rows[-1] | {"metric": "time_ratio_library", "value": over, "unit": "ratio"})
     rows.append(
@@ -186,6 +188,18 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def disturbance(device: torch.device) -> str | None:
+    """Who else is at work on this machine, in a few words, or None."""
+    if device.type == "cuda":
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        others = {int(pid) for pid in listed.stdout.split() if pid.isdigit()} - {os.getpid()}
+        return f"{len(others)} other processes on the GPU" if others else None
+    load = other_load()
+    return f"other processes took {load:.1f} cores" if load > 0.3 else None
+
+
 def other_load() -> float:
     """CPU share that other processes take at the moment, in cores."""
     own = psutil.Process()
@@ -204,17 +218,19 @@ def step_bytes(view: View, touched: float, batch: int, context: int) -> float:
 
 
 def rows_of(
-    view: View, variant: Variant, baseline: Variant, batch: int, context: int, load: float, bandwidth: float
+    view: View, variant: Variant, baseline: Variant, batch: int, context: int, said: str | None, bandwidth: float
 ) -> list[Row]:
     """Medians, the 90th percentile, spread, throughput, roofline and the paired ratio to the baseline, a fact a row.
 
-    load: cores that other processes took. bandwidth: bytes/s read by this device in the same run.
+    said: who disturbed the run. bandwidth: bytes/s read by this device in the same run.
     """
     common: Row = {"probe": "latency", "execution": variant.execution, "batch": batch, "context": context}
     common |= {"step_phase": "decode"} | variant.columns
-    if load > 0.3:
-        said = f"other processes took {load:.1f} cores"
-        common["message"] = f"{common['message']}; {said}" if "message" in common else said
+    notes = [variant.columns.get("message"), said]
+    if batch > 1 and variant.execution in ("kernel", "dense_slice"):
+        common["execution"] = "masked"
+        notes.append("no kernel above batch 1: masked, the library's matmul on the transposed weight")
+    common["message"] = "; ".join(note for note in notes if note) or None
     median = statistics.median(variant.each)
     p90 = sorted(variant.each)[int(0.9 * (len(variant.each) - 1))]
     n, rounds = len(variant.each), len(variant.rounds)
