@@ -17,6 +17,7 @@ from harness.families import View
 from harness.method import Method, State
 from harness.selection import Mask
 from harness.step import Step
+from harness.store import content_key
 
 CUT = 0.5  # an expert is kept where its score exceeds this (section 4.3)
 
@@ -29,8 +30,8 @@ class Lte(Method):
     0 is dense, anything else is what the routers give, and the achieved sparsity is what counts.
 
     checkpoint: name or folder of a checkpoint that `python train.py train=lte` has made. It holds `router`
-        [layers, experts, d_model] and `expert_of` [layers, neurons]. Routers belong to one student: a model whose
-        fingerprint is "BASE+NAME", BASE and NAME (and what may follow) being those of the checkpoint's adapter.json.
+        [layers, experts, d_model], `expert_of` [layers, neurons], and the weights that were trained with them: run it
+        on that student (model.adapter, of the same name), not on its base.
     """
 
     checkpoint: str | None = None
@@ -54,9 +55,8 @@ class Lte(Method):
 
     def unsupported(self, view: View) -> str | None:
         """Routers of another model choose at random."""
-        checkpoint = self._read()
-        student = f"{checkpoint.record.get('base')}+{checkpoint.name}"
-        if not view.fingerprint.startswith(student):
+        record = self._read().record
+        if view.fingerprint != content_key({"base": record.get("base"), "adapter": record["sha256"]}):
             return f"the routers of {self.checkpoint} were trained for another model than {view.name}"
         return super().unsupported(view)
 

@@ -40,13 +40,12 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     for place, (method, state) in enumerate(methods):
         watched = [site for site in SITES if site in method.sites]
         if watched and type(method).select is not Method.select:
-            rows += _of(view, methods[:place], method, method.plan(view, state), policy, windows, watched)
+            with attached(view, methods[:place], policy), method.rewrite(view, state):
+                rows += _of(view, method, method.plan(view, state), policy, windows, watched)
     return rows
 
 
-def _of(
-    view: View, outer: Fitted, method: Method, plan: Any, policy: Policy, windows: Tensor, sites: list[str]
-) -> Iterator[Row]:
+def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, sites: list[str]) -> Iterator[Row]:
     true = Contributions(view)
     watcher = Watcher(inner=method, seen={})
     tallies = {(site, layer): Tally() for site in sites for layer in range(view.n_layers)}
@@ -63,7 +62,7 @@ def _of(
         k = top_k_count(contribution.shape[-1], method.sparsity)
         tallies[site, layer].add(contribution, keep, None if score is None else score[counted].float(), k)
 
-    with attached(view, outer, policy), install(view, watcher, plan):
+    with install(view, watcher, plan):
         handles = []
         for layer, block in enumerate(view.blocks):
             for site, module in (("neurons", block.down), ("heads", block.o)):
