@@ -314,7 +314,9 @@ def column(
         raise ValueError(f"at most three segments, got {parts}")
     edges = tuple(sum(segments[: i + 1]) if i + 1 < parts else n + (1 << 16) for i in range(2))
     test, t = _test(t, k, parts)
-    if expected_sparsity >= COMPACT_FROM and test != KEEP_ALL.value and compact.fits(wt, segments):
+    repeatable = not accumulate and torch.are_deterministic_algorithms_enabled()  # fewer splits, fewer partials to add
+    packs = test != KEEP_ALL.value and compact.fits(wt, segments)
+    if packs and (repeatable or expected_sparsity >= COMPACT_FROM):
         sums = Sums(y, compact.splits(k), accumulate)
         if sums.how != STORE.value:
             compact.launch(
@@ -323,7 +325,7 @@ def column(
             )  # fmt: skip
             sums.done()
             return y
-    bn, bm, ks = tile or _tile(n, expected_sparsity)
+    bn, bm, ks = tile or _tile(n, expected_sparsity, test, repeatable)
     bn = _width(n, segments, bn)
     strips, splits = cdiv(n, bn), cdiv(k, ks)
     sums = Sums(y, splits, accumulate)
@@ -339,8 +341,12 @@ def column(
     return y
 
 
-def _tile(n: int, expected_sparsity: float) -> tuple[int, int, int]:
+def _tile(n: int, expected_sparsity: float, test: int, repeatable: bool) -> tuple[int, int, int]:
     """(outputs, channels of a load tile, channels of a program): the best on an H100 by bench/gpu_kernels.py --tune."""
+    if repeatable:
+        return 64, 32, 128
+    if test == KEEP_ALL.value:
+        return 64, 32, 32
     return (128, 32, 32) if n >= 8192 or expected_sparsity == 0 else (64, 32, 64)
 
 

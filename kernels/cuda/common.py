@@ -86,7 +86,7 @@ def clear_share(ptr, n, SHARE: tl.constexpr):
 
 @triton.jit
 def finish_kernel(sum_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    """y = the running sum, which is zero again afterwards."""
+    """Write the running sum to y and make it zero again."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = at < size
     total = tl.load(sum_ptr + at, mask=live, other=0.0)
@@ -101,7 +101,7 @@ def finish(total: torch.Tensor, y: torch.Tensor) -> None:
 
 @triton.jit
 def add_partials_kernel(part_ptr, y_ptr, size, S, BN: tl.constexpr, BS: tl.constexpr):
-    """y[n] = sum over splits of part[s, n], always in the same order."""
+    """Sum: y[n] = sum over splits of part[s, n], always in the same order."""
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     live = at < size
     acc = tl.zeros([BN], tl.float32)

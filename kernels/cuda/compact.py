@@ -1,8 +1,8 @@
-"""The column kernel for high sparsity, in CUDA C++: each block packs the channels that it keeps before it reads a weight.
+"""The column kernel for high sparsity, in CUDA C++: a block packs the channels that it keeps before it reads weights.
 
-From about 60 % zeros the masked Triton kernel is bound by the zeros that it still multiplies, and Triton has no cheap way
-to pack a list inside a kernel. Compiled at first use by the NVRTC that torch ships (a second); where that fails, callers
-use the masked form.
+From about 60 % zeros the masked Triton kernel is bound by the zeros that it still multiplies, and Triton has no cheap
+way to pack a list inside a kernel. Compiled at first use, in about a second, by the NVRTC that torch ships. Sums inside
+a block have a fixed order; only the atomics between blocks have not.
 """
 
 from __future__ import annotations

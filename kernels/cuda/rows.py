@@ -195,7 +195,7 @@ def rows(
     rows, elsewhere untouched. tile: (rows, K tile, warps).
     """
     n, k = w.shape
-    br, bk, warps = tile or (1, 4096, 8)
+    br, bk, warps = tile or (1, 2048 if k <= 8192 else 4096, 8)
     bk = _block_k(k, bk)
     m = n if idx is None else idx.numel()
     grid = max(1, cdiv(m, br))
@@ -224,9 +224,9 @@ def neurons(
 ) -> Tensor:
     """One launch: h[j] = act(gate) * up of the listed neurons (of all without a list) for one row x [K]; returns h."""
     f, k = w_up.shape
-    br, bk, warps = tile or (1, 2048, 4)
-    bk = _block_k(k, bk)
     m = f if idx is None else idx.numel()
+    br, bk, warps = tile or ((1, 2048, 4) if m > 4096 else (1, 4096, 8))
+    bk = _block_k(k, bk)
     grid = max(1, cdiv(m, br))
     neurons_kernel[(grid,)](
         x, w_up if w_gate is None else w_gate, w_up, x if idx is None else idx, x if count is None else count,
