@@ -197,10 +197,13 @@ def swept(override: str) -> bool:
 
 def parse(overrides: list[str]) -> list[Any]:
     """Hydra's own reading of overrides."""
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            raise ConfigError(f"{override!r} can't be read: {str(error).splitlines()[0]}") from error
+    return parsed
 
 
 def expand(overrides: list[str]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from harness.assets import model_fingerprint
 from harness.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -20,7 +22,7 @@ RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean teal?)", or nothing if no known name is near."""
+    """A blank and "(did you mean teal?)", or nothing if no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -48,6 +50,12 @@ class CellConfig:
     def model_name(self) -> str:
         """The model's name in tables."""
         return self.plain["model"]["name"]
+
+    @property
+    def device(self) -> str:
+        """auto, cpu, cuda or cuda:N."""
+        index = self.plain.get("device_index")
+        return self.plain["device"] if index is None else f"{self.plain['device']}:{index}"
 
     def dense_twin(self) -> CellConfig:
         """The dense cell of the same model, tasks, seed, phase and texts."""
@@ -186,4 +194,20 @@ def _canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
         methods = []
     if all(m.needs == "nothing" for m in methods):
         cfg["calibration"] = None
+    device, _, index = str(cfg["device"]).partition(":")
+    if index:  # which of equal GPUs makes no difference
+        cfg |= {"device": device, "device_index": int(index)}
+    # A path does not say what lies there: another text, or other weights, make another cell.
+    if cfg["model"]["path"] is not None:
+        cfg["model"] = cfg["model"] | {"fingerprint": model_fingerprint(cfg["model"]["path"])}
+    if cfg["calibration"] is not None:
+        cfg["calibration"] = _with_hash(cfg["calibration"])
+    cfg["probe"] = cfg["probe"] | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
     return cfg
+
+
+def _with_hash(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A text's config with the hash of the user's own file, if it is one."""
+    if text["path"] is None:
+        return dict(text)
+    return dict(text) | {"sha256": hashlib.sha256(Path(text["path"]).read_bytes()).hexdigest()}

@@ -61,7 +61,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load(config: CellConfig) -> Loaded:
     """The cell's model, loaded once a process. Raises `ConfigError` where it can't be had."""
-    return _load(json.dumps(config["model"], sort_keys=True), config["dtype"], config["device"])
+    return _load(json.dumps(config["model"], sort_keys=True), config["dtype"], config.device)
 
 
 @lru_cache(maxsize=1)

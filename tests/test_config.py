@@ -1,0 +1,272 @@
+"""From overrides to checked cells, in this process: what is the same cell, what is refused, what a sweep expands to."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import run
+from harness.cell import id_of
+from harness.config import CONF, CellConfig, check, did_you_mean, options
+from harness.errors import ConfigError
+from harness.method import Method
+from harness.store import VOLATILE
+
+
+def cell(*overrides: str, multirun: bool = False) -> CellConfig:
+    """One checked cell, as the command line makes it."""
+    return check(run.composed(run.rewrite(list(overrides), multirun)))
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    """The default config, composed once."""
+    return run.composed([])
+
+
+def changed(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy with one (dotted) key set."""
+    head, _, rest = key.partition(".")
+    return plain | {head: changed(plain[head], rest, value) if rest else value}
+
+
+# --------------------------------------------------------------------------------------- the same cell
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["sparsity=0.5"], ["sparsity=5e-1"]),
+        (["tasks=piqa"], ["tasks=[piqa]"]),
+        (["tasks=[piqa]"], ["tasks=[piqa]", "results=/tmp/elsewhere", "logger=none", "dry=true", "retry=true"]),
+        (["method=dense"], ["method=dense", "sparsity=0.3", "scope=model", "dense_prefix=4"]),
+        (["method=random"], ["method=random", "calibration.tokens=4096"]),
+        (["phase=auto"], ["phase=all"]),
+        (["device=cuda:0"], ["device=cuda:1"]),
+    ],
+)
+def test_two_ways_to_say_the_same_cell_share_its_id(one: list[str], other: list[str]) -> None:
+    assert id_of(cell(*one)) == id_of(cell(*other))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sparsity=0.4",
+        "method=random",
+        "method.teal.allocation=greedy",
+        "tasks=[piqa]",
+        "tasks.limit=10",
+        "seed=1",
+        "phase=decode",
+        "dense_prefix=1",
+        "batch_size=4",
+        "dtype=float32",
+        "data=hub",
+        "calibration.tokens=4096",
+        "probe.perplexity.windows=8",
+        "probe=quick",
+    ],
+)
+def test_whatever_changes_the_numbers_makes_another_cell(override: str) -> None:
+    assert id_of(cell(override)) != id_of(cell())
+
+
+def test_a_users_text_is_part_of_the_cell_by_its_content(tmp_path: Path) -> None:
+    path, keys = tmp_path / "text", ("calibration.path", "probe.perplexity.path")
+    path.write_text("one")
+    before = {key: id_of(cell(f"{key}={path}")) for key in keys}
+    assert before == {key: id_of(cell(f"{key}={path}")) for key in keys}
+    path.write_text("two")
+    for key in keys:
+        assert id_of(cell(f"{key}={path}")) != before[key]
+
+
+def test_a_users_weights_are_part_of_the_cell_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    ids = []
+    for weights in (b"one", b"other"):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        ids.append(id_of(cell("model=local", f"model.path={tmp_path}")))
+    assert ids[0] != ids[1]
+
+
+def test_the_dense_twin_is_one_cell_for_every_method_and_sparsity() -> None:
+    dense = id_of(cell("method=dense"))
+    assert id_of(cell("method=dense").dense_twin()) == dense
+    for overrides in (["sparsity=0.3"], ["method=random"], ["method=oracle", "scope=model"]):
+        assert id_of(cell(*overrides).dense_twin()) == dense
+    assert id_of(cell("seed=1").dense_twin()) != dense
+
+
+def test_the_id_is_readable(plain: dict[str, Any]) -> None:
+    assert re.fullmatch(r"smollm2-135m_teal_s0\.5_[0-9a-f]{10}", id_of(check(plain)))
+    assert not VOLATILE & {"sparsity", "method", "model", "seed"}
+
+
+def test_auto_phase_is_all_unless_the_method_exists_only_in_decode() -> None:
+    assert cell("method=teal")["phase"] == "all"
+    assert cell("method=griffin")["phase"] == "decode"
+
+
+def test_the_device_is_kept_for_running() -> None:
+    assert [cell(f"device={name}").device for name in ("auto", "cpu", "cuda", "cuda:3")] == [
+        "auto",
+        "cpu",
+        "cuda",
+        "cuda:3",
+    ]
+
+
+# --------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("sparsity", 1.0, "at least 0 and below 1"),
+        ("sparsity", -0.001, "at least 0 and below 1"),
+        ("sparsity", float("nan"), "must be a number"),
+        ("sparsity", None, "must be a number"),
+        ("sparsity", True, "must be a number"),
+        ("scope", "all", "scope must be one of native, model"),
+        ("phase", "decod", "did you mean decode?"),
+        ("dtype", "fp16", "dtype must be one of"),
+        ("device", "gpu", "device must be auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:x", "device must be"),
+        ("dense_prefix", -1, "dense_prefix must be a whole number of at least 0"),
+        ("dense_prefix", 1.5, "dense_prefix must be a whole number"),
+        ("batch_size", 0, "batch_size must be a whole number of at least 1"),
+        ("batch_size", "auto", "batch_size must be a whole number"),
+        ("seed", -1, "seed must be"),
+        ("tasks.limit", 0, "tasks.limit"),
+        ("tasks.num_fewshot", -1, "tasks.num_fewshot"),
+        ("tasks.names", ["piqaa"], "did you mean piqa?"),
+        ("model.source", "file", "model.source"),
+        ("model.path", "/no/such/place", "model.path names a folder that does not exist"),
+        ("probe.names", [], "probe.names is empty"),
+        ("probe.names", ["qualty"], "did you mean quality?"),
+        ("probe.perplexity.window", 3, "probe.perplexity.window"),
+        ("probe.perplexity.path", "/no/such/file", "probe.perplexity.path names a file that does not exist"),
+        ("probe.latency.batch", [0], "probe.latency.batch"),
+        ("probe.latency.new_tokens", 1, "probe.latency.new_tokens"),
+        ("probe.latency.execution", "fast", "probe.latency.execution"),
+        ("calibration.path", "/no/such/file", "calibration.path names a file that does not exist"),
+        ("calibration.tokens", 100, "calibration.window is longer than calibration.tokens"),
+    ],
+)
+def test_bad_values_are_refused_with_one_sentence(plain: dict[str, Any], key: str, value: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(changed(plain, key, value))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(st.floats(min_value=0, max_value=1, exclude_max=True))
+@settings(max_examples=20, deadline=None)
+def test_every_share_below_one_is_a_sparsity(plain: dict[str, Any], sparsity: float) -> None:
+    assert check(plain | {"sparsity": sparsity})["sparsity"] == sparsity
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["method=teel"], "method=teel is unknown (did you mean teal?)"),
+        (["model=smollm"], "model=smollm is unknown"),
+        (["experiment=quikstart"], "did you mean quickstart?"),
+        (["tasks=[piqa,arc_esy]"], "unknown task arc_esy: did you mean arc_easy?"),
+        (["+method.teal.allocaton=greedy"], "method teal has no option 'allocaton' (did you mean allocation?)"),
+        (["method.teel.allocation=greedy"], "method=teel is unknown"),
+        (["model=local"], "model.path"),
+        (["teal"], "write key=value"),
+        (["sparsity=0.4,0.5"], "sparsity"),
+        (["sparsity=["], "sparsity=["),
+    ],
+)
+def test_bad_overrides_are_refused_with_one_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cell(*overrides)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_option_of_no_method_is_refused_in_a_sweep_too() -> None:
+    with pytest.raises(ConfigError, match="method=teel is unknown"):
+        run.rewrite(["method=teal,random", "method.teel.allocation=greedy"], multirun=True)
+
+
+@given(st.sampled_from(["teal", "random", "dense"]), st.integers(0, 10), st.characters(categories=["Ll"]))
+def test_did_you_mean_finds_a_name_with_one_letter_wrong(name: str, at: int, letter: str) -> None:
+    at %= len(name)
+    assert did_you_mean(name[:at] + letter + name[at + 1 :], ["teal", "random", "dense"]) == f" (did you mean {name}?)"
+    assert did_you_mean("zzzz", ["teal", "random"]) == ""
+
+
+# --------------------------------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_is_every_combination_in_hydras_order() -> None:
+    overrides = run.rewrite(["method=teal,random", "sparsity=0.4,0.5", "seed=1"], multirun=True)
+    assert run.expand(overrides) == [
+        [f"method={method}", f"sparsity={sparsity}", "seed=1"]
+        for method in ("teal", "random")
+        for sparsity in (0.4, 0.5)
+    ]
+
+
+def test_ranges_and_lists_of_tasks_expand_too() -> None:
+    assert run.expand(["seed=range(0,3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
+    overrides = run.rewrite(["tasks=piqa,sciq"], multirun=True)
+    assert [check(run.composed(job))["tasks"]["names"] for job in run.expand(overrides)] == [["piqa"], ["sciq"]]
+    overrides = run.rewrite(["tasks=quick,none"], multirun=True)
+    assert run.expand(overrides) == [["tasks=quick"], ["tasks=none"]]
+
+
+def test_options_of_one_method_in_a_sweep_over_others_reach_only_that_method() -> None:
+    overrides = run.rewrite(["method=teal,random", "method.teal.allocation=greedy"], multirun=True)
+    teal, random = (check(run.composed(job)) for job in run.expand(overrides))
+    assert teal["method"]["teal"]["allocation"] == "greedy"
+    assert list(random["method"]) == ["random"]
+    assert id_of(random) == id_of(cell("method=random"))
+
+
+def test_a_swept_option_of_a_method() -> None:
+    overrides = run.rewrite(["method=teal", "method.teal.allocation=uniform,greedy"], multirun=True)
+    allocations = [check(run.composed(job))["method"]["teal"]["allocation"] for job in run.expand(overrides)]
+    assert allocations == ["uniform", "greedy"]
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_checks(name: str) -> None:
+    base = run.composed([f"experiment={name}"])
+    for sweep in base["sweeps"] or [[]]:
+        overrides = run.rewrite([f"experiment={name}", *map(str, sweep)], multirun=True)
+        for job in run.expand(overrides):
+            check(run.composed(job))
+
+
+# ------------------------------------------------------------------------------------- the config files
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_every_method_file_names_a_method_and_all_its_options(name: str) -> None:
+    entry = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    assert name in entry, "the key is the name that users type"
+    for method in entry.values():
+        module, _, cls = method["_target_"].rpartition(".")
+        factory = getattr(importlib.import_module(module), cls)
+        assert issubclass(factory, Method)
+        assert set(method) - {"_target_"} == {field.name for field in fields(factory)}
+        assert method["sparsity"] == "${sparsity}"
+
+
+@pytest.mark.parametrize("group", [g for g in run.GROUPS if g != "model"])
+def test_every_option_of_every_group_composes(group: str) -> None:
+    for name in options(group):
+        run.composed([f"{group}={name}"])
