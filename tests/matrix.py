@@ -1,6 +1,7 @@
 """The test matrix: every method, one row each, with settings small enough for tiny random models.
 
-Each row builds the method at a requested sparsity; `tolerance` says how far achieved may be from requested on a tiny model.
+Each row builds the method at a requested sparsity; `tolerance` says how far achieved may be from requested on a tiny
+model.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from methods.cett import Cett
 from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
-from methods.kv_skip import KvSkip
 from methods.drelu import DRelu
+from methods.expert_prune import ExpertPrune
 from methods.fatrelu import FatRelu
 from methods.griffin import Griffin
+from methods.kv_skip import KvSkip
 from methods.lte import Lte
+from methods.moefication import MoEfication
 from methods.oracle import Oracle
 from methods.prosparse import ProSparse
 from methods.random import Random
@@ -83,7 +86,9 @@ CASES: dict[str, Case] = {
     "tda": Case(lambda s: Tda(s), site="neurons", tolerance=0.1),
     "kv_skip": Case(lambda s: KvSkip(s, unit="group"), site="heads"),
     "kv_skip_zeros": Case(lambda s: KvSkip(s, select_by="random", unit="group", dropped="zeros"), site="heads"),
-    "kv_recompute": Case(lambda s: KvSkip(s, select_by="lookahead", unit="group", kv="recompute", rank=2), site="heads"),
+    "kv_recompute": Case(
+        lambda s: KvSkip(s, select_by="lookahead", unit="group", kv="recompute", rank=2), site="heads"
+    ),
     "kv_mask_output": Case(lambda s: KvSkip(s, kv="mask_output"), site="heads"),
     "lte": Case(lambda s: RandomRouters(s), site=None),
     "relu": Case(lambda s: Relu(s), **SWAP),
@@ -92,4 +97,12 @@ CASES: dict[str, Case] = {
     "prosparse": Case(lambda s: ProSparse(s, threshold=0.01), **SWAP),
     "drelu": Case(lambda s: DRelu(s), **SWAP),
     "relu_stage2": Case(lambda s: ReluStage2(s), **SWAP),
+    "moefication": Case(lambda s: MoEfication(s, expert_size=8, epochs=2), site="neurons"),
+    "moefication_similarity": Case(
+        lambda s: MoEfication(s, split="coactivation", router="similarity", expert_size=8), site="neurons"
+    ),
+    "moefication_oracle": Case(lambda s: MoEfication(s, router="oracle", expert_size=8), site="neurons"),
+    "moefication_random": Case(lambda s: MoEfication(s, router="random", expert_size=8), site="neurons"),
+    "expert_prune": Case(lambda s: ExpertPrune(s, expert_size=8), site="neurons"),
+    "expert_prune_layerwise": Case(lambda s: ExpertPrune(s, rates="layerwise", expert_size=8), site="neurons"),
 }
