@@ -187,13 +187,17 @@ def test_every_share_below_one_is_a_sparsity(plain: dict[str, Any], sparsity: fl
         (["model=local"], "model.path"),
         (["teal"], "write key=value"),
         (["sparsity=0.4,0.5"], "sparsity"),
-        (["sparsity=["], "sparsity=["),
     ],
 )
 def test_bad_overrides_are_refused_with_one_sentence(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         cell(*overrides)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_override_that_can_not_be_read_is_named() -> None:
+    with pytest.raises(ConfigError, match=re.escape("'sparsity=[' can't be read")):
+        run.parse(["seed=1", "sparsity=["])
 
 
 def test_an_option_of_no_method_is_refused_in_a_sweep_too() -> None:
