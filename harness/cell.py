@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from harness import session
+from harness.attach import Fitted
 from harness.config import CellConfig, build_methods
 from harness.errors import UnsupportedError
 from harness.method import Method
@@ -99,7 +100,7 @@ class Run:
                 raise UnsupportedError(sentence)
         torch.manual_seed(config["seed"])
         self.policy = Policy(config["phase"], config["dense_prefix"])
-        self.fitted = session.fitted(self.loaded, methods, config, store)
+        self.fitted: Fitted = session.fitted(self.loaded, methods, config, store)
         if config["scope"] == "model":
             self.fitted = to_native(view, self.fitted, config["sparsity"])
 

@@ -1,9 +1,9 @@
 """Kernel execution: the same selections as harness/patch.py, through kernels that really skip the bytes.
 
-Every projection that a selection touches gets a forward of its own on the same weights, stored so that what is skipped is
-contiguous: input channels of a transposed weight, rows of a plain one. There is one weight copy; `nn.Linear.weight` is a
-view of it meanwhile. One token of one sequence takes the kernels; anything larger (a prompt, a batch) is masked and takes
-the library's matmul on that same weight.
+Every projection that a selection touches gets a forward of its own on the same weights, stored so that what is skipped
+is contiguous: input channels of a transposed weight, rows of a plain one. There is one weight copy; `nn.Linear.weight`
+is a view of it meanwhile. One token of one sequence takes the kernels; anything larger (a prompt, a batch) is masked
+and takes the library's matmul on that same weight.
 """
 
 from __future__ import annotations
@@ -176,14 +176,14 @@ def transposed(module: nn.Linear) -> Iterator[Tensor]:
 def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace a module's forward until the context ends."""
     outer = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if outer is None:
             del module.forward
         else:
-            module.forward = outer  # type: ignore[method-assign]
+            module.forward = outer
 
 
 @contextmanager

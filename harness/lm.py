@@ -1,9 +1,9 @@
 """The model as lm-eval sees it: a thin HFLM that tells the harness which tokens are valid and in which phase.
 
-Log-likelihood tasks run one plain forward pass, so a scheme that acts in decode only would score exactly dense. Here the
-context is a prefill and every scored position is a decode step (two-stage scoring): the last context token, which
-predicts the first token of the continuation, is the first one fed in decode. Where a selection depends on the token alone
-or on the prompt, one pass with a phase for each token gives the same result as stepping.
+Log-likelihood tasks run one plain forward pass, so a scheme that acts in decode only would score exactly dense. Here
+the context is a prefill and every scored position is a decode step (two-stage scoring): the last context token, which
+predicts the first token of the continuation, is the first one fed in decode. Where a selection depends on the token
+alone or on the prompt, one pass with a phase for each token gives the same result as stepping.
 """
 
 from __future__ import annotations

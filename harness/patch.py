@@ -113,6 +113,7 @@ class Installation:
 
     @property
     def step(self) -> Step:
+        """The forward pass that is under way."""
         step = self.view.tracker.step
         assert step is not None, "a method is attached outside of a tracked forward pass"
         return step

@@ -39,4 +39,5 @@ class Callback:
         self._progress, self._task = progress, task
 
     def __call__(self, more: int = 1) -> None:
+        """So many more are done."""
         self._progress.advance(self._task, more)

@@ -16,8 +16,8 @@ def coverage(view: View, methods: Sequence[Method]) -> float:
     """Share of the block weights that native sparsity 1 would skip.
 
     A channel site skips columns of its projections; neurons skip rows of gate and up (of up alone where the decision
-    reads the whole gate) and columns of down; heads skip rows of q and columns of o. K and V stay: whether their entries
-    may go is the KV policy's matter.
+    reads the whole gate) and columns of down; heads skip rows of q and columns of o. K and V stay: whether their
+    entries may go is the KV policy's matter.
     """
     skipped: set[str] = set()
     for method in methods:

@@ -158,7 +158,8 @@ class DejaVu(Method):
         visits: dict[str, Callable[[int, Tensor], None]] = {}
         for site in SITES[self.targets]:
             point = "residual" if self.predictor == "lookahead" else sources[site][0]
-            seen[point], marked[site] = ([[] for _ in view.blocks] for _ in range(2))
+            seen[point] = [[] for _ in view.blocks]
+            marked[site] = [[] for _ in view.blocks]
             visits[point] = lambda layer, x, point=point: keep(layer, x, seen[point])
             visits[sources[site][1]] = lambda layer, x, site=site: mark(layer, x, site)
         calibration.visit(visits)

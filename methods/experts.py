@@ -6,7 +6,6 @@ A split is `expert_of`, int64 [neurons]: the expert of each neuron. Every expert
 from __future__ import annotations
 
 import warnings
-from typing import cast
 
 import numpy as np
 import torch
@@ -120,4 +119,4 @@ def active(hidden: Tensor, share: float, natural: bool) -> Tensor:
 
 def natural_zeros(view: View) -> bool:
     """Whether the activation makes true zeros."""
-    return "relu" in cast(str, view.activation).lower()
+    return "relu" in view.activation.lower()

@@ -115,7 +115,7 @@ class KvSkip(Method):
         if self.predictor is not None:
             with torch.no_grad():
                 plan = self.predictor.plan(view, state)
-            score = partial(self.predictor.score, plan, "heads")
+            score: Any = partial(self.predictor.score, plan, "heads")
             decide = partial(self.decide, view, lambda layer, x, step: torch.sigmoid(score(layer, x).float()))
         elif self.select_by == "random":
             generator = torch.Generator().manual_seed(self.seed)

@@ -1,4 +1,4 @@
-"""ReLU, stage 2: ReLU after the norms too, so that q, k, v, gate and up have sparse inputs (arXiv 2310.04564, section 4)."""
+"""ReLU, stage 2: ReLU after the norms too, so that q, k, v, gate and up have sparse inputs (2310.04564, section 4)."""
 
 from __future__ import annotations
 

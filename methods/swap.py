@@ -1,4 +1,4 @@
-"""What the activation swaps share: another activation in the MLP, its exact zeros skipped, a threshold for more of them."""
+"""What the activation swaps share: another activation in the MLP, its exact zeros skipped, a threshold for more."""
 
 from __future__ import annotations
 

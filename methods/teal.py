@@ -60,7 +60,7 @@ class Teal(Method):
         return key if self.allocation == "greedy" else {k: key[k] for k in ("method", "version", "allocation")}
 
     def fit(self, view: View, calibration: Calibration) -> State:
-        """Quantiles of |x| float32 [layers, grid] by site; for greedy also its path: levels [layers, steps, projections].
+        """Quantiles of |x| float32 [layers, grid] by site; for greedy also its path [layers, steps, projections].
 
         The path is stored for every block sparsity up to 0.9, so one fit serves a whole sweep.
         """
@@ -158,7 +158,7 @@ def block_calls(view: View, calibration: Calibration, tokens: int) -> list[list[
     return calls
 
 
-def block_error(view: View, layer: int, calls: list, cut: dict[str, float], dense: list[Tensor]) -> float:
+def block_error(view: View, layer: int, calls: list, cut: Mapping[str, Any], dense: list[Tensor]) -> float:
     """Mean over tokens of the L2 error of a block's output when each projection drops |x| <= cut[projection].
 
     Only the second half of each window counts: its tokens have seen a context (section 4.2 uses the last quarter).

@@ -118,7 +118,7 @@ def cell(*runs) -> pd.DataFrame:
 
 
 def test_a_better_gemv_is_never_sold_as_sparsity():
-    """The headline compares the method with the strongest dense run, and never shows its kernel at 0 % as the method."""
+    """The headline compares the method with the strongest dense run, and never shows its kernel at 0 % as it."""
     table = cell(
         ("dense", None, 0.5, 0.4),
         ("dense", "tuned GEMV", 0.5, 0.2),

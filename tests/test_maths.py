@@ -176,8 +176,8 @@ def test_greedy_levels_reach_the_block_sparsity_exactly():
 
 
 def test_greedy_beats_uniform_in_block_error():
-    from methods.teal import block_calls, block_error, block_output, threshold
     from harness.selection import PROJECTIONS
+    from methods.teal import block_calls, block_error, block_output, threshold
 
     view = tiny.view("llama")
     calibration = tiny.calibration(view)

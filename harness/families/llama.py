@@ -1,4 +1,4 @@
-"""LLaMA and its kin: RMSNorm, rotary attention with grouped KV heads, gated MLP (Llama, SmolLM2, Mistral, ProSparse)."""
+"""LLaMA and its kin: RMSNorm, rotary attention with grouped KV heads, gated MLP (Llama, Mistral, SmolLM2 …)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Latency probe: time to first token and time per token of the patched Hugging Face module, beside the dense one.
 
-Every round times every variant once, so that drift hits all of them; the first round is warm-up and dropped. Kernels are
-compared with masked execution before anything is timed. Masked execution is timed only to show what it costs: it skips
-no bytes, and no figure draws a speed-up from it.
+Every round times every variant once, so that drift hits all of them; the first round is warm-up and dropped. Kernels
+are compared with masked execution before anything is timed. Masked execution is timed only to show what it costs: it
+skips no bytes, and no figure draws a speed-up from it.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def interleave(
 ) -> None:
     """Round after round until every variant has `repeats` rounds and `min_seconds` of decode time."""
     done, spent = -1, 0.0  # the first round is warm-up
-    collecting, _ = gc.isenabled(), gc.disable()
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         while done < repeats or spent / len(found) < min_seconds:
             for variant in found:
@@ -161,7 +162,7 @@ def interleave(
 
 
 def generate(view: View, prompt: Tensor, new_tokens: int, graph: bool) -> tuple[float, list[float]]:
-    """Greedy decode with a static cache: seconds to the first token, and of each of the new_tokens - 1 steps after it."""
+    """Greedy decode with a static cache: seconds to the first token, and of each of the new_tokens - 1 steps after."""
     cache = StaticCache(config=view.model.config, max_cache_len=prompt.shape[1] + new_tokens)
     start = now(prompt.device)
     token = view.model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)

@@ -41,12 +41,12 @@ def perplexity(
 ) -> tuple[list[Row], pd.DataFrame, dict[str, Tensor]]:
     """Perplexity over windows [n, length], and against the dense twin on the first `kl_windows` of them.
 
-    Under phase `all` every token but a window's first is scored. Under `decode` the first half of a window is its prompt
-    and only tokens predicted by decode steps are scored.
+    Under phase `all` every token but a window's first is scored. Under `decode` the first half of a window is its
+    prompt and only tokens predicted by decode steps are scored.
 
     dense: the tensors that this function returned for the dense twin, or None for the dense cell itself.
-    Returns rows, negative log-likelihoods by window (nats), and for a dense cell its final hidden states (from which the
-    head gives the dense distributions again, at a fifth of the cost of a forward pass).
+    Returns rows, negative log-likelihoods by window (nats), and for a dense cell its final hidden states (from which
+    the head gives the dense distributions again, at a fifth of the cost of a forward pass).
     """
     length = windows.shape[1]
     start = length // 2 if policy.phase == "decode" else 0
