@@ -14,6 +14,7 @@ import torch
 from harness.calibration import Calibration
 from harness.families import View
 from harness.method import Method, State
+from methods.attribution import Attribution
 from methods.cats import Cats
 from methods.cett import Cett
 from methods.dejavu import DejaVu
@@ -105,4 +106,5 @@ CASES: dict[str, Case] = {
     "moefication_random": Case(lambda s: MoEfication(s, router="random", expert_size=8), site="neurons"),
     "expert_prune": Case(lambda s: ExpertPrune(s, expert_size=8), site="neurons"),
     "expert_prune_layerwise": Case(lambda s: ExpertPrune(s, rates="layerwise", expert_size=8), site="neurons"),
+    "attribution": Case(lambda s: Attribution(s), site="neurons"),
 }
