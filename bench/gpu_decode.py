@@ -8,12 +8,12 @@ fused kernels in all of them:
 
   library   cuBLAS, merged q/k/v and gate/up
   rows      the tuned dense baseline, row-major Triton kernels
-  columns   the column kernels on W^T: dense, with thresholds that keep everything (0 %), and with a threshold for each
-            projection and layer. "Tuned dense" in the ratios is the faster of the two dense forms
+  columns   the column kernels on W^T: dense, with thresholds that keep everything (0 %), and with a threshold for
+            each projection and layer. "Tuned dense" in the ratios is the faster of the two dense forms
 
 Thresholds are set layer by layer on random tokens so that the requested share of every projection's input is dropped
-(inputs already sparse), and the achieved share is counted on other tokens. Floor: bytes of kept weights, of the head and
-of the cache over the read bandwidth measured in the same run. Before timing, single blocks are compared with the
+(inputs already sparse), and the achieved share is counted on other tokens. Floor: bytes of kept weights, of the head
+and of the cache over the read bandwidth measured in the same run. Before timing, single blocks are compared with the
 module's own masked forward on the same inputs.
 """
 
@@ -209,7 +209,7 @@ def main() -> None:
     fits = {s: fit(view, s) if s else (keep_all if s == 0.0 else {}, {}) for _, s in variants.values()}
     record: dict[str, Any] = {
         "what": __doc__,
-        "environment": environment(),
+        "environment": environment() | {"command": "python -m bench.gpu_decode"},
         "device": torch.cuda.get_device_name(),
         "read_bytes_per_s": rate,
         "dtype": args.dtype,

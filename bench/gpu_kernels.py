@@ -95,7 +95,7 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "what": __doc__,
-            "environment": environment(),
+            "environment": environment() | {"command": "python -m bench.gpu_kernels"},
             "device": torch.cuda.get_device_name(),
             "read_bytes_per_s": self.rate,
             "seconds": round(time.time() - self.started, 1),
@@ -105,7 +105,7 @@ class Bench:
 
 
 class Columns:
-    """Rotating copies of one shape: weights W^T (as row-major and column-major views of one pool), inputs, thresholds."""
+    """Rotating copies of one shape: weights (one pool, read as W^T or as row-major W), inputs and thresholds."""
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, limit: int = 10**9) -> None:
         self.n, self.k, self.dtype = n, k, dtype
@@ -293,27 +293,72 @@ def tune(bench: Bench) -> None:
             t, kept = c.at(zeros)
             facts = {"n": n, "k": k, "zeros_percent": zeros}
             for tile in masked if zeros in (0, 50, 65) else ():
-                attempt("masked", tile, size * kept, c.copies,
-                        lambda i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, tile=tile), **facts)  # fmt: skip
+                attempt(
+                    "masked",
+                    tile,
+                    size * kept,
+                    c.copies,
+                    lambda i: column(c.x[i], c.pool[i], t[i], y=c.y[i], accumulate=True, tile=tile),
+                    **facts,
+                )
             if k == 11008 and zeros == 50:
                 x32 = c.x.float()
                 hidden = F.silu(c.x)
                 t_hidden = hidden.float().abs().quantile(0.5, dim=1, keepdim=True)
                 ones = torch.ones_like(x32)
                 for tile in masked:
-                    attempt("masked glu", tile, size * kept, c.copies,
-                            lambda i: column(x32[i], c.pool[i], t_hidden[i], y=c.y[i], up=ones[i], act="silu", accumulate=True, tile=tile), **facts)  # fmt: skip
+                    attempt(
+                        "masked glu",
+                        tile,
+                        size * kept,
+                        c.copies,
+                        lambda i: column(
+                            x32[i], c.pool[i], t_hidden[i], y=c.y[i], up=ones[i], act="silu", accumulate=True, tile=tile
+                        ),
+                        **facts,
+                    )
             for unroll, blocks in ((8, 4), (8, 3), (4, 4), (4, 8), (16, 2), (16, 3), (8, 5)) if zeros >= 50 else ():
-                attempt("compact", (unroll, blocks), size * kept, c.copies,
-                        lambda i: compact.launch(c.x[i], None, t[i], c.pool[i], None, c.y[i], None, test=SCALAR.value, edges=(1 << 30, 1 << 30), act=0, partials=False, tile=(unroll, blocks)), **facts)  # fmt: skip
+                attempt(
+                    "compact",
+                    (unroll, blocks),
+                    size * kept,
+                    c.copies,
+                    lambda i: compact.launch(
+                        c.x[i],
+                        None,
+                        t[i],
+                        c.pool[i],
+                        None,
+                        c.y[i],
+                        None,
+                        test=SCALAR.value,
+                        edges=(1 << 30, 1 << 30),
+                        act=0,
+                        partials=False,
+                        tile=(unroll, blocks),
+                    ),
+                    **facts,
+                )
             if zeros in (50, 80):
-                attempt("op", (), size * kept, c.copies,
-                        lambda i: kc.column_gemv(c.x[i], c.pool[i], t[i], None, zeros / 100), **facts)  # fmt: skip
+                attempt(
+                    "op",
+                    (),
+                    size * kept,
+                    c.copies,
+                    lambda i: kc.column_gemv(c.x[i], c.pool[i], t[i], None, zeros / 100),
+                    **facts,
+                )
                 lists = [(c.x[i].float().abs() > t[i]).nonzero().flatten().int() for i in range(c.copies)]
                 m = lists[0].numel()
                 for tile in [(64, 32, m // 32), (64, 16, m // 16), (128, 16, m // 32), (128, 16, m // 16)]:
-                    attempt("list", tile, size * kept, c.copies,
-                            lambda i: column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True, tile=tile), **facts)  # fmt: skip
+                    attempt(
+                        "list",
+                        tile,
+                        size * kept,
+                        c.copies,
+                        lambda i: column_list(c.x[i], c.pool[i], lists[i], y=c.y[i], accumulate=True, tile=tile),
+                        **facts,
+                    )
         w = c.pool.view(c.copies, n, k)
         y = torch.empty(n, dtype=half, device="cuda")
         for tile in ((2, 2048, 8), (1, 4096, 8), (1, 4096, 16), (1, 8192, 16), (1, 2048, 8)):
@@ -322,10 +367,16 @@ def tune(bench: Bench) -> None:
             x = torch.randn(c.copies, 4, k, device="cuda").half()
             t = torch.tensor(0.6745, device="cuda")
             sums = torch.zeros(4, n, device="cuda")
-            for *tile, warps in ((128, 32, 256, 4), (128, 32, 512, 4), (128, 64, 512, 4), (256, 32, 512, 8), (64, 32, 1024, 4),
-                                 (64, 64, 1024, 4), (128, 32, 512, 8), (128, 32, 256, 2), (64, 64, 512, 2)):  # fmt: skip
-                attempt("batch 4", (*tile, warps), size * 0.9375, c.copies,
-                        lambda i: batch(x[i], c.pool[i], t, y=sums, accumulate=True, tile=tuple(tile), warps=warps), n=n, k=k)  # fmt: skip
+            for tile in ((128, 32, 1024, 4), (64, 32, 256, 1), (128, 32, 512, 4), (128, 16, 256, 2), (64, 64, 1024, 4)):
+                attempt(
+                    "batch 4",
+                    tile,
+                    size * 0.9375,
+                    c.copies,
+                    lambda i: batch(x[i], c.pool[i], t, y=sums, accumulate=True, tile=tile),
+                    n=n,
+                    k=k,
+                )
         bench.save()
     copies = 10
     gate, up = (torch.randn(copies, NEURONS, HIDDEN, dtype=half, device="cuda") for _ in range(2))
@@ -335,9 +386,14 @@ def tune(bench: Bench) -> None:
         m = round(NEURONS * (1 - inactive / 100))
         lists = [torch.randperm(NEURONS, device="cuda")[:m].sort().values.int() for _ in range(copies)]
         for tile in ((1, 2048, 4), (2, 1024, 4), (1, 4096, 8), (1, 4096, 4)):
-            attempt("neurons", tile, 2 * m * HIDDEN * 2, copies,
-                    lambda i: neurons(x[i], gate[i], up[i], h=h, act="silu", idx=lists[i] if inactive else None, tile=tile),
-                    inactive_percent=inactive)  # fmt: skip
+            attempt(
+                "neurons",
+                tile,
+                2 * m * HIDDEN * 2,
+                copies,
+                lambda i: neurons(x[i], gate[i], up[i], h=h, act="silu", idx=lists[i] if inactive else None, tile=tile),
+                inactive_percent=inactive,
+            )
     heads, d = 32, 128
     for context in (512, 4096):
         copies = max(4, 10**9 // (2 * heads * context * d * 2))
@@ -356,9 +412,14 @@ def tune(bench: Bench) -> None:
             (16, 32, 2),
             (16, 64, 4),
         ):
-            attempt("attend_step", tile, 2 * heads * context * d * 2, copies,
-                    lambda i: attend_step(qkv, cos, cos, k[i], v[i], length, out, n_heads=heads, scale=0.09, tile=tile),
-                    context=context)  # fmt: skip
+            attempt(
+                "attend_step",
+                tile,
+                2 * heads * context * d * 2,
+                copies,
+                lambda i: attend_step(qkv, cos, cos, k[i], v[i], length, out, n_heads=heads, scale=0.09, tile=tile),
+                context=context,
+            )
     x32, y16 = torch.randn(HIDDEN, device="cuda"), torch.empty(HIDDEN, dtype=half, device="cuda")
     attempt("rms_norm", (), 0, 100, lambda _: rms_norm(x32, y16, 1e-5, y16))
 

@@ -1,12 +1,14 @@
 """Fast decode of the Hugging Face module itself: fewer launches, kernels that skip, a CUDA graph around the step.
 
-`fast_decode` swaps the forward of every decoder block for one token at a time; prompts still take the module's own
-path, on the same weights. One copy of the weights exists at any time: merged (q, k, v; gate, up) and, for the column
-kernels, transposed; `nn.Linear.weight` is a view of it while the context lasts, and afterwards what it was.
+`decode_attention` alone swaps the attention of one-token steps, on any device and in any family. `fast_decode` swaps
+the forward of every decoder block for one token at a time, on a GPU; prompts still take the module's own path, on the
+same weights. One copy of the weights exists at any time: merged (q, k, v; gate, up) and, for the column kernels,
+transposed; `nn.Linear.weight` is a view of it while the context lasts, and afterwards what it was.
 
-`decode_attention` alone swaps the attention of one-token steps, on any device. On a GPU a fused block is seven launches: norm, q/k/v, attention (with rotary embedding and cache write), o, norm, gate/up,
-down (with the gated product in its prologue). The residual stream stays in an fp32 buffer that o and down add into; o
-clears the accumulator of gate/up and down that of the next block's q/k/v, so that no launch only zeroes, adds or rounds.
+A fused block is eight launches: norm, q/k/v, attention with rotary embedding and cache write (two), o, norm, gate/up,
+down with the gated product in its prologue. The residual stream stays in an fp32 buffer that o and down add into; o
+clears the accumulator of gate/up, and down that of the next block's q/k/v, so that no launch only clears, adds or
+rounds.
 """
 
 from __future__ import annotations
@@ -168,6 +170,7 @@ class FusedBlock:
         return torch.stack(torch.broadcast_tensors(*parts)).contiguous()
 
     def __call__(self, residual: Tensor, cos: Tensor, sin: Tensor, cache: Any, length: Tensor) -> Tensor:
+        """Add what the block computes to the residual stream, and the token to its cache layer."""
         from kernels.cuda import rows
         from kernels.cuda.attention import attend_step
         from kernels.cuda.step import glu_into, rms_norm
@@ -302,6 +305,7 @@ def _block_forward(layer: nn.Module, fused: FusedBlock, linear: Linear) -> Calla
         advance(own_cache)
         return hidden_states
 
+    forward.fused = True
     return forward
 
 
@@ -334,7 +338,7 @@ def _head_forward(head: nn.Linear) -> Callable[..., Any]:
 
 
 def advance(layer: Any) -> None:
-    """Count the token that a fused step wrote into a static cache layer (once a step where the layers share a count)."""
+    """Count the token that a fused step wrote into a static cache layer, unless the layers share one count."""
     if not getattr(layer, "counts_elsewhere", False):
         layer.cumulative_length.add_(1)
 
@@ -343,7 +347,7 @@ class DecodeLoop:
     """Greedy decode of one sequence with a static cache: a captured CUDA graph on a GPU, the eager module elsewhere.
 
     The step reads its token and its position from the device and writes the next ones there, so a replay needs nothing
-    from the host. The cache's layers share one count from here on (a launch a step rather than one a layer).
+    from the host. With fused blocks the cache's layers share one count from here on, which only this loop may advance.
     """
 
     def __init__(self, view: View, cache: StaticCache, token: Tensor, graph: bool = True) -> None:
@@ -353,8 +357,11 @@ class DecodeLoop:
         self.length = cache.layers[0].cumulative_length
         self.capacity = cache.layers[0].max_cache_len
         self.filled = int(self.length)
-        for layer in cache.layers:
-            layer.cumulative_length, layer.counts_elsewhere = self.length, True
+        # Fused blocks leave counting to this loop; the module's own count for themselves, a launch a layer.
+        self.shared = all(getattr(block.layer.forward, "fused", False) for block in view.blocks)
+        if self.shared:
+            for layer in cache.layers:
+                layer.cumulative_length, layer.counts_elsewhere = self.length, True
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         if graph and view.device.type == "cuda":
@@ -368,7 +375,12 @@ class DecodeLoop:
         )
         self.logits = out.logits
         self.token.copy_(self.logits[:, -1:].argmax(-1))
-        self.length.add_(1)
+        if self.shared:
+            self.length.add_(1)
+
+    def _set_length(self, length: Tensor | int) -> None:
+        for layer in self.cache.layers[: 1 if self.shared else None]:
+            layer.cumulative_length.fill_(length)
 
     def _capture(self, device: torch.device) -> None:
         token, length = self.token.clone(), self.length.clone()
@@ -377,7 +389,8 @@ class DecodeLoop:
         with torch.cuda.stream(stream):
             for _ in range(2):  # compile and warm up on the capture's stream; what it wrote is written again
                 self._body()
-                self.token.copy_(token), self.length.copy_(length)
+                self.token.copy_(token)
+                self._set_length(length)
         stream.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
@@ -385,7 +398,7 @@ class DecodeLoop:
 
     def rewind(self, length: int, token: Tensor) -> None:
         """Go back to a cache of `length` tokens, with `token` [1, 1] to feed next."""
-        self.length.fill_(length)
+        self._set_length(length)
         self.token.copy_(token)
         self.filled = length
 

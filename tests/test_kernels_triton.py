@@ -358,10 +358,9 @@ def test_attention(h, g, dtype):
 
 
 @interpreted
-def test_attention_rejects_bad_arguments():
-    q, k = torch.ones(1, 2, 1, 24), torch.ones(1, 2, 8, 24)
-    with pytest.raises(ValueError, match="power of two"):
-        kc.decode_attention(q, k, k, 3)
+def test_attention_of_odd_heads_and_bad_arguments():
+    q, k, v = torch.randn(1, 2, 1, 24), torch.randn(1, 2, 8, 24), torch.randn(1, 2, 8, 24)
+    assert error(kc.decode_attention(q, k, v, 3), attention64(q, k, v, 3)) <= 1e-6
     with pytest.raises(ValueError, match="dropped"):
         kc.decode_attention(q, k, k, 3, dropped="mask")
 
@@ -409,6 +408,104 @@ def test_rms_norm(n):
     y = rms_norm(x, w, 1e-5, torch.full((n,), torch.nan, dtype=torch.float16))
     want = w * (x * torch.rsqrt(x.pow(2).mean() + 1e-5)).half()
     assert error(y, want.double()) <= ROUNDING[torch.float16]
+
+
+class TestFusedDecode:
+    """The Hugging Face module with fused blocks against itself, in the interpreter."""
+
+    TOKENS = 4
+
+    @pytest.fixture
+    def view(self):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from harness.families import view_of
+
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+        model = LlamaForCausalLM(config).eval().half()
+        for p in model.parameters():
+            p.data.mul_(3 if p.dim() > 1 else 1)
+        return view_of(model)
+
+    @torch.no_grad()
+    def logits(self, view, loop=False):
+        from transformers import StaticCache
+
+        from harness.decode import DecodeLoop
+
+        cache = StaticCache(config=view.model.config, max_cache_len=9 + self.TOKENS)
+        prompt = torch.arange(9)[None]
+        out = view.model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
+        seen = [out]
+        steps = DecodeLoop(view, cache, out.argmax(-1)) if loop else None
+        for _ in range(self.TOKENS):
+            if steps is not None:
+                out = steps.step().clone()
+            else:
+                out = view.model(out.argmax(-1), past_key_values=cache, use_cache=True).logits
+            seen.append(out)
+        if steps is not None:
+            with pytest.raises(RuntimeError, match="full"):
+                steps.step()
+        return torch.cat(seen, 1).double()
+
+    @interpreted
+    @pytest.mark.parametrize("linear", ["columns", "rows", "library"])
+    def test_equals_the_module_and_leaves_it_as_it_was(self, view, linear):
+        from harness.decode import fast_decode
+
+        want = self.logits(view)
+        with fast_decode(view, linear):
+            assert error(self.logits(view), want) <= 3e-3
+            assert error(self.logits(view, loop=True), want) <= 3e-3
+        assert torch.equal(self.logits(view), want)
+        assert all(m.weight.is_contiguous() for block in view.blocks for _, m in block.projections())
+
+    @interpreted
+    def test_thresholds_drop_what_masked_execution_drops(self, view):
+        from harness.decode import fast_decode
+
+        limits = {(name, 0): 0.3 for name in ("q", "v", "gate", "up", "down")} | {("o", 1): torch.rand(64) * 0.1}
+
+        def masked(module, args, t):
+            return (torch.where(args[0].float().abs() <= t, 0, args[0]),)
+
+        handles = [
+            getattr(view.blocks[layer], name).register_forward_pre_hook(lambda m, a, t=t: masked(m, a, t))
+            for (name, layer), t in limits.items()
+        ]
+        self.TOKENS = 1
+        want = self.logits(view)
+        for handle in handles:
+            handle.remove()
+        handles = [
+            getattr(view.blocks[layer], name).register_forward_pre_hook(
+                lambda m, a, t=t: masked(m, a, t) if a[0].shape[1] > 1 else None
+            )
+            for (name, layer), t in limits.items()
+        ]  # the prompt takes the module's own path
+        with fast_decode(view, "columns", limits):
+            got = self.logits(view)
+        for handle in handles:
+            handle.remove()
+        assert error(got, want) <= 1e-2
+
+    @interpreted
+    def test_other_families_are_refused(self, view):
+        from harness.decode import fast_decode
+        from harness.errors import UnsupportedError
+
+        view.family = "opt"
+        with pytest.raises(UnsupportedError, match="opt"), fast_decode(view):
+            pass
 
 
 # --- on a GPU, at the shapes of a 7B model --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import reference
 from kernels.cuda.common import DTYPES, cdiv, dot_dtype, power_of_two
 
 KEEP = {None: 0, "exclude": 1, "zeros": 2}
@@ -217,10 +218,6 @@ def _launch(
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     b, g, s, d = k.shape
-    if d & (d - 1) or d < 16:
-        raise ValueError(f"head dimension must be a power of two >= 16, got {d}")
-    if k.stride(3) != 1 or v.stride(3) != 1:
-        raise ValueError("head vectors must be contiguous in the cache")
     ratio = n_heads // g
     splits, block, warps = tile or _tile(b * g, ratio, s)
     acc = torch.empty(b * n_heads * splits * d, device=q.device, dtype=torch.float32)
@@ -266,11 +263,14 @@ def decode_attention(
     q: [B, H, 1, D]; k, v: [B, G, S, D], any strides with contiguous heads; length: int or 0-d integer tensor on the
     device. keep: bool [B, G, S] or [B, H, S]: with dropped="exclude" the others leave the softmax (and with [B, G, S]
     are not read), with "zeros" their key and value are 0 and keep their softmax mass. scale: default D**-0.5.
-    tile: (splits, entries of a load tile, warps), for tuning. Raises ValueError on a head dimension that is no power of two.
+    A head dimension that is no power of two >= 16 takes the plain-torch definition. tile: (splits, entries of a load
+    tile, warps), for tuning.
     """
     if dropped not in ("exclude", "zeros"):
         raise ValueError(f'dropped must be "exclude" or "zeros", got {dropped!r}')
     b, h, _, d = q.shape
+    if d & (d - 1) or d < 16 or k.stride(3) != 1 or v.stride(3) != 1:
+        return reference.decode_attention(q, k, v, length, keep, dropped, scale)
     scale = d**-0.5 if scale is None else scale
     return _launch(
         q.contiguous(), k, v, length, torch.empty_like(q, memory_format=torch.contiguous_format), n_heads=h,

@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 BLOCKS = (2048, 4096, 8192, 16384)
 
 
@@ -28,7 +27,7 @@ def read_bandwidth(device: torch.device | str = "cuda", seconds: float = 0.3, n_
     """Bytes/s of a streaming read of a buffer far larger than the L2 cache.
 
     The median over as many passes as fit in `seconds`, for the fastest of a few block sizes: a denominator that is too
-    small would flatter every share. n_bytes: size of the buffer (default 4 GB, or a quarter of the free memory if less).
+    small would flatter every share. n_bytes: size of the buffer (default 4 GB, at most a quarter of the free memory).
     """
     device = torch.device(device)
     free, _ = torch.cuda.mem_get_info(device)

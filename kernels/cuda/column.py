@@ -387,12 +387,14 @@ def batch(
     y: Tensor,
     bias: Tensor | None = None,
     accumulate: bool = False,
-    tile: tuple[int, int, int] | None = None,
-    warps: int = 4,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """The column kernel for x [B, K], 2 <= B <= 16, contiguous; y: [B, N]. Arguments as in `column`."""
+    """The column kernel for x [B, K], 2 <= B <= 16, contiguous; y: [B, N]. Arguments as in `column`.
+
+    tile: (outputs, channels of a load tile, channels of a program, warps).
+    """
     (b, k), n = x.shape, wt.shape[1]
-    bn, bm, ks = tile or (128, 32, 512)
+    bn, bm, ks, warps = tile or ((64, 32, 256, 1) if k * n < 1 << 25 else (128, 32, 1024, 4))
     splits = cdiv(k, ks)
     sums = Sums(y, splits, accumulate)
     test, t = _test(t, k)

@@ -82,7 +82,7 @@ __device__ __forceinline__ void add(float* acc, u32 pair, float x) {
   acc[1] += widen((u16)(pair >> 16)) * x;
 }
 
-// y[n] += sum of kept x_i w[i, n] (PARTIALS: part[split, n] = it). test: see NOT_ZERO, SCALAR, PER_CHANNEL in column.py.
+// y[n] += sum of kept x_i w[i, n] (PARTIALS: part[split, n] = it). test: NOT_ZERO, SCALAR, PER_CHANNEL of column.py.
 extern "C" __global__ void __launch_bounds__(CHANNELS, BLOCKS) compact(
     const element* x_ptr, const element* up_ptr, const float* t_ptr, const Eight* w_ptr, const u16* bias_ptr,
     float* y, float* zero, int n_zero, int N, int K, int seg1, int seg2, int test, int has_bias) {
@@ -93,8 +93,8 @@ extern "C" __global__ void __launch_bounds__(CHANNELS, BLOCKS) compact(
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int n0 = blockIdx.x * OUTPUTS, k = blockIdx.y * CHANNELS + tid;
   const int segment = (n0 >= seg1) + (n0 >= seg2);
-  for (int z = (blockIdx.y * gridDim.x + blockIdx.x) * CHANNELS + tid; z < n_zero; z += gridDim.x * gridDim.y * CHANNELS)
-    zero[z] = 0.f;
+  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * CHANNELS + tid;
+  for (int z = thread; z < n_zero; z += gridDim.x * gridDim.y * CHANNELS) zero[z] = 0.f;
 
   float x = 0.f;
   if (k < K) {

@@ -195,7 +195,7 @@ def rows(
     rows, elsewhere untouched. tile: (rows, K tile, warps).
     """
     n, k = w.shape
-    br, bk, warps = tile or (1, 2048 if k <= 8192 else 4096, 8)
+    br, bk, warps = tile or (1, 4096, 8)
     bk = _block_k(k, bk)
     m = n if idx is None else idx.numel()
     grid = max(1, cdiv(m, br))
