@@ -17,8 +17,6 @@ from harness.selection import Mask
 from harness.step import Step
 from methods.prompt import PromptMasks
 
-BISECTIONS = 60
-
 
 @dataclass(frozen=True)
 class Tda(Method):
@@ -27,10 +25,10 @@ class Tda(Method):
     The score of a neuron is the L2 norm of its column of act(gate) * up over the prompt's tokens, not normalised by
     token (GRIFFIN's is), divided by the square root of their number, so that a threshold serves prompts of any length.
 
-    The abstract says "layer-wise threshold" and no more of it was found. Here all layers share one relative error: each
-    threshold drops the same share of its layer's squared activations on calibration text, and that share is the one at
-    which the requested sparsity is reached on average over layers. How much a layer drops differs by layer, and, since
-    a threshold is no top-k, by prompt.
+    The abstract says "layer-wise threshold" and no more of it was found. Here a layer's threshold is the quantile of
+    its neurons' scores over many calibration prompts: the requested sparsity is met on average over prompts, and what a
+    single prompt drops differs by prompt and by layer. An equal share of squared activations in every layer was tried
+    and is worse: a layer with one huge neuron then loses all the others.
     """
 
     name: ClassVar[str] = "tda"
@@ -55,9 +53,7 @@ class Tda(Method):
 
     def plan(self, view: View, state: State) -> Plan:
         """Thresholds by layer, and room for what the prompts will say."""
-        levels = shared_error_levels(state["quantiles"], self.sparsity)
-        cuts = [Quantiles.at(grid, level) for grid, level in zip(state["quantiles"], levels, strict=True)]
-        return Plan(cuts, PromptMasks())
+        return Plan([Quantiles.at(grid, self.sparsity) for grid in state["quantiles"]], PromptMasks())
 
     def select(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> Mask | None:
         """The prompt's neurons for every token of its sequence. x: [batch, tokens, neurons]."""
@@ -80,18 +76,3 @@ def prompt_norms(z: Tensor, prompt: Tensor) -> Tensor:
     """TDA's score float32 [batch, neurons] of z [batch, tokens, neurons] over prompt bool [batch, tokens]."""
     z = torch.where(prompt[..., None], z.float(), 0)
     return z.norm(dim=1) / prompt.sum(-1, keepdim=True).clamp(min=1).sqrt()
-
-
-def shared_error_levels(grids: Tensor, sparsity: float) -> list[float]:
-    """The share of neurons to drop in every layer, of mean `sparsity`, so that each loses the same share of energy.
-
-    grids: quantiles [layers, grid] of the neurons' norms. The energy below a quantile is the sum of the squares there.
-    """
-    energy = grids.double().square().cumsum(-1)
-    energy = energy / energy[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        levels = (energy <= middle).double().mean(-1)
-        low, high = (middle, high) if levels.mean() <= sparsity else (low, middle)
-    return levels.tolist()
