@@ -199,7 +199,11 @@ def route(x: Tensor, first: Tensor, second: Tensor | None = None) -> Tensor:
 
     first: [experts, d_model]; alone it is the similarity router. second: [experts, experts], after a tanh.
     """
-    scores = F.linear(F.normalize(x.float(), dim=-1).to(first.dtype), first)
+    return _layers(F.normalize(x.float(), dim=-1).to(first.dtype), first, second)
+
+
+def _layers(x: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
+    scores = F.linear(x, first)
     return scores if second is None else F.linear(scores.tanh(), second)
 
 
@@ -220,12 +224,12 @@ def train_router(x: Tensor, sums: Tensor, centroids: Tensor, epochs: int, seed: 
         for _ in range(epochs):
             for rows in torch.randperm(cut, generator=generator).to(x.device).split(BATCH):
                 target = sums[rows] / sums[rows].max().clamp(min=1e-12)
-                loss = F.binary_cross_entropy_with_logits(route(x[rows], first, second), target)
+                loss = F.binary_cross_entropy_with_logits(_layers(x[rows], first, second), target)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             with torch.no_grad():
-                share = experts.captured(route(x[cut:], first, second), sums[cut:])
+                share = experts.captured(_layers(x[cut:], first, second), sums[cut:])
             if not best or share.mean() > best["captured"].mean():
                 best = {"first": first.detach().clone(), "second": second.detach().clone(), "captured": share}
     return best
