@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from harness import figures
-from harness.collect import headline
+from harness import figures, published
+from harness.collect import headline, relate
 from harness.errors import ConfigError
-from tests import synthetic
+from harness.store import Store
+from tests import synthetic, synthetic_study
 
 SPARSITIES = (0.25, 0.4, 0.5)
 OKABE_ITO = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"}
@@ -43,6 +45,11 @@ def two_models(kernel: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([kernel, other], ignore_index=True)
 
 
+@pytest.fixture(scope="module")
+def study() -> pd.DataFrame:
+    return pd.concat([synthetic_study.table(), relate(published.load(), {})], ignore_index=True)
+
+
 def line_of(fig: Figure, colour: str, panel: int = 0) -> tuple[list[float], list[float]]:
     lines = [line for line in fig.axes[panel].lines if line.get_color() == colour and line.get_marker() != "None"]
     lines = [line for line in lines if len(line.get_xdata()) > 1]
@@ -57,7 +64,15 @@ def words(fig: Figure) -> str:
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize("which", ["kernel", "two_models"])
 def test_every_figure_draws_and_its_legend_covers_nothing(name: str, which: str, request) -> None:
-    fig = DRAWN[name](request.getfixturevalue(which))
+    assert_nothing_is_covered(DRAWN[name](request.getfixturevalue(which)))
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_of_a_study_draws_and_covers_nothing(name: str, study: pd.DataFrame) -> None:
+    assert_nothing_is_covered(figures.FIGURES[name](study))
+
+
+def assert_nothing_is_covered(fig: Figure) -> None:
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -162,6 +177,144 @@ def test_pareto_draws_the_measured_speedup_and_the_frontier(kernel: pd.DataFrame
     speed, quality = [1.0, 2.0, 3.0, 2.5], [0.5, 0.6, 0.3, 0.2]
     assert figures._frontier(speed, quality, more=True) == [(2.0, 0.6), (3.0, 0.3)]
     assert figures._frontier(speed, quality, more=False) == [(2.5, 0.2), (3.0, 0.3)]
+
+
+@pytest.mark.parametrize("draw", [figures.nominal_against_measured, figures.latency_against_load, figures.pareto])
+def test_no_speed_figure_holds_a_masked_row(draw: Callable[..., Figure], study: pd.DataFrame) -> None:
+    timed = study[(study["probe"] == "latency") & (study["source"] == "measured")]
+    masked = study["cell_id"].isin(timed[timed["execution"] == "masked"]["cell_id"])
+    assert masked.any()
+    planted = study.copy()  # a masked row so fast that it would stand out, even with a speed-up written into it
+    row = masked & (planted["execution"] == "masked") & (planted["metric"] == "tpot_median")
+    planted.loc[row, "value"], planted.loc[row, "speedup"] = 1e-9, 1e6
+    assert everything(draw(planted)) == pytest.approx(everything(draw(study)), nan_ok=True)
+    with pytest.raises(ConfigError, match="masked"):
+        draw(study[masked | (study["method"] == "dense")])
+
+
+def everything(fig: Figure) -> list[float]:
+    """All numbers that a figure's lines are drawn from."""
+    return [float(v) for ax in fig.axes for line in ax.lines for v in (*line.get_xdata(), *line.get_ydata())]
+
+
+def test_latency_shows_dense_kernel_and_roofline(study: pd.DataFrame) -> None:
+    fig = figures.latency_against_load(study[study["model"] == "smollm2-135m"], sparsity=0.5)
+    dense = next(line for line in fig.axes[1].lines if line.get_color() == "#000000" and line.get_marker() == "o")
+    size = [1.4e8 + 4e3 * batch * 128 for batch in synthetic_study.BATCHES]
+    assert list(dense.get_ydata()) == pytest.approx([1e3 * 1.15 * s / 1e10 for s in size])
+    roofline = next(line for line in fig.axes[1].lines if line.get_color() == "#000000" and line.get_linestyle() == ":")
+    assert list(roofline.get_ydata()) == pytest.approx([1e3 * s / 1e10 for s in size])
+
+
+def test_nominal_is_beside_the_time_that_its_bytes_would_take(study: pd.DataFrame) -> None:
+    fig = figures.nominal_against_measured(study)
+    ideal = fig.axes[0].lines[0]
+    assert list(ideal.get_ydata()) == pytest.approx([1 / (1 - x) for x in ideal.get_xdata()])
+
+
+# ---- the study
+
+
+def test_recall_is_a_map_of_method_by_layer(study: pd.DataFrame) -> None:
+    fig = figures.recall_by_layer(study, sparsity=0.5)
+    grid = fig.axes[0].images[0].get_array()
+    assert grid.shape == (3, synthetic_study.LAYERS)  # serial, look-ahead, oracle
+    assert list(grid[:, 0]) == pytest.approx([0.7, 0.6, 1.0])
+    with pytest.raises(ConfigError, match="at this request"):
+        figures.recall_by_layer(study, sparsity=0.123)
+
+
+def test_natural_sparsity_is_of_dense_cells_and_of_one_budget(study: pd.DataFrame) -> None:
+    fig = figures.natural_by_layer(study)
+    below, exact = (ax.images[0].get_array() for ax in fig.axes[:2])
+    assert list(exact[:, 0]) == pytest.approx([0.0, 0.7])
+    assert list(below[:, 0]) == pytest.approx([0.6, 0.8])
+    assert "CETT 0.2" in words(fig)
+
+
+def test_the_share_that_prediction_causes(study: pd.DataFrame) -> None:
+    fig = figures.predicted_against_oracle(study, metric="kl")
+    share = fig.axes[1].lines[0].get_ydata()  # look-ahead: harm 1.1 beside 0.3 of the oracle
+    table = headline(study[study["source"] == "measured"])
+    kl = table[(table["model"] == "smollm2-135m") & (table["method"] == "dejavu")]
+    kl = kl.pivot(index="sparsity_requested", columns="variant", values="kl")
+    expected = 1 - kl["targets=mlp,predictor=oracle"] / kl["targets=mlp,predictor=lookahead"]
+    assert list(share) == pytest.approx(list(expected)) == [pytest.approx(0.8 / 1.1)] * 3
+    lone = study[study["variant"].fillna("") != "targets=mlp,predictor=oracle"]
+    with pytest.raises(ConfigError, match="oracle"):
+        figures.predicted_against_oracle(lone)
+
+
+def test_kv_modes_stand_side_by_side(study: pd.DataFrame) -> None:
+    lines = {line.get_label(): line for line in figures.kv_modes(study).legends[0].legend_handles}
+    assert list(lines) == [*figures.KV_MODES.values(), figures.KV_ZEROS]
+    fig = figures.kv_against_length(study, sparsity=0.5)
+    skipped = next(line for line in fig.axes[0].lines if line.get_color() == lines["KV skipped"].get_color())
+    assert list(skipped.get_xdata()) == list(synthetic_study.CONTEXTS)
+    assert np.diff(skipped.get_ydata()).min() > 0
+    with pytest.raises(ConfigError, match="one length"):
+        figures.kv_against_length(study[study["context"].fillna(128) == 128])
+
+
+def test_truncation_is_over_each_models_own_dense(study: pd.DataFrame) -> None:
+    fig = figures.truncation(study)
+    base = next(line for line in fig.axes[0].lines if line.get_color() == "#0072B2")
+    assert (base.get_xdata()[0], base.get_ydata()[0]) == (0, 1)
+    table = headline(study[study["source"] == "measured"])
+    cells = table[(table["model"] == "smollm2-135m") & (table["variant"] == "targets=mlp,predictor=oracle")]
+    assert list(base.get_ydata()[1:]) == pytest.approx(list(cells["perplexity"] / cells["dense:perplexity"]))
+    assert "published: silu (TurboSparse)" in words(fig)
+    assert "published" not in words(figures.truncation(study[study["source"] == "measured"]))
+
+
+def test_reuse_is_beside_chance_and_union_grows(study: pd.DataFrame) -> None:
+    fig = figures.reuse_and_union(study[(study["model"] == "smollm2-135m") & (study["method"] == "dense")])
+    reuse, chance = fig.axes[0].lines
+    assert list(reuse.get_ydata()) == pytest.approx([0.93] * synthetic_study.LAYERS)
+    assert list(chance.get_ydata()) == pytest.approx([0.9] * synthetic_study.LAYERS)
+    union, alone = fig.axes[1].lines
+    assert list(union.get_xdata()) == list(synthetic_study.BATCHES)
+    assert list(alone.get_ydata()) == pytest.approx([1 - 0.1**batch for batch in synthetic_study.BATCHES])
+
+
+def test_published_figures_need_both_sides(study: pd.DataFrame) -> None:
+    assert "time_ratio" in words(figures.published_against_measured(study))
+    with pytest.raises(ConfigError, match="no published figures"):
+        figures.published_against_measured(study[study["source"] == "measured"])
+    smoke = study.assign(limited=True)
+    with pytest.raises(ConfigError, match="limited"):
+        figures.published_against_measured(smoke, limited=True)
+
+
+# ---- the command
+
+
+def test_the_command_draws_what_the_rows_allow(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert figures.main(["--results", str(tmp_path)]) == 2
+    assert "there are no results" in capsys.readouterr().err
+    synthetic.fill(Store(tmp_path), methods=("teal",), sparsities=(0.4,), tasks=("piqa",), limited=True)
+    assert figures.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "figures" / "perplexity.svg") in printed
+    assert "not drawn, for want of rows: pareto_accuracy" in printed
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
+
+
+def test_only_a_table_without_whole_runs_is_drawn_under_the_mark(kernel: pd.DataFrame, monkeypatch) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {"perplexity": figures.quality_against_sparsity})
+    smoke = kernel.assign(limited=True, cell_id=kernel["cell_id"] + "s")
+    assert "LIMITED" in words(figures.draw_all(smoke)[0]["perplexity"])
+    both = pd.concat([kernel, smoke])
+    assert "LIMITED" not in words(figures.draw_all(both)[0]["perplexity"])
+    assert "LIMITED" in words(figures.draw_all(both, limited=True)[0]["perplexity"])
+
+
+def test_the_committed_study_is_read_where_a_user_has_no_cells(tmp_path: Path) -> None:
+    synthetic.fill(Store(tmp_path / "study"), methods=("teal",), sparsities=(0.4,), tasks=("piqa",))
+    figures.load(tmp_path / "study")  # collects
+    shutil.rmtree(tmp_path / "study" / "cells")
+    table, found = figures.load(tmp_path)
+    assert found == tmp_path / "study" and (table["source"] == "published").any()
 
 
 # ---- what may not be drawn
