@@ -5,8 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness.calibration import Calibration
 from harness.collect import headline, relate
+from harness.families import view_of
 from harness.probes import latency
 from harness.rows import make_row, to_frame
 from harness.step import Policy
@@ -134,3 +137,28 @@ def test_masked_time_is_no_speedup():
     line = headline(cell(("dense", None, 0.5, 0.4), ("masked", None, 0.5, 0.1))).iloc[0]
     assert line["execution"] == "masked"
     assert pd.isna(line.get("speedup"))
+
+
+@pytest.mark.gpu
+def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
+    """A CUDA graph of the fused step for every variant, checked against masks before."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    view = view_of(model)
+    tokens = torch.randint(0, 32000, (4, 512), generator=torch.Generator().manual_seed(1))
+    method = Teal(0.5)
+    fitted = [(method, method.fit(view, Calibration(view, tokens.split(2))))]
+    variants = latency.variants(view, fitted, Policy(), 0.5, "auto", tokens)
+    assert [v.graph for v in variants] == [True] * 4
+    rows = latency.measure(view, variants, tokens, CONFIG | {"context": [128], "new_tokens": 16, "repeats": 5})
+    times = {
+        (r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
+        for r in rows
+        if r["metric"] == "tpot_median"
+    }
+    print(times)
+    assert len(times) == 4

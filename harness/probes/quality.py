@@ -124,7 +124,8 @@ def task(
 
     # These ask git and pip about the machine: seconds a task and git's complaints; harness.environment has it already.
     evaluator.add_env_info = evaluator.get_git_commit_hash = lambda *_: None
-    with attached(lm.view, methods, policy, count=bool(methods)) as ledger:
+    said = io.StringIO()  # it prints what it bootstraps
+    with attached(lm.view, methods, policy, count=bool(methods)) as ledger, contextlib.redirect_stdout(said):
         results = evaluator.simple_evaluate(
             model=lm,
             tasks=tasks.load_tasks([name], data=data, num_fewshot=num_fewshot),
