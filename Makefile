@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+# Compiling thousands of modules that nothing imports would take half of the set-up.
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # Where there is no GPU, the CPU build of torch that the constraints name is enough. A GPU machine takes the newest torch
 # of its index, with the triton that belongs to it.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)

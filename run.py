@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The libraries' own bars (loading weights, tokenizing, building prompts) are over in a second and drown ours.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -29,7 +29,10 @@ from rich.console import Console
 from harness.config import CONF, CellConfig, check, did_you_mean, options
 from harness.errors import AssetError, ConfigError
 
-GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "experiment")
+if TYPE_CHECKING:
+    from harness.store import CellView
+
+GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
 CONSOLE = Console(stderr=True, highlight=False)
 PIPED_WIDTH = 160  # a file or a pipe has no width of its own; 80 columns would cut the table's headings
 # What ended a job for good (a full disk, a model that can't be loaded). Hydra would print a traceback for it.
@@ -92,18 +95,21 @@ def run(overrides: list[str], multirun: bool) -> int:
         do_job()
     collected = collect(store.root)
     print_table(collected[collected["cell_id"].isin(plan)], Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
-    outcomes = {name: outcome(store.view(name).status) for name in plan}
+    outcomes = {name: outcome(store.view(name)) for name in plan}
     print_summary(outcomes, CONSOLE)
     CONSOLE.print(f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}")
     return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
 
 
-def outcome(status: dict[str, Any]) -> tuple[str, str]:
-    """(how a cell ended, in which words) of its status file."""
+def outcome(cell: CellView) -> tuple[str, str]:
+    """How a cell ended, and in which words."""
+    status = cell.status
     if not status:
         return "failed", "not run: what it is compared with (its dense cell) has failed"
     if status["status"] == "running":
-        return "locked", "another process is at work on it"
+        if (cell.path / "lock.json").exists():
+            return "locked", "another process is at work on it"
+        return "failed", "ended early: the same command goes on from there"
     return status["status"], status.get("message", "")
 
 

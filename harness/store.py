@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from harness.environment import environment
-from harness.errors import ConfigError, UnsupportedError
+from harness.errors import AssetError, ConfigError, UnsupportedError
 from harness.rows import COLUMNS, SCHEMA_VERSION, make_row, to_frame
 
 State = Literal["run", "partial", "skip", "stale", "failed", "unsupported", "locked"]
@@ -166,7 +166,8 @@ class Store:
         """Hold the cell exclusively; committed probes of the same `versions` are kept, others removed.
 
         `identity`: row columns (model, method, seed …) that fill whatever a committed row leaves empty.
-        An `Exception` that leaves the block is recorded with `Cell.fail` unless it already was, and goes on.
+        An `Exception` that leaves the block is recorded with `Cell.fail` unless it already was, and goes on; one that the
+        user can mend (`ConfigError`, `AssetError`) only goes on.
         Raises `LockedError` if a live process holds the cell.
         """
         path = self._path(cell_id)
@@ -178,6 +179,8 @@ class Store:
             cell._open(config, _versions(versions))
             try:
                 yield cell
+            except (ConfigError, AssetError):
+                raise  # the user's to mend (a full disk, a model that can't be read): the same command then goes on
             except Exception as error:
                 if not cell.failed:
                     # The first error is the one to report, even where recording it fails too (a full disk).

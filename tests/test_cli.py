@@ -182,9 +182,25 @@ def test_a_disk_that_fills_up_leaves_whole_probes_and_the_run_can_go_on(runner: 
     assert "the disk is full" in err and "Traceback" not in err
     kept = runner.commits()
     assert {Path(name).name for name in kept} == {"perplexity", "quality-piqa"}
-    runner.run("method=dense", "retry=true")
+    runner.run("method=dense")
     assert kept.items() <= runner.commits().items()
     assert all(runner.store.view(cell).status["status"] == "done" for cell in runner.store.cells())
+
+
+def test_a_model_that_can_not_be_read_is_one_sentence_and_mended_by_the_same_command(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    from tests.tiny import save_with_tokenizer
+
+    runner = Runner(save_with_tokenizer(tmp_path / "model", tokenizer), tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    command = ["method=dense", "probe.names=[sparsity]", "tasks=none"]
+    _, err = runner.run(*command, code=2)
+    assert err.splitlines()[-1].startswith("error: model local can't be loaded") and "Traceback" not in err
+    weights.write_bytes(whole)
+    runner.run(*command)
 
 
 # --------------------------------------------------------------------------------------------- sweeps
