@@ -51,6 +51,7 @@ LOST, WON = "#D55E00", "#56B4E9"
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
 Z95 = 1.96
+FEW = 8  # maps of one method each; more methods share a map
 SITES = get_args(Site)  # in the order that a token meets them
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
 TIMES = FuncFormatter(lambda ratio, _: f"{ratio:g}x")
@@ -137,7 +138,11 @@ def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: 
     rows = rows.assign(name=_names(rows))
     with mpl.rc_context(fname=STYLE, rc={"axes.grid": False}):
         label = f"achieved, {sparsity:.0%} requested"
-        return _marked(_maps(rows, [*POLICY, "name"], "site", SITES, label), df, limited)
+        if len(rows[[*POLICY, "name"]].drop_duplicates()) <= FEW:
+            return _marked(_maps(rows, [*POLICY, "name"], "site", SITES, label), df, limited)
+        rows = rows.assign(line=rows["name"] + ": " + rows["site"].str.replace("_", " "))
+        order = rows.drop_duplicates("line").sort_values(["name", "site"], key=_site_order)["line"].tolist()
+        return _marked(_maps(rows, POLICY, "line", order, label), df, limited)
 
 
 def recall_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
@@ -597,13 +602,18 @@ def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
     raise ConfigError(f"there are no results in {root}: run a cell first, for example with `make run`")
 
 
+def only_limited(df: pd.DataFrame) -> bool:
+    """Whether every measured cell of the table is a limited run: whether any of its rows is."""
+    measured = df[(df["source"] == "measured") & (df["status"] == "ok")]
+    return bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
+
+
 def draw_all(df: pd.DataFrame, limited: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
     """Every figure that the rows allow, by name, and for each of the others why it can't be drawn.
 
     limited: draw limited runs too, under their mark. A table without any other cell is drawn that way anyhow.
     """
-    measured = df[(df["source"] == "measured") & (df["status"] == "ok")]
-    limited = limited or bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
+    limited = limited or only_limited(df)
     drawn, missing = {}, {}
     for name, draw in FIGURES.items():
         try:
@@ -666,6 +676,10 @@ def _at_one_request(rows: pd.DataFrame, sparsity: float | None, otherwise: str) 
     rows = rows[rows["sparsity_requested"] == sparsity]
     _need(rows, otherwise)
     return rows, sparsity
+
+
+def _site_order(column: pd.Series) -> pd.Series:
+    return column.map(SITES.index) if column.name == "site" else column
 
 
 def _chosen_by(lines: pd.DataFrame) -> pd.DataFrame:

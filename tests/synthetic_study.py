@@ -92,7 +92,7 @@ def fill(store: Store, **changes: Any) -> None:
             samples = pd.DataFrame({"window": range(WINDOWS), "nll": 511 * (nll + 0.1 * wave), "tokens": 511})
             for probe, rows in probes.items():
                 name = "perplexity" if probe == "quality" else probe
-                cell.commit(name, rows, samples if probe == "quality" else None)
+                cell.commit(name, [{"probe": probe} | row for row in rows], samples if probe == "quality" else None)
             cell.finish()
 
 
