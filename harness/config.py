@@ -18,7 +18,7 @@ CONF = Path(__file__).parent.parent / "conf"
 CHECKPOINTS = CONF.parent / "results" / "checkpoints"
 PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity")
 # Read by the command line, not part of what is measured.
-RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment")
+RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment", "grid")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,120 @@
+"""Experiments: every one composes at every size, and every cell in it is valid, without running any."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+import run
+from harness.cell import id_of
+from harness.config import CellConfig, check, options
+
+SIZES = ("smoke", "cpu", "full")
+STUDY = ("babel", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "universal")
+
+
+def sweeps(experiment: str, *overrides: str) -> list[list[str]]:
+    """The overrides of each sweep of an experiment, as the command line puts them together."""
+    given = run.rewrite([f"experiment={experiment}", *overrides], multirun=False)
+    return [given + [str(o) for o in sweep] for sweep in run.composed(given)["sweeps"]]
+
+
+def cells(experiment: str, *overrides: str) -> list[CellConfig]:
+    """Every cell, checked."""
+    combinations = itertools.chain.from_iterable(map(run.expand, sweeps(experiment, *overrides)))
+    return [check(run.composed(combination)) for combination in combinations]
+
+
+def each_value(sweep: list[str]) -> list[list[str]]:
+    """Combinations in which every value of every axis occurs once at least: as many as the longest axis has."""
+    axes = [sorted({c[i] for c in run.expand(sweep)}) for i in range(len(sweep))]
+    longest = max(map(len, axes))
+    return [[axis[min(i, len(axis) - 1)] for axis in axes] for i in range(longest)]
+
+
+def test_the_study_is_complete():
+    assert set(STUDY) <= set(options("experiment"))
+    assert set(SIZES) == set(options("size"))
+
+
+@pytest.fixture(scope="module")
+def smoke() -> dict[str, list[CellConfig]]:
+    return {name: cells(name, "size=smoke") for name in STUDY}
+
+
+def test_every_cell_of_a_smoke_run_is_valid_once_and_tiny(smoke):
+    for name, found in smoke.items():
+        assert found, name
+        ids = [id_of(cell) for cell in found]
+        assert len(set(ids)) == len(ids), f"{name} has the same cell twice"
+        assert all(cell["tasks"]["limit"] == 4 for cell in found)
+
+
+@pytest.mark.parametrize("experiment", STUDY)
+def test_every_value_of_every_axis_of_the_full_study_is_valid(experiment):
+    for sweep in sweeps(experiment, "size=full"):
+        for combination in each_value(sweep):
+            check(run.composed(combination))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["cpu", "full"])
+@pytest.mark.parametrize("experiment", STUDY)
+def test_every_cell_of_the_larger_sizes_is_valid(experiment, size):
+    found = cells(experiment, f"size={size}")
+    assert len({id_of(cell) for cell in found}) == len(found)
+
+
+def test_a_size_is_no_part_of_a_cell(smoke):
+    for found in smoke.values():
+        assert all(not {"size", "grid", "sweeps"} & cell.plain.keys() for cell in found)
+
+
+def test_the_default_size_fits_two_cores_and_another_can_be_asked_for():
+    assert sweeps("pitfalls")[0][1:] == sweeps("pitfalls", "size=cpu")[0][2:]
+    assert run.composed(run.rewrite(["experiment=pitfalls", "size=full"], False))["tasks"]["limit"] == 1000
+
+
+def test_the_pitfalls_hold_every_scheme_and_both_kinds_of_model(smoke):
+    found = smoke["pitfalls"]
+    methods = {cell.method_name for cell in found}
+    wanted = {"random", "oracle", "cett", "teal", "dejavu", "moefication", "kv_skip", "tda", "griffin"}
+    assert wanted <= methods
+    assert {cell.model_name for cell in found} >= {"smollm2-135m", "smollm2-135m-relu"}
+    dejavu = {cell["method"]["dejavu"]["predictor"] for cell in found if cell.method_name == "dejavu"}
+    assert dejavu == {"serial", "lookahead", "oracle"}
+    kv = {
+        (c["method"]["kv_skip"]["kv"], c["method"]["kv_skip"]["dropped"]) for c in found if c.method_name == "kv_skip"
+    }
+    assert kv == {("mask_output", "exclude"), ("recompute", "exclude"), ("skip", "exclude"), ("skip", "zeros")}
+    probes = set(itertools.chain.from_iterable(cell["probe"]["names"] for cell in found))
+    assert probes == {"quality", "sparsity", "latency", "predictivity", "affinity"}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_short_and_long_windows_cover_the_same_text(size):
+    """Growth with length is measured on the same text, cut differently."""
+    grid: dict[str, Any] = run.composed(run.rewrite(["experiment=pitfalls", f"size={size}"], False))["grid"]
+    short, long = grid["short"], grid["long"]
+    assert short["window"] < long["window"]
+    assert short["window"] * short["windows"] == long["window"] * long["windows"]
+
+
+def test_full_is_the_study_that_was_promised():
+    plain = run.composed(run.rewrite(["experiment=pitfalls", "size=full"], False))
+    assert plain["tasks"]["limit"] >= 1000 and len(plain["tasks"]["names"]) >= 8
+    assert "lambada_openai" in plain["tasks"]["names"] and "gsm8k" in plain["grid"]["prompt_tasks"]
+    assert len(plain["grid"]["models"].split(",")) >= 3 and len(plain["grid"]["sparsities"].split(",")) >= 6
+
+
+def test_the_plan_of_an_experiment_starts_nothing(tmp_path, capsys):
+    assert run.run(["experiment=sparsing_law", "size=smoke", "dry=true", f"results={tmp_path}"], multirun=False) == 0
+    assert not list(tmp_path.glob("cells/*"))
+    assert "cett" in capsys.readouterr().err
+
+
+def test_an_unknown_size_is_one_sentence():
+    with pytest.raises(run.ConfigError, match="size=ful is unknown"):
+        run.rewrite(["experiment=pitfalls", "size=ful"], False)
