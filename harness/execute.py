@@ -187,30 +187,32 @@ def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
 
 
 @contextmanager
-def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[None]:
+def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[list[KernelInstallation]]:
     """Kernel execution of nested methods until the context ends; those without kernels are attached as they are.
 
+    Yields the installations of those that have kernels.
     Raises `UnsupportedError` if none of the methods has a kernel.
     """
     if not any(has_kernels(method) for method, _ in methods):
         raise UnsupportedError(f"{'+'.join(m.name for m, _ in methods)} has no kernel: only masked execution")
     with ExitStack() as stack:
         stack.enter_context(view.tracker.tracking(policy))
+        installations = []
         for method, state in methods:
             if has_kernels(method):
                 stack.enter_context(method.rewrite(view, state))
-                stack.enter_context(_installed(view, method, method.plan(view, state)))
+                installations.append(stack.enter_context(_installed(view, method, method.plan(view, state))))
             else:
                 stack.enter_context(method.attach(view, state))
-        yield
+        yield installations
 
 
 @contextmanager
-def _installed(view: View, method: Method, plan: Any) -> Iterator[None]:
+def _installed(view: View, method: Method, plan: Any) -> Iterator[KernelInstallation]:
     installation = KernelInstallation(view, method, plan)
     try:
         installation.install()
-        yield
+        yield installation
     finally:
         installation.remove()
 
@@ -269,6 +271,7 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
 
     policy = Policy("all")
     seen: list[tuple[int, str, Tensor, Tensor]] = []
+    residual: dict[int, Tensor] = {}  # what look-ahead predictors see
     with attached(view, methods, policy):
         out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
         handles = [
@@ -277,6 +280,10 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
             )
             for layer, block in enumerate(view.blocks)
             for name, module in block.projections()
+        ]
+        handles += [
+            block.layer.register_forward_pre_hook(lambda _m, args, layer=layer: residual.update({layer: args[0]}))
+            for layer, block in enumerate(view.blocks)
         ]
         try:
             view.model(prompt[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
@@ -287,8 +294,11 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
     needed = {(layer, name): x.flatten() != 0 for layer, name, x, _ in seen if name in ("o", "down")}
     sites = {site for method, _ in methods for site in method.sites}
     worst = 0.0
-    with kernel_execution(view, methods, policy):
+    with kernel_execution(view, methods, policy) as installations:
+        view.model(prompt[:, :-1], use_cache=False, logits_to_keep=1)  # methods that decide from a prompt decide here
         view.tracker.step = step
+        for installation in installations:
+            installation.residual.update(residual)
         for layer, name, x, expected in seen:
             block = view.blocks[layer]
             y = getattr(block, name)(x)

@@ -31,7 +31,8 @@ class Method:
         sites: site -> what `select` is shown there. Channel sites always see the input of their projections. `neurons`
             and `heads` see "input" (the sublayer's input), "residual:N" (the residual stream N blocks earlier, 0 = at
             this block), "gate" (the activated gate, neurons only) or "output" (the product before down, or the heads'
-            outputs before o: oracles and prompt statistics).
+            outputs before o: oracles) or "prompt" (neurons only: the product before down while the pass holds prompt
+            tokens, for statistics; else the sublayer's input, so that dropped rows need no computing).
         needs: "nothing", "calibration" or "training".
         phases: phase policies in which the method means something, the default first.
         batch_coupled: whether rows of a batch influence each other.

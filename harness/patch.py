@@ -85,11 +85,13 @@ class Installation:
         first = block.gate if block.gate is not None else block.up
         if sees == "gate":
             self._after(block.act, lambda x: self._decide_rows("neurons", layer, x))
+        elif sees == "prompt":
+            self._before(first, lambda x: None if self.step.has_prompt else self._decide_rows("neurons", layer, x))
         elif sees != "output":
             self._before(first, lambda x: self._decide_rows("neurons", layer, self._seen(sees, layer, x)))
 
         def drop(x: Tensor) -> Tensor | None:
-            if sees == "output":
+            if sees == "output" or (sees == "prompt" and self.step.has_prompt):
                 self._decide_rows("neurons", layer, x)
             return self._drop_rows("neurons", layer, x, 1)
 

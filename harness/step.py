@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class Step:
     sparse: Tensor | None
     past: int
     input_ids: Tensor | None
+
+    @cached_property
+    def has_prompt(self) -> bool:
+        """Whether this pass holds any token of a prompt."""
+        return bool(self.prompt.any())
 
     @property
     def prompt(self) -> Tensor:

@@ -30,8 +30,8 @@ class Griffin(Method):
 
     @property
     def sites(self) -> Mapping[str, str]:
-        """Neurons, seen at the product before down."""
-        return {} if self.sparsity == 0 else {"neurons": "output"}
+        """Neurons, seen at the product before down while there is a prompt."""
+        return {} if self.sparsity == 0 else {"neurons": "prompt"}
 
     def plan(self, view: View, state: State) -> PromptMasks:
         """Room for what the prompts will say."""
@@ -41,7 +41,7 @@ class Griffin(Method):
         """The prompt's neurons for every token of its sequence. x: [batch, tokens, neurons]."""
         if step.past == 0:
             plan.forget(layer)
-        if bool(step.prompt.any()):
+        if step.has_prompt:
             score = flocking(x, step.prompt)
             k = top_k_count(x.shape[-1], self.sparsity)
             plan.fix(layer, keep_mask(TopK(score, k), score), step)

@@ -38,8 +38,8 @@ class Tda(Method):
 
     @property
     def sites(self) -> Mapping[str, str]:
-        """Neurons, seen at the product before down."""
-        return {} if self.sparsity == 0 else {"neurons": "output"}
+        """Neurons, seen at the product before down while there is a prompt."""
+        return {} if self.sparsity == 0 else {"neurons": "prompt"}
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """Quantiles of the scores float32 [layers, grid], every calibration window taken as a prompt."""
@@ -59,7 +59,7 @@ class Tda(Method):
         """The prompt's neurons for every token of its sequence. x: [batch, tokens, neurons]."""
         if step.past == 0:
             plan.masks.forget(layer)
-        if bool(step.prompt.any()):
+        if step.has_prompt:
             plan.masks.fix(layer, prompt_norms(x, step.prompt) > plan.cuts[layer], step)
         return plan.masks.of(layer, len(x))
 
