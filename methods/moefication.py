@@ -208,10 +208,12 @@ def _layers(x: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
 
 
 def train_router(x: Tensor, sums: Tensor, centroids: Tensor, epochs: int, seed: int) -> State:
-    """Train a router on inputs x [tokens, d_model] towards sums [tokens, experts] divided by the batch's largest.
+    """Train a router on inputs x [tokens, d_model] towards sums [tokens, experts] divided by the token's largest.
 
-    Binary cross-entropy on logits, Adam, the last tenth of the tokens held out; the epoch is kept whose router captures
-    most activation there, in the mean over all k. Deterministic by seed.
+    The released code divides by the batch's largest; in a LLaMA that is one token's massive activation, beside which
+    all targets vanish. Binary cross-entropy on logits, Adam, the last tenth of the tokens held out; the epoch is kept
+    whose router captures most activation there, in the mean over all k. Epoch 0 ranks as the similarity router does, so
+    that is the least that comes out. Deterministic by seed.
     """
     x = F.normalize(x.float(), dim=-1)
     cut = len(x) - max(1, round(len(x) * HELD_OUT))
@@ -221,9 +223,10 @@ def train_router(x: Tensor, sums: Tensor, centroids: Tensor, epochs: int, seed: 
         first = centroids.clone().requires_grad_()
         second = torch.eye(len(centroids), device=x.device).requires_grad_()
         optimizer = torch.optim.Adam([first, second], lr=LEARNING_RATE)
-        for _ in range(epochs):
-            for rows in torch.randperm(cut, generator=generator).to(x.device).split(BATCH):
-                target = sums[rows] / sums[rows].max().clamp(min=1e-12)
+        for epoch in range(epochs + 1):
+            batches = torch.randperm(cut, generator=generator).to(x.device).split(BATCH) if epoch else ()
+            for rows in batches:
+                target = sums[rows] / sums[rows].amax(-1, keepdim=True).clamp(min=1e-12)
                 loss = F.binary_cross_entropy_with_logits(_layers(x[rows], first, second), target)
                 optimizer.zero_grad()
                 loss.backward()

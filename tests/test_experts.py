@@ -119,6 +119,21 @@ def test_training_starts_from_the_similarity_router():
     torch.testing.assert_close(moefication.route(7 * x, first), moefication.route(x, first))
 
 
+def test_a_router_is_never_worse_than_its_start_and_one_huge_token_does_not_spoil_it():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 16)
+    first = torch.nn.functional.normalize(torch.randn(8, 16), dim=-1)
+    sums = (x @ torch.randn(16, 8)).relu()
+    start = experts.captured(moefication.route(x[1800:], first), sums[1800:])
+    calm = moefication.train_router(x, sums, first, 5, seed=0)["captured"]
+    assert calm.mean() > start.mean() + 0.05
+    huge = sums.clone()
+    huge[::100] *= 1000
+    assert moefication.train_router(x, huge, first, 5, seed=0)["captured"].mean() > calm.mean() - 0.02
+    untrained = moefication.train_router(x, sums, first, 0, seed=0)["captured"]
+    torch.testing.assert_close(untrained, start)
+
+
 def test_whole_experts_are_dropped():
     view = tiny.view("llama")
     method = MoEfication(0.75, **TINY)
