@@ -166,8 +166,8 @@ class Store:
         """Hold the cell exclusively; committed probes of the same `versions` are kept, others removed.
 
         `identity`: row columns (model, method, seed …) that fill whatever a committed row leaves empty.
-        An `Exception` that leaves the block is recorded with `Cell.fail` unless it already was, and goes on; one that the
-        user can mend (`ConfigError`, `AssetError`) only goes on.
+        An `Exception` that leaves the block is recorded with `Cell.fail` unless it already was, and goes on; one that
+        the user can mend (`ConfigError`, `AssetError`) only goes on.
         Raises `LockedError` if a live process holds the cell.
         """
         path = self._path(cell_id)
