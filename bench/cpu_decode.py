@@ -104,6 +104,5 @@ def main() -> None:
         print(f"{name:30s} {facts['seconds_per_token']:.4f} s  {facts['over_eager_dense']:.2f}x eager dense")
 
 
-
 if __name__ == "__main__":
     main()
