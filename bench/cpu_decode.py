@@ -47,7 +47,7 @@ def compiled(model, limits, prompt, steps: int = 16, rounds: int = 8):
             forward = own.model.forward if name == "eager dense" else torch.compile(own.model.forward, dynamic=False)
             runs[name] = (own.model, forward, [])
         for round_ in range(rounds + 2):
-            for name, (own, forward, times) in runs.items():
+            for own, forward, times in runs.values():
                 cache = StaticCache(config=own.config, max_cache_len=256)
                 token = own(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
                 seconds = []

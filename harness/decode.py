@@ -305,7 +305,7 @@ def _block_forward(layer: nn.Module, fused: FusedBlock, linear: Linear) -> Calla
         advance(own_cache)
         return hidden_states
 
-    forward.fused = True
+    forward.fused = True  # type: ignore[attr-defined]
     return forward
 
 

@@ -312,7 +312,8 @@ def column(
     parts = len(segments) if segments else 1
     if parts > 3:
         raise ValueError(f"at most three segments, got {parts}")
-    edges = tuple(sum(segments[: i + 1]) if i + 1 < parts else n + (1 << 16) for i in range(2))
+    first, second = (sum(segments[: i + 1]) if i + 1 < parts else n + (1 << 16) for i in range(2))
+    edges = (first, second)
     test, t = _test(t, k, parts)
     repeatable = not accumulate and torch.are_deterministic_algorithms_enabled()  # fewer splits, fewer partials to add
     packs = test != KEEP_ALL.value and compact.fits(wt, segments)
