@@ -33,6 +33,7 @@ from harness.study import read_samples
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PIXELS = 84  # an inch of a figure on the page
+SHORT = 48  # characters of a cell that is never broken
 MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?"}
 
 
@@ -73,7 +74,7 @@ def _summary(lines: pd.DataFrame, verdicts: pd.DataFrame) -> str:
 
 
 def _claims(verdicts: pd.DataFrame) -> str:
-    head = ["claim", "verdict", "effect [95 %]", "p (Holm)", "n", "what it rests on"]
+    head = ("claim", "verdict", "effect [95 %]", "p (Holm)", "n", "what it rests on")
     body = []
     for line in verdicts.to_dict("records"):
         verdict = line["verdict"]
@@ -83,6 +84,7 @@ def _claims(verdicts: pd.DataFrame) -> str:
         effect = ""
         if not pd.isna(line["effect"]):
             effect = f"{line['effect']:+.3g} [{line['low']:+.3g}, {line['high']:+.3g}]"
+            effect = f"<span>{effect}</span>"
             effect += f' <span class="more">{escape(line["unit"])}</span>'
         p = "" if pd.isna(line["p_holm"]) else f"{line['p_holm']:.2g}"
         n = f"{line['n']} {escape(line['over'])}" if line["n"] and not pd.isna(line["over"]) else ""
@@ -98,7 +100,7 @@ def _claims(verdicts: pd.DataFrame) -> str:
     return (
         "<p>Each claim is a test over the rows: the effect as claimed is above zero, its interval is a bootstrap over "
         "items, paired where the items are the same, and p is corrected by Holm for all claims that could be "
-        f"tested.</p>{_table('verdicts', head, body, filtered=False)}"
+        f"tested.</p>{_table('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
     )
 
 
@@ -111,9 +113,11 @@ def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
         image = base64.b64encode(svg(fig)).decode()
         wide, high = (round(PIXELS * inches) for inches in fig.get_size_inches())
         size = f'style="--wide: {wide}" width="{wide}" height="{high}"'
+        caption = f"<figcaption><h3>{title}</h3><p>{_caption(function)}</p></figcaption>"
+        source = f'src="data:image/svg+xml;base64,{image}"'
         parts.append(
-            f'<figure class="card" id="figure-{name}"><figcaption><h3>{title}</h3><p>{_caption(function)}</p>'
-            f'</figcaption><div class="scroll"><img {size} alt="{title}" src="data:image/svg+xml;base64,{image}"></div></figure>'
+            f'<figure class="card" id="figure-{name}">{caption}'
+            f'<div class="scroll"><img {size} alt="{title}" {source}></div></figure>'
         )
     if missing:
         reasons = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in missing.items())
@@ -176,16 +180,18 @@ def _published(table: pd.DataFrame) -> Iterable[str]:
     judged = published.compare(table[table["source"] == "measured"], claimed[list(COLUMNS)])
     compared = judged[judged["verdict"] != published.NOT_COMPARABLE]
     out = judged[judged["verdict"] == published.NOT_COMPARABLE]["reason"].value_counts()
-    texts = ("paper", "table", "model", "method", "variant", "sparsity_requested", "metric", "task", "site", "layer")
-    columns = [Column(name.replace("_", " "), name) for name in texts]
+    columns = [Column("model", "model"), Column("method", "method"), Column("variant", "variant")]
+    columns += [Column("sparsity", "sparsity_requested", "g"), Column("metric", "metric"), Column("task", "task")]
+    columns += [Column("site", "site"), Column("layer", "layer", "d")]
     columns += [Column(name, name, ".4g") for name in ("published", "measured")] + [Column("verdict", "verdict")]
-    columns += [Column("compared by", "basis"), Column("reason", "reason")]
+    columns += [Column("compared by", "basis"), Column("reason", "reason"), Column("paper", "paper")]
+    columns += [Column("table", "table")]
     yield "<h3>Published against measured</h3>" + (
         _lines("published", columns, compared) if len(compared) else "<p>No published figure could be compared.</p>"
     )
     if len(out):
         body = [f"<tr><td>{escape(str(reason))}</td>{_number(count, str(count))}</tr>" for reason, count in out.items()]
-        listing = _table("not-comparable", ["reason", "figures"], body)
+        listing = _table("not-comparable", {"reason": False, "figures": True}, body)
         yield (
             f'<div class="card"><details><summary>{out.sum()} published figures are not comparable: why'
             f"</summary>{listing}<br></details></div>"
@@ -253,7 +259,7 @@ def _lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
             value = line[column.key]
             if column.form is None:
                 text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-                cells.append(f"<td>{escape(text)}</td>")
+                cells.append(f'<td class="{"short" if len(text) <= SHORT else "long"}">{escape(text)}</td>')
                 continue
             text = "" if pd.isna(value) else f"{value:{column.form.removesuffix('x')}}"
             text += "×" if text and column.form.endswith("x") else ""
@@ -264,7 +270,7 @@ def _lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
         kind = [line.get("method") if line.get("method") == "dense" else "", line.get("execution")]
         kinds = " ".join(str(part) for part in kind if isinstance(part, str) and part in ("dense", "masked"))
         body.append(f'<tr class="{kinds}">{"".join(cells)}</tr>')
-    return _table(name, [column.head for column in columns], body)
+    return _table(name, {column.head: column.form is not None for column in columns}, body)
 
 
 def _number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
@@ -273,8 +279,11 @@ def _number(value: Any, text: str, label: str = "", kind: str = "number") -> str
     return f'<td class="{kind}"{data}{label}>{text}</td>'
 
 
-def _table(name: str, head: Sequence[str], body: Sequence[str], filtered: bool = True) -> str:
-    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+def _table(name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True) -> str:
+    """head: heading of each column -> whether it holds numbers."""
+    columns = "".join(
+        f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
+    )
     return (
         f'<div class="card">{_filter(name) if filtered else ""}<div class="scroll"><table class="sortable" id="{name}">'
         f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
