@@ -588,17 +588,26 @@ FIGURES: dict[str, Callable[..., Figure]] = {
 def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
     """The table to draw from, published figures included, and the folder that it was found in.
 
-    The cells of `results` are collected, if it has any; else its table is read; else the committed study's in
-    `results/study`. Raises `ConfigError` if there is none of these.
+    The cells of `results` are collected, if it has any; else rows are read as `committed` does. Raises
+    `ConfigError` if there are none.
     """
     root = Path(results)
-    claimed = relate(published.load(), {})
-    if Store(root).cells():
-        return pd.concat([collect(root), claimed], ignore_index=True), root
-    for folder in (root, root / "study"):
+    if not Store(root).cells():
+        return committed(root)
+    return pd.concat([collect(root), relate(published.load(), {})], ignore_index=True), root
+
+
+def committed(results: Path | str) -> tuple[pd.DataFrame, Path]:
+    """The stored table, published figures included, and its folder: `results/study`, else `results` itself.
+
+    Nothing is collected and nothing is written. Raises `ConfigError` if there is no table.
+    """
+    root = Path(results)
+    for folder in (root / "study", root):
         for name in ("table.parquet", "table.csv"):
             if (folder / name).exists():
-                return pd.concat([read_table(folder / name), claimed], ignore_index=True), folder
+                rows = read_table(folder / name)
+                return pd.concat([rows, relate(published.load(), {})], ignore_index=True), folder
     raise ConfigError(f"there are no results in {root}: run a cell first, for example with `make run`")
 
 
