@@ -200,6 +200,10 @@ def _canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
     # A path does not say what lies there: another text, or other weights, make another cell.
     if cfg["model"]["path"] is not None:
         cfg["model"] = cfg["model"] | {"fingerprint": model_fingerprint(cfg["model"]["path"])}
+    if cfg["model"].get("adapter"):  # its shards' hashes are in the record
+        record = CHECKPOINTS / cfg["model"]["adapter"] / "adapter.json"
+        record = record if record.is_file() else Path(cfg["model"]["adapter"]) / "adapter.json"
+        cfg["model"] = cfg["model"] | {"fingerprint": hashlib.sha256(record.read_bytes()).hexdigest()}
     if cfg["calibration"] is not None:
         cfg["calibration"] = _with_hash(cfg["calibration"])
     cfg["probe"] = cfg["probe"] | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
