@@ -382,7 +382,7 @@ def batch_unites(study: Study) -> Evidence:
 def _kernel_times(study: Study) -> pd.DataFrame:
     """Paired time ratios of methods' own kernels: cell, batch, context, value. Masked execution never counts."""
     rows = study.rows[(study.rows["metric"] == TIME_RATIO) & (study.rows["execution"] == "kernel")]
-    rows = rows[rows["cell_id"].isin(study.lines["cell_id"]) & (rows["sparsity_requested"] > 0)]
+    rows = rows[rows["cell_id"].isin(study.counted) & (rows["sparsity_requested"] > 0)]
     return need(rows, "kernel times of a method (masked execution is no time)")
 
 
@@ -390,7 +390,7 @@ def batch_slows(study: Study) -> Evidence:
     """Speed-up at batch 1 minus at the largest batch, by cell and context."""
     times = _kernel_times(study).pivot_table(index=["cell_id", "context"], columns="batch", values="value")
     if times.shape[1] < 2:
-        raise MissingEvidence("kernel times at two or more batch sizes")
+        raise MissingEvidence("kernel times at two or more batch sizes (where no kernel serves a batch, none is timed)")
     one, many = times.columns.min(), times.columns.max()
     times = need(times[[one, many]].dropna(), "kernel times of one cell at two or more batch sizes")
     note = f"{times[one].mean():.2f}x at batch {one}, {times[many].mean():.2f}x at batch {many}"

@@ -32,13 +32,15 @@ class Study:
     """What claims may look at.
 
     rows: rows that count. lines: their headline, one a cell, with `length` (tokens of a text window). left_out: cells
-    that only pretend to be sparse. items: (cell, kind) -> value by (task, item), kind accuracy or text (nats a token).
-    room: (cell, task) -> dense accuracy above chance, of informative tasks only.
+    that only pretend to be sparse. counted: cells that were counted to skip something. items: (cell, kind) -> value by
+    (task, item), kind accuracy or text (nats a token). room: (cell, task) -> dense accuracy above chance, where there is
+    any. twins: (cell, kind) -> its dense cell.
     """
 
     rows: pd.DataFrame
     lines: pd.DataFrame
     left_out: tuple[str, ...]
+    counted: frozenset[str]
     items: dict[tuple[str, str], pd.Series]
     room: dict[tuple[str, str], float]
     twins: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -52,9 +54,12 @@ class Study:
         return self.lines[np.array(keep, dtype=bool)]
 
     def loss(self, cell: str, kind: str) -> pd.Series | None:
-        """Loss against the dense twin by (task, item), above zero is worse; informative tasks only. None without."""
+        """Loss against the dense twin by (task, item), above zero is worse; informative tasks only.
+
+        None without samples of both, or where nothing counted that the cell skips anything.
+        """
         twin = self.twins.get((cell, kind))
-        if twin is None or (cell, kind) not in self.items or (twin, kind) not in self.items:
+        if twin is None or cell not in self.counted or (cell, kind) not in self.items or (twin, kind) not in self.items:
             return None
         loss = self.items[cell, kind] - self.items[twin, kind]
         loss = (loss if kind == "text" else -loss).dropna()
@@ -79,17 +84,15 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     lines["length"] = lines["cell_id"].map(texts).astype("Float64")
     decode = (lines["phase"] == "decode") & (lines["method"] != "dense") if len(lines) else []
     lines["length"] = lines["length"].where(~np.asarray(decode, dtype=bool), lines["length"] * 2)  # half is prompt
-    achieved = lines.reindex(columns=["achieved_mlp", "achieved_model"]).astype("Float64").max(axis=1).fillna(0)
-    pretends = (lines["sparsity_requested"] > 0) & (achieved < SKIPS)
-    left_out = tuple(lines.loc[pretends.fillna(False).astype(bool), "cell_id"])
-    kinds = (
-        quality["metric"]
-        .str.replace(r":.*", "", regex=True)
-        .map(dict.fromkeys(ACCURACIES, "accuracy") | {"nll": "text"})
-    )
-    related = quality.assign(kind=kinds)[kinds.notna() & quality["dense_cell"].notna()]
+    achieved = lines.reindex(columns=["achieved_mlp", "achieved_model"]).astype("Float64").max(axis=1)
+    pretends = ((lines["sparsity_requested"] > 0) & (achieved < SKIPS)).fillna(False).astype(bool)
+    left_out = tuple(lines.loc[pretends, "cell_id"])
+    counted = frozenset(lines.loc[(achieved >= SKIPS).fillna(False).astype(bool), "cell_id"])
+    kind_of = dict.fromkeys(ACCURACIES, "accuracy") | {"nll": "text"}
+    quality = quality.assign(kind=quality["metric"].str.replace(r":.*", "", regex=True).map(kind_of))
+    related = quality.dropna(subset=["kind", "dense_cell"])
     twins = {(row.cell_id, row.kind): row.dense_cell for row in related.itertuples()}
-    return Study(rows, lines[~lines["cell_id"].isin(left_out)], left_out, items, _room(samples), twins)
+    return Study(rows, lines[~pretends], left_out, counted, items, _room(samples), twins)
 
 
 def _room(samples: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -142,12 +145,13 @@ def matched_models(study: Study) -> Iterator[tuple[str, str]]:
 def equally_sparse(study: Study) -> pd.DataFrame:
     """Cells of a SwiGLU model beside the ReLU cell of the same method that skips as much of the MLPs, or just more.
 
-    Columns: swiglu, relu (cells), pair (models), method, achieved (of the SwiGLU cell). A ReLU model's natural zeros
-    come on top of what is asked for, so cells are matched by what was achieved: never by less than `EQUAL_SPARSITY`.
+    Columns: swiglu, relu (cells), pair (models), method, achieved (of the SwiGLU cell), length. A ReLU model's natural
+    zeros come on top of what is asked for, so cells are matched by what was achieved: never by less than
+    `EQUAL_SPARSITY`.
     """
     lines = study.select()
     if "achieved_mlp" not in lines:
-        return pd.DataFrame(columns=["swiglu", "relu", "pair", "method", "achieved"])
+        return pd.DataFrame(columns=["swiglu", "relu", "pair", "method", "achieved", "length"])
     lines = lines[lines["achieved_mlp"] > 10 * SKIPS].assign(variant=lines["variant"].fillna(""))
     found = []
     for swiglu, relu in matched_models(study):
@@ -162,14 +166,21 @@ def equally_sparse(study: Study) -> pd.DataFrame:
                 "pair": f"{swiglu} and {relu}",
                 "method": f"{line.method} {line.variant} {line.phase}",
                 "achieved": float(line.achieved_mlp),
+                "length": line.length,
             }
             for line in both.itertuples()
         ]
-    return pd.DataFrame(found, columns=["swiglu", "relu", "pair", "method", "achieved"])
+    return pd.DataFrame(found, columns=["swiglu", "relu", "pair", "method", "achieved", "length"])
 
 
 def gaps(study: Study, pairs: pd.DataFrame, worse: str, better: str, kind: str) -> pd.DataFrame:
-    """Loss of the worse cell minus loss of the better one, items x rows of `pairs`; what is not paired is left out."""
+    """Loss of the worse cell minus loss of the better one, items x rows of `pairs`; what is not paired is left out.
+
+    Windows of another length are other items: of several lengths, the one that most pairs have counts.
+    """
+    lengths = pairs["length"].mode()
+    if kind == "text" and len(lengths):
+        pairs = pairs[pairs["length"] == lengths.iloc[0]]
     columns = {}
     for index, pair in pairs.iterrows():
         ours, theirs = study.loss(pair[worse], kind), study.loss(pair[better], kind)

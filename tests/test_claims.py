@@ -186,6 +186,7 @@ def test_effects_have_the_planted_size(planted):
     assert planted.loc["swiglu_loses_more_text", "effect"] == pytest.approx(gap, abs=0.01)
     assert planted.loc["prediction_costs", "effect"] == pytest.approx(0.2, abs=0.01)
     assert "% of the loss is due to prediction" in planted.loc["prediction_costs", "note"]
+    assert planted.loc["kv_skip_loses", "n"] == WINDOWS  # windows of one length
     assert planted.loc["kv_grows_with_length", "effect"] == pytest.approx(0.2, abs=0.02)
     assert planted.loc["batch_slows", "effect"] == pytest.approx(0.2, abs=0.01)
 
@@ -213,6 +214,15 @@ def test_a_method_that_skips_nothing_supports_nothing():
     lines = Planted(achieved=0.0).verdicts()
     assert (lines["verdict"] == "inconclusive").all()
     assert lines["note"].str.contains("left out, they skip nothing").all()
+
+
+def test_a_cell_without_a_sparsity_probe_may_speak_of_prediction_but_not_of_quality():
+    study = Planted()
+    study.rows = [row for row in study.rows if row["metric"] != "achieved" or row["layer"] is not None]
+    lines = study.verdicts()
+    assert lines.loc["lookahead_worse", "verdict"] == lines.loc["batch_unites", "verdict"] == "reproduced"
+    for name in ("swiglu_loses_more_text", "kv_skip_loses", "batch_slows"):
+        assert lines.loc[name, "verdict"] == "inconclusive"
 
 
 def test_masked_times_never_count_as_speed():
