@@ -33,7 +33,7 @@ class Study:
 
     rows: rows that count. lines: their headline, one a cell, with `length` (tokens of a text window). left_out: cells
     that only pretend to be sparse. counted: cells that were counted to skip something. items: (cell, kind) -> value by
-    (task, item), kind accuracy or text (nats a token). room: (cell, task) -> dense accuracy above chance, where there is
+    (task, item), kind accuracy or text (nats a token). room: (cell, task) -> dense accuracy above chance, if there is
     any. twins: (cell, kind) -> its dense cell.
     """
 
