@@ -345,48 +345,59 @@ def kv_against_length(
         return _marked(fig, df, limited)
 
 
-def reuse_and_union(df: pd.DataFrame, limited: bool = False) -> Figure:
-    """How far active neurons repeat, and how fast a batch needs them all.
+def reuse_and_union(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """How far active neurons repeat, and how fast several tokens need them all.
 
     Left: share of a token's active neurons that the token before had active too, by layer; dotted, what chance
-    would give. Right: share of neurons that at least one row of a batch needs, mean over layers; dotted, what
-    rows that have nothing in common would need. A line for each model and method.
+    would give. Right: share of neurons that at least one of several tokens needs, mean over layers: a batch of
+    sequences (solid), tokens in a row (dashed), tokens that have nothing in common (dotted). sparsity: of the
+    methods beside dense, as in `achieved_by_layer`.
     """
     rows = _drawable(df, limited)
     rows = rows[(rows["probe"] == "affinity") & (rows["site"] == "neurons") & rows["layer"].notna()]
     _need(rows, "no rows of the affinity probe")
-    asked = rows["sparsity_requested"].map(lambda share: f" {share:.0%}" if share > 0 else "").astype("string")
+    asked = rows[rows["method"] != "dense"]
+    if len(asked):
+        asked, sparsity = _at_one_request(asked, sparsity, "no rows of the affinity probe at this request")
+        rows = pd.concat([rows[rows["method"] == "dense"], asked])
+    share = rows["sparsity_requested"].map(lambda value: f" {value:.0%}" if value > 0 else "").astype("string")
     rows = rows.assign(
-        name=(rows["model"] + " " + _names(rows).mask(rows["method"] == "dense", "")).str.strip() + asked
+        name=(rows["model"] + " " + _names(rows).mask(rows["method"] == "dense", "")).str.strip() + share
     )
-    reuse, union = rows[rows["metric"] == "reuse"], rows[(rows["metric"] == "union") & rows["batch"].notna()]
-    _need(pd.concat([reuse, union]), "no reuse and no union of active neurons")
-    chance = rows[rows["metric"] == "active"].groupby(["name", "layer"])["value"].mean()
+    spans = rows["metric"].str.extract(r"^union_(\d+)$", expand=False).astype("Float64")
+    rows = rows.assign(tokens=spans.fillna(rows["batch"].where(rows["metric"] == "union_batch").astype("Float64")))
     with mpl.rc_context(fname=STYLE):
         heading, panels = _panels(rows, POLICY[1:])
         fig, axes = _grid(heading, 2 * len(panels), width=4.0, height=3.2, columns=2, share=False)
         looks = _looks(pd.DataFrame({"method": rows["name"], "variant": pd.NA}, dtype="string"))
         for (title, panel), left, right in zip(panels, axes[::2], axes[1::2], strict=True):
-            for name, line in reuse.loc[reuse.index.intersection(panel.index)].groupby("name"):
-                by_layer = line.groupby("layer")["value"].mean()
-                left.plot(by_layer.index, by_layer, **(looks[str(name)] | {"markersize": 3.5}))
-                if name in chance.index.get_level_values("name"):
-                    left.plot(chance[name].index, chance[name], color=looks[str(name)]["color"], linestyle=":")
-            for name, line in union.loc[union.index.intersection(panel.index)].groupby("name"):
-                by_batch = line.groupby("batch")["value"].mean()
-                right.plot(by_batch.index, by_batch, **looks[str(name)])
-                one = by_batch.iloc[0]
-                alone = 1 - (1 - one) ** (by_batch.index.to_numpy(dtype=float) / float(by_batch.index[0]))
-                right.plot(by_batch.index, alone, color=looks[str(name)]["color"], linestyle=":")
-            if len(union):
-                _powers_of_two(right, union["batch"])
+            for name, lines in panel.groupby("name"):
+                look = looks[str(name)] | {"linestyle": "-"}
+                plain = {"color": look["color"], "linestyle": ":", "linewidth": 1.2}
+                layers = lines.pivot_table(index="layer", columns="metric", values="value")
+                if "reuse_previous" in layers:
+                    left.plot(layers.index, layers["reuse_previous"], **(look | {"markersize": 3.5}))
+                if "density" in layers:
+                    left.plot(layers.index, layers["density"], **plain)
+                together = lines.dropna(subset=["tokens"]).assign(batch=lines["metric"] == "union_batch")
+                for batch, unions in together.groupby("batch"):
+                    union = unions.groupby("tokens")["value"].mean()
+                    right.plot(union.index, union, **(look if batch else look | {"linestyle": "--", "mfc": "white"}))
+                if "density" in layers and len(together):
+                    tokens = np.unique(together["tokens"].to_numpy(dtype=float))
+                    active = layers["density"].to_numpy(dtype=float)
+                    right.plot(tokens, [float(np.mean(1 - (1 - active) ** count)) for count in tokens], **plain)
+            if panel["tokens"].notna().any():
+                _powers_of_two(right, panel["tokens"].dropna())
             _title(left, title)
             left.set(xlabel="layer", ylabel="active again at the next token")
-            right.set(xlabel="sequences in the batch", ylabel="neurons that the batch needs")
+            right.set(xlabel="tokens", ylabel="neurons that they need")
             for ax in (left, right):
                 ax.yaxis.set_major_formatter(PERCENT)
-                ax.set_ylim(0, 1.02)
-        _legend(fig, looks, _key("by chance", color=MUTED, linestyle=":"))
+                ax.set_ylim(0, 1.04)
+        more = {"a batch": "-", "tokens in a row": "--", "by chance": ":"}
+        looks = {name: look | {"linestyle": "none"} for name, look in looks.items()}
+        _legend(fig, looks, *(_key(name, color=MUTED, linestyle=style) for name, style in more.items()))
         return _marked(fig, df, limited)
 
 
@@ -572,7 +583,7 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "pareto_perplexity": partial(pareto, metric="perplexity"),
     "requested_against_achieved": requested_against_achieved,
     "achieved_by_layer": achieved_by_layer,
-    "natural_by_layer": natural_by_layer,
+    "natural_sparsity_by_layer": natural_by_layer,
     "recall_by_layer": recall_by_layer,
     "predicted_against_oracle": predicted_against_oracle,
     "kv_modes": kv_modes,

@@ -112,12 +112,14 @@ def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
         title = title[0].upper() + title[1:]
         image = base64.b64encode(svg(fig)).decode()
         wide, high = (round(PIXELS * inches) for inches in fig.get_size_inches())
+        # Dark pages turn the lightness of lines round; the colours of a map would say something else then.
+        kind = ' class="plate"' if any(ax.images for ax in fig.axes) else ""
         size = f'style="--wide: {wide}" width="{wide}" height="{high}"'
         caption = f"<figcaption><h3>{title}</h3><p>{_caption(function)}</p></figcaption>"
         source = f'src="data:image/svg+xml;base64,{image}"'
         parts.append(
             f'<figure class="card" id="figure-{name}">{caption}'
-            f'<div class="scroll"><img {size} alt="{title}" {source}></div></figure>'
+            f'<div class="scroll"><img{kind} {size} alt="{title}" {source}></div></figure>'
         )
     if missing:
         reasons = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in missing.items())

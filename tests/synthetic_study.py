@@ -177,11 +177,12 @@ def _predictivity(variant: str, sparsity: float, activation: str) -> Iterator[di
 
 
 def _affinity(sparsity: float, activation: str) -> Iterator[dict[str, Any]]:
-    share = {"n": 10_000, "unit": "share", "step_phase": "all", "site": "neurons"}
+    share = {"n": 10_000, "unit": "share", "step_phase": "decode", "site": "neurons"}
     active = (0.3 if activation == "relu2" else 0.9) * (1 - sparsity)
     for layer in range(LAYERS):
-        yield {"metric": "active", "value": active, "layer": layer, **share}
-        yield {"metric": "reuse", "value": active + 0.3 * (1 - active), "layer": layer, **share}
-        for batch in BATCHES:
-            union = 1 - (1 - active) ** (batch**0.8)
-            yield {"metric": "union", "value": union, "layer": layer, "batch": batch, **share}
+        yield {"metric": "density", "value": active, "layer": layer, **share}
+        yield {"metric": "reuse_previous", "value": active + 0.3 * (1 - active), "layer": layer, **share}
+        for tokens in BATCHES:
+            union = 1 - (1 - active) ** (tokens**0.8)
+            yield {"metric": "union_batch", "value": union, "layer": layer, "batch": tokens, **share}
+            yield {"metric": f"union_{tokens}", "value": active + 0.8 * (union - active), "layer": layer, **share}

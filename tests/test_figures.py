@@ -276,9 +276,11 @@ def test_reuse_is_beside_chance_and_union_grows(study: pd.DataFrame) -> None:
     reuse, chance = fig.axes[0].lines
     assert list(reuse.get_ydata()) == pytest.approx([0.93] * synthetic_study.LAYERS)
     assert list(chance.get_ydata()) == pytest.approx([0.9] * synthetic_study.LAYERS)
-    union, alone = fig.axes[1].lines
-    assert list(union.get_xdata()) == list(synthetic_study.BATCHES)
-    assert list(alone.get_ydata()) == pytest.approx([1 - 0.1**batch for batch in synthetic_study.BATCHES])
+    row, batch, alone = fig.axes[1].lines
+    assert list(batch.get_xdata()) == list(row.get_xdata()) == list(synthetic_study.BATCHES)
+    assert all(few <= many for few, many in zip(row.get_ydata(), batch.get_ydata(), strict=True))
+    assert list(alone.get_ydata()) == pytest.approx([1 - 0.1**count for count in synthetic_study.BATCHES])
+    assert "cett 50%" in words(figures.reuse_and_union(study, sparsity=0.5))
 
 
 def test_published_figures_need_both_sides(study: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ from harness.store import Store
 from tests import synthetic, synthetic_study
 
 VOID = {"meta", "link", "img", "input", "br"}
-FEW = ("perplexity", "flips", "natural_by_layer", "kv_modes", "pareto_accuracy")
+FEW = ("perplexity", "flips", "natural_sparsity_by_layer", "kv_modes", "pareto_accuracy")
 
 
 class Page(HTMLParser):
@@ -108,6 +108,10 @@ def test_every_figure_is_there_with_its_words(page: Page) -> None:
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in images)
     assert "dense straight across" in page.under("figure-perplexity")
     assert "metric:" not in page.under("figures")
+    plates = [
+        image["alt"] for image in images if image.get("class") == "plate"
+    ]  # colours of a map are not turned round
+    assert plates == ["Natural sparsity by layer"]
 
 
 def test_tables_hold_every_cell_and_its_numbers(page: Page, results: Path) -> None:
