@@ -17,7 +17,7 @@ endif
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test test-slow test-gpu lint figures bench bench-gpu setup assets clean
+.PHONY: run test test-slow test-gpu lint figures report study bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
@@ -40,6 +40,16 @@ lint: setup
 
 figures: setup
 	$(BIN)/python -m harness.figures
+
+# One page with everything: results/report.html
+report: setup
+	$(BIN)/python -m harness.html_report
+
+# The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims.
+size ?= cpu
+study: setup assets
+	$(BIN)/python run.py experiment=pitfalls size=$(size)
+	$(BIN)/python -m harness.claims --limited
 
 bench: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_kernels --out results/bench/cpu_kernels.json

@@ -187,6 +187,20 @@ def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
 
 
 @contextmanager
+def tuned_head(view: View) -> Iterator[None]:
+    """The language-model head through the tuned dense GEMV: it is a fifth of a small model's bytes and never sparse."""
+    head = view.model.get_output_embeddings()
+
+    def forward(x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return F.linear(x, head.weight, head.bias)
+        return kernels.dense_gemv_rows(x, head.weight, head.bias)
+
+    with replaced(head, forward):
+        yield
+
+
+@contextmanager
 def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[list[KernelInstallation]]:
     """Kernel execution of nested methods until the context ends; those without kernels are attached as they are.
 
@@ -197,6 +211,7 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
         raise UnsupportedError(f"{'+'.join(m.name for m, _ in methods)} has no kernel: only masked execution")
     with ExitStack() as stack:
         stack.enter_context(view.tracker.tracking(policy))
+        stack.enter_context(tuned_head(view))
         installations = []
         for method, state in methods:
             if has_kernels(method):
@@ -225,6 +240,7 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
     empty limits it is the column kernel that drops nothing: what the kernel alone is worth.
     """
     with ExitStack() as stack:
+        stack.enter_context(tuned_head(view))
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
                 weight = stack.enter_context(transposed(module))
@@ -245,6 +261,7 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
 def sliced(view: View, sparsity: float) -> Iterator[None]:
     """The speed ceiling: every projection reads only its first (1 - sparsity) input channels, with the tuned GEMV."""
     with ExitStack() as stack:
+        stack.enter_context(tuned_head(view))
         for block in view.blocks:
             for _, module in block.projections():
                 weight = stack.enter_context(transposed(module))
