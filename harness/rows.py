@@ -35,7 +35,7 @@ COLUMNS: dict[str, str] = {
     "unit": "string",
     "execution": "string",  # masked | kernel | dense_slice | dense
     "batch": "Int64",
-    "context": "Int64",  # tokens already in the KV cache, for latency rows
+    "context": "Int64",  # latency: tokens already in the KV cache; perplexity: tokens a window
     "dtype": "string",
     "device": "string",
     "seed": "Int64",

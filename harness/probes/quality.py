@@ -89,6 +89,8 @@ def perplexity(
         kl, same = torch.cat(divergence), torch.cat(agreement)
         rows.append(_text_row("kl_to_dense", kl.mean().item(), len(kl), "nats", _error(kl)))
         rows.append(_text_row("top1_agreement", same.mean().item(), len(same), "share", _error(same)))
+    for row in rows:
+        row["context"] = length  # tokens a window
     samples = pd.DataFrame({"window": range(len(nll)), "nll": nll, "tokens": length - 1 - start})
     return rows, samples, {"hidden": torch.stack(hidden)} if hidden else {}
 
