@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ class KernelInstallation(Installation):
         super().__init__(view, method, plan)
         self.stack = ExitStack()
         self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
-        self.static: dict[int, Tensor] = {}  # thresholds as tensors, by selection
+        # Thresholds as tensors, by selection; weakly, since a method may make a new selection for every token.
+        self.static: WeakKeyDictionary[Thresholds, Tensor] = WeakKeyDictionary()
 
     def remove(self) -> None:
         """Put forwards and weights back."""
@@ -89,10 +91,10 @@ class KernelInstallation(Installation):
         if selection is None:
             return kernels.dense_gemv(x, wt, bias)
         if isinstance(selection, Thresholds):
-            limit = self.static.get(id(selection))
+            limit = self.static.get(selection)
             if limit is None:
                 limit = torch.as_tensor(selection.t, dtype=torch.float32, device=x.device)
-                self.static[id(selection)] = limit
+                self.static[selection] = limit
             return kernels.column_gemv(x, wt, limit, bias)
         return kernels.column_gemv_index(x, wt, indices(selection), bias)
 

@@ -1,44 +1,85 @@
-"""Oracle: the quality ceiling of input-channel selection. True top-k by contribution, known before the matmul."""
+"""Oracle: the quality ceiling of input-channel selection. It sees the true inputs and the weights they will meet."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from harness.calibration import Calibration
+from harness.errors import ConfigError
 from harness.families import View
 from harness.method import Method, State
-from harness.selection import PROJECTIONS, TopK, top_k_count
+from harness.quantiles import Quantiles
+from harness.selection import PROJECTIONS, Selection, Thresholds, TopK, top_k_count
 from harness.step import Step
 
 
 @dataclass(frozen=True)
 class Oracle(Method):
-    """Keeps, for each token and projection, the channels i of largest |x_i| * ||W[:, i]||_2."""
+    """Keeps, for every projection, the inputs i of largest contribution |x_i| * ||W[:, i]||_2.
+
+    budget: "pooled" (the largest contributions over all tokens of the calibration text: a token whose activations are
+        massive keeps more of them, one that says little keeps fewer) or "token" (exactly k for every token). On the
+        embedded model a budget for every token is the worse one, worse even than thresholds that know no weights.
+    """
+
+    budget: Literal["pooled", "token"] = "pooled"
 
     name: ClassVar[str] = "oracle"
     paper: ClassVar[str] = "-"
+    version: ClassVar[int] = 2
+    needs: ClassVar[str] = "calibration"
     oracle: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.budget not in ("pooled", "token"):
+            raise ConfigError(f"method.oracle.budget must be pooled or token, not {self.budget!r}")
 
     @property
     def sites(self) -> Mapping[str, str]:
         """Input channels of all seven projections."""
         return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, "input")
 
-    def plan(self, view: View, state: State) -> dict[tuple[str, int], Tensor]:
-        """Column norms [channels] by (projection, layer)."""
+    def fit(self, view: View, calibration: Calibration) -> State:
+        """Quantiles of the contributions float32 [layers, grid] by projection."""
+        norms, quantiles = column_norms(view), {name: Quantiles(view.n_layers) for name in view.projection_names()}
+
+        def see(layer: int, x: Tensor, site: str) -> None:
+            for projection in PROJECTIONS[site]:
+                if projection in quantiles:
+                    quantiles[projection].see(layer, x.float().abs() * norms[projection, layer])
+
+        calibration.visit({site: lambda layer, x, site=site: see(layer, x, site) for site in PROJECTIONS})
+        return {name: q.grid() for name, q in quantiles.items()}
+
+    def plan(self, view: View, state: State) -> dict[tuple[str, int], Any]:
+        """By (projection, layer): thresholds on |x| [channels] in the model's dtype, or column norms [channels]."""
+        norms = column_norms(view)
+        if self.budget == "token":
+            return norms
         return {
-            (name, layer): module.weight.float().norm(dim=0)
-            for layer, block in enumerate(view.blocks)
-            for name, module in block.projections()
+            (name, layer): Thresholds((Quantiles.at(state[name][layer], self.sparsity) / norm).to(view.dtype))
+            for (name, layer), norm in norms.items()
         }
 
     def select(
-        self, plan: dict[tuple[str, int], Tensor], site: str, layer: int, x: Tensor, step: Step
-    ) -> dict[str, TopK]:
-        """Top-k of the contributions. x: [batch, tokens, channels]."""
-        size = x.float().abs()
-        k = top_k_count(x.shape[-1], self.sparsity)
-        return {p: TopK(size * plan[p, layer], k) for p in PROJECTIONS[site] if (p, layer) in plan}
+        self, plan: dict[tuple[str, int], Any], site: str, layer: int, x: Tensor, step: Step
+    ) -> dict[str, Selection]:
+        """The largest contributions. x: [batch, tokens, channels]."""
+        names = [p for p in PROJECTIONS[site] if (p, layer) in plan]
+        if self.budget == "pooled":
+            return {p: plan[p, layer] for p in names}
+        size, k = x.float().abs(), top_k_count(x.shape[-1], self.sparsity)
+        return {p: TopK(size * plan[p, layer], k) for p in names}
+
+
+def column_norms(view: View) -> dict[tuple[str, int], Tensor]:
+    """||W[:, i]||_2, float32 [channels] by (projection, layer)."""
+    return {
+        (name, layer): module.weight.float().norm(dim=0)
+        for layer, block in enumerate(view.blocks)
+        for name, module in block.projections()
+    }

@@ -70,7 +70,8 @@ SWAP = {"site": "neurons", "tolerance": 0.06, "families": GATED, "dense_at_zero"
 CASES: dict[str, Case] = {
     "dense": Case(lambda s: Dense(), site=None),
     "random": Case(lambda s: Random(s), families=("llama", "mistral")),
-    "oracle": Case(lambda s: Oracle(s), families=("llama", "mistral", "opt")),
+    "oracle": Case(lambda s: Oracle(s), tolerance=0.04),
+    "oracle_token": Case(lambda s: Oracle(s, budget="token")),
     "dense_slice": Case(lambda s: DenseSlice(s), families=("llama", "mistral")),
     "teal": Case(lambda s: Teal(s), tolerance=0.04),
     "teal_greedy": Case(lambda s: Teal(s, allocation="greedy", base_step=0.2, greedy_tokens=128), tolerance=0.04),
