@@ -58,7 +58,7 @@ def environment() -> dict[str, Any]:
         "threads": _threads(),
         "gpus": _gpus(),
         "cuda": _cuda(),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
