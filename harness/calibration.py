@@ -58,7 +58,9 @@ class Calibration:
             with torch.no_grad(), self.view.tracker.tracking(Policy()):
                 for batch in self.batches:
                     self._shape = batch.shape
-                    self.view.model(batch, use_cache=False, logits_to_keep=1)
+                    valid = torch.ones_like(batch, dtype=torch.bool)
+                    with self.view.tracker.hint(valid, decode=~valid):
+                        self.view.model(batch, use_cache=False, logits_to_keep=1)
         finally:
             for handle in handles:
                 handle.remove()

@@ -24,7 +24,15 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class HarnessLM(HFLM):
     """HFLM over a view. Attach methods around calls of `simple_evaluate`; detached it scores as plain HFLM does."""
 
-    def __init__(self, view: View, tokenizer: Any, batch_size: int, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        view: View,
+        tokenizer: Any,
+        batch_size: int,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+    ) -> None:
+        """max_gen_toks: of answers whose task does not say how long they may be."""
         super().__init__(
             pretrained=view.model,
             tokenizer=tokenizer,
@@ -33,6 +41,12 @@ class HarnessLM(HFLM):
             device=str(view.device),
         )
         self.view = view
+        self._max_gen_toks = max_gen_toks
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Where HFLM always says 256."""
+        return self._max_gen_toks
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in HFLM, without its bar over the tokenizer: scoring shows its own."""
@@ -53,14 +67,29 @@ class HarnessLM(HFLM):
         with counting(len(requests), "scoring") as advance:
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
-                for key, scores in zip(chunk, self._score(chunk), strict=True):
-                    for index in groups[key]:
-                        continuation = requests[index][2]
-                        target = torch.tensor(continuation, device=scores.device)
-                        log_likelihood = scores.gather(-1, target[:, None]).sum().item()
-                        answers[index] = (log_likelihood, bool((scores.argmax(-1) == target).all()))
-                    advance(len(groups[key]))
+                asked = [index for key in chunk for index in groups[key]]
+                found = self._answers([[requests[index][2] for index in groups[key]] for key in chunk], chunk)
+                for index, answer in zip(asked, found, strict=True):
+                    answers[index] = answer
+                advance(len(asked))
         return answers
+
+    def _answers(
+        self, continuations: list[list[list[int]]], chunk: list[tuple[tuple[int, ...], int]]
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, is greedy) of every continuation of every (tokens, continuation length) of a batch."""
+        flat = [token for several in continuations for continuation in several for token in continuation]
+        targets = torch.tensor(flat, device=self.device)
+        sums, greedy, place = [], [], 0
+        for several, scores in zip(continuations, self._score(chunk), strict=True):
+            best = scores.argmax(-1)
+            for continuation in several:
+                target = targets[place : place + len(continuation)]
+                place += len(continuation)
+                sums.append(scores.gather(-1, target[:, None]).sum())
+                greedy.append((best == target).all())
+        # One copy for the batch: on a GPU each item would wait for the device twice.
+        return list(zip(torch.stack(sums).tolist(), torch.stack(greedy).tolist(), strict=True))
 
     def _score(self, chunk: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
         """Log-probabilities float32 [continuation, vocabulary] for every (tokens, continuation length) of a batch."""
@@ -76,14 +105,8 @@ class HarnessLM(HFLM):
         # Positions before the first continuation of the batch need no logits: the head is a fifth of a small model.
         kept = width - min(length - continuation for length, (_, continuation) in zip(lengths, chunk, strict=True))
         device = self.device
-        # The kept positions are a strided slice, on which a bfloat16 matmul on a CPU is sixty times slower.
-        head = self.view.model.get_output_embeddings()
-        packed = head.register_forward_pre_hook(lambda _m, args: (args[0].contiguous(),))
-        try:
-            with torch.no_grad(), self.view.tracker.hint(valid.to(device), decode.to(device)):
-                logits = self.view.model(ids.to(device), use_cache=False, logits_to_keep=kept).logits
-        finally:
-            packed.remove()
+        with torch.no_grad(), self.view.tracker.hint(valid.to(device), decode.to(device)):
+            logits = self.view.model(ids.to(device), use_cache=False, logits_to_keep=kept).logits
         scores = []
         for row, (length, (_, continuation)) in enumerate(zip(lengths, chunk, strict=True)):
             end = length - (width - kept)
