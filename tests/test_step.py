@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from harness.families import View
+from harness.families import View, view_of
 from harness.lm import HarnessLM
 from harness.probes import affinity, predictivity, sparsity
 from harness.step import Policy
@@ -38,10 +39,6 @@ def test_the_head_gets_packed_positions(name):
 
 
 def test_scoring_packs_too(tiny_folder, tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    from harness.families import view_of
-
     view, packed = view_of(AutoModelForCausalLM.from_pretrained(tiny_folder)), []
     head = view.model.get_output_embeddings()
     head.register_forward_hook(lambda _m, args, _out: packed.append(args[0].is_contiguous()))
