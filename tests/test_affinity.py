@@ -28,6 +28,13 @@ def test_reuse_does_not_cross_sequences():
     assert affinity.reuse(active, 1) == 1.0
 
 
+def test_reuse_by_chance_counts_hubs_and_forgets_the_order():
+    tokens = sets("110", "101", "100", "100")  # a hub, and two neurons that come once
+    assert affinity.reuse_shuffled(tokens) == pytest.approx((1 + 1 / 16 + 1 / 16) / 1.5)
+    assert affinity.reuse_shuffled(tokens) == affinity.reuse_shuffled(tokens[[2, 0, 3, 1]])
+    assert affinity.reuse_shuffled(torch.zeros(4, 3, dtype=torch.bool)) == 0.0
+
+
 def test_unions_over_a_batch_and_over_tokens():
     active = torch.stack([sets("1000", "0100"), sets("0010", "0100")])
     found = affinity.facts(active)

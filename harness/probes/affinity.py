@@ -30,7 +30,8 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     decode tokens; those are looked at. Keeps a byte for every decode token and neuron in memory. Metrics, all shares:
 
     density: active neurons. reuse_previous: of a token's active neurons, those active for the token before, too.
-    reuse_W: those active for any of the W tokens before. coactivation_gap: for a neuron that is no hub, how much more
+    reuse_shuffled: what reuse_previous would be if the tokens came in random order, hubs and all: the chance that it is
+    to be judged by. reuse_W: those active for any of the W tokens before. coactivation_gap: for a neuron that is no hub, how much more
     likely its 32 best partners are active with it than its partners are on average, hubs left out. union_batch: neurons
     active for any of `batch` sequences at one position. union_W: neurons active for any of W tokens in a row.
     """
@@ -84,6 +85,7 @@ def facts(active: Tensor) -> dict[str, tuple[float, int, int]]:
         if span < tokens:
             name = "reuse_previous" if span == 1 else f"reuse_{span}"
             found[name] = (reuse(active, span), sequences * (tokens - span), 1)
+    found["reuse_shuffled"] = (reuse_shuffled(active.flatten(0, 1)), sequences * tokens, 1)
     found["coactivation_gap"] = (coactivation_gap(active.flatten(0, 1)), sequences * tokens, 1)
     for span in SPANS:
         if span <= sequences:
@@ -108,6 +110,15 @@ def reuse(active: Tensor, span: int) -> float:
     before = torch.stack([active[:, i : tokens - span + i] for i in range(span)]).any(0)
     now = active[:, span:]
     return ((now & before).sum() / now.sum().clamp(min=1)).item()
+
+
+def reuse_shuffled(active: Tensor) -> float:
+    """Expected reuse of the token before in random order, from how often each neuron is active: sum p^2 / sum p.
+
+    active: bool [tokens, neurons]. Neurons that are nearly always active are reused whatever the order.
+    """
+    often = active.double().mean(0)
+    return (often.square().sum() / often.sum().clamp(min=1e-300)).item()
 
 
 def coactivation_gap(active: Tensor, partners: int = PARTNERS) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from harness.attach import Fitted, attached, overhead
 from harness.families import View
 from harness.ledger import ATTENTION, PHASES, Ledger
+from harness.probes import activations
 from harness.step import Policy
 
 Row = dict[str, Any]
@@ -21,9 +23,13 @@ MLP = ("gate", "up", "down")
 def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:
     """Rows of one pass over windows [n, length]: the first half of each is a prompt, the second half decode tokens.
 
-    Decode tokens are counted in one pass with a phase for each token, as in two-stage scoring.
+    Decode tokens are counted in one pass with a phase for each token, as in two-stage scoring. With the counts come the
+    thresholds of methods that have any and, where no method skips (a swapped activation aside), the zeros of the gate
+    and the magnitudes of `activations.Watch`.
     """
-    with attached(view, methods, policy, count=True) as ledger:
+    natural = all(method.swap or not method.sites for method, _ in methods)
+    watch = activations.Watch(view) if natural else None
+    with attached(view, methods, policy, count=True) as ledger, watch.watching() if watch else nullcontext():
         for window in windows.to(view.device).split(4):
             valid = torch.ones_like(window, dtype=torch.bool)
             decode = valid.clone()
@@ -31,7 +37,9 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
             with view.tracker.hint(valid, decode):
                 view.model(window, use_cache=False, logits_to_keep=1)
     assert ledger is not None
-    return list(rows_of(view, ledger, overhead(view, methods)))
+    rows = list(rows_of(view, ledger, overhead(view, methods)))
+    told = [*(watch.rows() if watch else ()), *activations.thresholds(view, methods, policy)]
+    return rows + [{"probe": "sparsity"} | row for row in told]
 
 
 def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None = None) -> Iterator[Row]:
@@ -91,4 +99,5 @@ def _row(
         "site": site,
         "layer": layer,
         "task": task,
+        "message": activations.FROM_PRODUCT if metric == "zeros" else None,
     }
