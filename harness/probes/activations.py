@@ -1,4 +1,4 @@
-"""What the sparsity probe reads off the model itself: thresholds, magnitudes, and zeros that the gate alone tells of."""
+"""What the sparsity probe reads off the model itself: thresholds, magnitudes, zeros known from the gate alone."""
 
 from __future__ import annotations
 

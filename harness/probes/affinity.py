@@ -30,10 +30,11 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     decode tokens; those are looked at. Keeps a byte for every decode token and neuron in memory. Metrics, all shares:
 
     density: active neurons. reuse_previous: of a token's active neurons, those active for the token before, too.
-    reuse_shuffled: what reuse_previous would be if the tokens came in random order, hubs and all: the chance that it is
-    to be judged by. reuse_W: those active for any of the W tokens before. coactivation_gap: for a neuron that is no hub, how much more
-    likely its 32 best partners are active with it than its partners are on average, hubs left out. union_batch: neurons
-    active for any of `batch` sequences at one position. union_W: neurons active for any of W tokens in a row.
+    reuse_shuffled: what reuse_previous would be if the tokens came in random order, hubs and all: the chance that it
+    is to be judged by. reuse_W: those active for any of the W tokens before. coactivation_gap: for a neuron that is no
+    hub, how much more likely its 32 best partners are active with it than its partners are on average, hubs left out.
+    union_batch: neurons active for any of `batch` sequences at one position. union_W: neurons active for any of W
+    tokens in a row.
     """
     active: list[list[Tensor]] = [[] for _ in view.blocks]
     half = windows.shape[1] // 2
