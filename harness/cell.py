@@ -187,9 +187,7 @@ class Run:
         def make() -> tuple:
             view, config = self.loaded.view, self.config["probe"]["latency"]
             windows = session.evaluation_windows(self.loaded, self.config["probe"]["perplexity"], 4)
-            found = latency.variants(
-                view, self.fitted, self.policy, self.config["sparsity"], config["execution"], windows
-            )
+            found = latency.variants(view, self.fitted, self.policy, self.config["sparsity"], config, windows)
             return (latency.measure(view, found, windows, config),)
 
         self.commit("latency", make)

@@ -42,6 +42,7 @@ DERIVED: dict[str, str] = {
 }
 
 SKIPPING = ("kernel", "dense_slice")  # executions whose time is a measurement of the scheme
+COMPILED = ("dense_compiled", "kernel_compiled")  # of a compiled step: compared with one another, and with no eager one
 MILLISECONDS = {"s": 1e3, "ms": 1.0, "us": 1e-3}  # in a unit of time
 
 # The rows that the headline is made of, by metric name.
@@ -150,18 +151,20 @@ def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
     rows["_twin"] = rows["cell_id"].map(twins).astype("string")
     # Quality of another number of items is another fact; repeats of a timing are not.
     rows["_items"] = rows["n"].where(rows["probe"] == "quality")
+    rows["_compiled"] = rows["execution"].isin(COMPILED)
     measured = rows["value"].notna() & (rows["status"] == "ok")
 
-    dense = rows[measured & (rows["execution"].fillna("") == "dense") & (rows["probe"] == "latency")]
-    found = _match(rows, dense, ["cell_id", *FACT])
+    dense = rows[measured & rows["execution"].isin(["dense", "dense_compiled"]) & (rows["probe"] == "latency")]
+    found = _match(rows, dense, ["cell_id", "_compiled", *FACT])
     for policy in (["phase", "dense_prefix"], ["phase"], []):
         dense = rows[measured & (rows["method"] == "dense")]
-        found = found.combine_first(_match(rows, dense, ["_twin", "_items", *FACT, *policy]))
+        found = found.combine_first(_match(rows, dense, ["_twin", "_items", "_compiled", *FACT, *policy]))
 
-    rows = rows.drop(columns=["_twin", "_items"]).join(found[["dense_cell", "dense_value"]])
+    rows = rows.drop(columns=["_twin", "_items", "_compiled"]).join(found[["dense_cell", "dense_value"]])
     rows["difference"] = rows["value"] - rows["dense_value"]
     rows["ratio"] = (rows["value"] / rows["dense_value"]).where(rows["dense_value"] != 0)
-    timed = (rows["probe"] == "latency") & rows["unit"].isin(list(MILLISECONDS)) & rows["execution"].isin(SKIPPING)
+    timed = (rows["probe"] == "latency") & rows["unit"].isin(list(MILLISECONDS))
+    timed &= rows["execution"].isin([*SKIPPING, "kernel_compiled"])
     rows["speedup"] = (rows["dense_value"] / rows["value"]).where(timed)
     return rows.astype(DERIVED)
 
@@ -229,6 +232,7 @@ def _join_sparsity(lines: pd.DataFrame, sparsity: pd.DataFrame) -> pd.DataFrame:
 
 def _join_latency(lines: pd.DataFrame, latency: pd.DataFrame) -> pd.DataFrame:
     # In a method's cell the interleaved dense repeats are the baseline, not its own time.
+    latency = latency[~latency["execution"].isin(COMPILED)]  # the headline is the eager step's
     own = (latency["execution"] != "dense") | (latency["method"] == "dense")
     # Nor are the repeats of its kernel at 0 %, which say what the kernel alone is worth.
     asked = latency["cell_id"].map(lines["sparsity_requested"])

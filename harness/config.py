@@ -159,6 +159,8 @@ def _check_probe(probe: Mapping[str, Any]) -> None:
     _whole(latency["new_tokens"], "probe.latency.new_tokens", at_least=2)
     _whole(latency["repeats"], "probe.latency.repeats")
     _choice(latency["execution"], "probe.latency.execution", ("auto", "masked", "kernel"))
+    if not isinstance(latency["compile"], bool):
+        raise ConfigError(f"probe.latency.compile must be true or false, not {latency['compile']!r}")
 
 
 def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:

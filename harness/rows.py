@@ -33,7 +33,7 @@ COLUMNS: dict[str, str] = {
     "stderr": "Float64",
     "n": "Int64",  # how many items, tokens or repeats the value rests on
     "unit": "string",
-    "execution": "string",  # masked | kernel | dense_slice | dense
+    "execution": "string",  # masked | kernel | dense_slice | dense; a compiled step: kernel_compiled | dense_compiled
     "batch": "Int64",
     "context": "Int64",  # latency: tokens already in the KV cache; perplexity: tokens a window
     "dtype": "string",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import kernels
 from harness.calibration import Calibration
 from harness.collect import headline, relate
 from harness.families import view_of
@@ -14,10 +18,12 @@ from harness.probes import latency
 from harness.rows import make_row, to_frame
 from harness.step import Policy
 from methods.dense import Dense
+from methods.random import Random
 from methods.teal import Teal
 from tests import tiny
 
-CONFIG = {"batch": [1], "context": [16], "new_tokens": 5, "repeats": 3, "min_seconds": 0.0}
+CHOICE = {"execution": "auto", "compile": False}
+CONFIG = CHOICE | {"batch": [1], "context": [16], "new_tokens": 5, "repeats": 3, "min_seconds": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +33,9 @@ def teal():
     return view, [(method, method.fit(view, tiny.calibration(view)))]
 
 
-def found(view, fitted, execution="auto"):
-    return latency.variants(view, fitted, Policy(), 0.5, execution, tiny.tokens(2, 96))
+def found(view, fitted, execution="auto", **options):
+    config = CHOICE | {"execution": execution} | options
+    return latency.variants(view, fitted, Policy(), 0.5, config, tiny.tokens(2, 96))
 
 
 def test_a_kernel_method_is_timed_beside_its_fair_baselines(teal):
@@ -68,6 +75,78 @@ def test_a_batch_takes_the_fallback_and_says_so(teal):
     assert {r["execution"] for r in timed if r["batch"] == 1} == {"dense", "kernel", "dense_slice"}
     assert {r["execution"] for r in timed if r["batch"] == 2} == {"dense", "masked"}
     assert all("no kernel" in r["message"] for r in timed if r["execution"] == "masked")
+
+
+def test_compiled_is_timed_beside_eager_and_compared_with_compiled(monkeypatch):
+    """Four compiled twins of their own execution; nothing is compiled anew once the rounds have begun."""
+    view = tiny.view("llama", num_hidden_layers=1)
+    fitted = [(Teal(0.5), Teal(0.5).fit(view, tiny.calibration(view)))]
+    logits: dict[str, torch.Tensor] = {}
+    compile_steps = latency.compile_steps
+
+    def compile_and_note(view, timed, *args):
+        compile_steps(view, timed, *args)
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        for variant in timed:
+            with variant.attach():
+                model = variant.decoder or view.model
+                cache = latency.StaticCache(config=model.config, max_cache_len=16 + 5)
+                token = model(tiny.tokens(1, 16), past_key_values=cache).logits[:, -1:].argmax(-1)
+                out = (variant.step or model)(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits[f"{variant.execution} {variant.columns}"] = out.logits
+
+    made: list[int] = []
+    monkeypatch.setattr(latency, "compile_steps", compile_and_note)
+    compiler = partial(torch.compile, backend="eager")  # traced whole; inductor is slow, and a test of its own
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda device: 1e9)
+    variants = found(view, fitted, compile=True)
+    rows = latency.measure(view, variants, tiny.tokens(2, 64), CONFIG | {"batch": [1, 2], "repeats": 1})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made[-1] == 3, "0 % and the method share one"
+    for name, got in logits.items():  # the prompt of the eager kernel is sparse, that of the compiled one is not
+        if name.startswith(("dense_compiled", "kernel_compiled {'sparsity")):
+            torch.testing.assert_close(got, logits["dense {}"], rtol=1e-4, atol=1e-4)
+    times = [r for r in rows if r["metric"] == "tpot_median"]
+    kinds = [(r["execution"], r.get("variant"), r.get("sparsity_requested")) for r in times if r["batch"] == 1]
+    assert kinds[5:] == [
+        ("dense_compiled", None, None),
+        ("dense_compiled", "tuned GEMV", None),
+        ("kernel_compiled", None, 0.0),
+        ("kernel_compiled", None, None),
+    ]
+    assert not [r for r in times if r["batch"] == 2 and r["execution"].endswith("_compiled")]
+    assert {r["execution"] for r in rows if r["metric"] == "time_ratio_eager"} == {"dense_compiled", "kernel_compiled"}
+    strongest = [r for r in rows if r["metric"] == "time_ratio" and r["execution"] == "dense_compiled"]
+    assert 1.0 in [r["value"] for r in strongest], "the baseline of compiled steps is a compiled one"
+
+
+def test_only_fixed_thresholds_are_compiled():
+    view = tiny.view("llama")
+    method = Random(0.5)
+    made = found(view, [(method, {})], compile=True)
+    assert [v.execution for v in made].count("kernel_compiled") == 0
+    assert ["not compiled" in v.columns.get("message", "") for v in made if v.execution == "kernel"] == [False, True]
+    assert [v.execution for v in found(view, [(Dense(), {})], compile=True)] == ["dense", "dense_compiled"]
+
+
+@pytest.mark.slow
+def test_inductor_decodes_what_eager_decodes():
+    """The compiled step of the method, by torch's own compiler, against the eager one on the same weights."""
+    view = tiny.view("llama", num_hidden_layers=1)
+    fitted = [(Teal(0.5), Teal(0.5).fit(view, tiny.calibration(view)))]
+    variant = found(view, fitted, compile=True)[-1]
+    prompt = tiny.tokens(1, 16)
+    latency.compile_steps(view, [variant], prompt, 5)
+    for _ in range(2):
+        with torch.no_grad():
+            cache = latency.StaticCache(config=variant.decoder.config, max_cache_len=16 + 5)
+            token = variant.decoder(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+            caches = [cache, copy.deepcopy(cache)]
+            eager, fast = (
+                step(token, past_key_values=c, use_cache=True, logits_to_keep=1).logits
+                for step, c in zip((variant.decoder, variant.step), caches, strict=True)
+            )
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_kernel_decode_gives_the_masked_tokens(teal):
@@ -133,6 +212,21 @@ def test_a_better_gemv_is_never_sold_as_sparsity():
     assert line["speedup"] == pytest.approx(0.2 / 0.16)
 
 
+def test_eager_and_compiled_never_meet():
+    """Neither a baseline nor a headline crosses over, whichever is faster."""
+    table = cell(
+        ("dense", None, 0.5, 0.4),
+        ("kernel", None, 0.5, 0.2),
+        ("dense_compiled", None, 0.5, 0.15),
+        ("kernel_compiled", None, 0.0, 0.12),
+        ("kernel_compiled", None, 0.5, 0.1),
+    )
+    speedup = dict(zip(zip(table["execution"], table["sparsity_requested"]), table["speedup"]))
+    assert speedup["kernel", 0.5] == pytest.approx(2) and speedup["kernel_compiled", 0.5] == pytest.approx(1.5)
+    line = headline(table).iloc[0]
+    assert (line["execution"], line["tpot_ms"], line["speedup"]) == ("kernel", 200, pytest.approx(2))
+
+
 def test_masked_time_is_no_speedup():
     line = headline(cell(("dense", None, 0.5, 0.4), ("masked", None, 0.5, 0.1))).iloc[0]
     assert line["execution"] == "masked"
@@ -152,7 +246,7 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     tokens = torch.randint(0, 32000, (4, 512), generator=torch.Generator().manual_seed(1))
     method = Teal(0.5)
     fitted = [(method, method.fit(view, Calibration(view, tokens.split(2))))]
-    variants = latency.variants(view, fitted, Policy(), 0.5, "auto", tokens)
+    variants = latency.variants(view, fitted, Policy(), 0.5, CHOICE, tokens)
     assert [v.graph for v in variants] == [True] * 4
     rows = latency.measure(view, variants, tokens, CONFIG | {"context": [128], "new_tokens": 16, "repeats": 5})
     times = {

@@ -3,30 +3,35 @@
 Every round times every variant once, so that drift hits all of them; the first round is warm-up and dropped. Kernels
 are compared with masked execution before anything is timed. Masked execution is timed only to show what it costs: it
 skips no bytes, and no figure draws a speed-up from it.
+
+On a GPU the step is a CUDA graph where it can be. On a CPU it is the eager module; with `compile` a torch.compile of
+the step is timed beside it, under an execution of its own (`dense_compiled`, `kernel_compiled`), whose baselines are
+compiled too.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StaticCache
 
 import kernels
 from harness.attach import Fitted, attached
 from harness.decode import DecodeLoop, Linear, ThresholdOf, fast_decode, unfit
 from harness.execute import check_kernels, has_kernels, kernel_execution, own_gemv, sliced
-from harness.families import View
+from harness.families import View, view_of
 from harness.method import Method
 from harness.probes.sparsity import measure as sparsity_rows
 from harness.selection import PROJECTIONS, Thresholds
@@ -41,30 +46,37 @@ class Variant:
 
     attach: a context in which the view's model decodes that way. columns: row columns that set this variant apart from
     the others of the cell. touched: share of the block weights that a step reads. graph: capture the step (GPU).
+    decoder: a model of this variant's own whose step is compiled; None decodes the view's, eagerly.
     """
 
-    execution: str  # dense, masked, kernel or dense_slice
+    execution: str  # dense, masked, kernel or dense_slice; dense_compiled or kernel_compiled
     attach: Callable[[], AbstractContextManager[Any]] = nullcontext
     columns: Row = field(default_factory=dict)
     touched: float = 1.0
     graph: bool = False
+    decoder: nn.Module | None = None
+    held: ExitStack = field(default_factory=ExitStack)  # what the decoder's forwards live in
+    step: Callable[..., Any] | None = None  # the decoder's compiled forward, for the shapes of one grid point
     first: list[float] = field(default_factory=list)  # seconds to the first token, one a round
     each: list[float] = field(default_factory=list)  # seconds a decode step, over all rounds
     rounds: list[float] = field(default_factory=list)  # median step of each round, in the order of the rounds
 
 
 def variants(
-    view: View, methods: Fitted, policy: Policy, sparsity: float, execution: str, windows: Tensor
+    view: View, methods: Fitted, policy: Policy, sparsity: float, config: Mapping[str, Any], windows: Tensor
 ) -> list[Variant]:
     """Dense first, then (for a method) its fair baselines, itself, and the ideal slice. Kernels are checked before.
 
     With kernels: the library's dense, the tuned dense GEMV, the method's own kernel layout at 0 %, the method, and a
-    dense slice of the requested size. Raises `KernelMismatchError` where kernels and masks disagree.
+    dense slice of the requested size. config: `execution` (auto, kernel or masked) and `compile` (also the compiled
+    step, on a CPU). Raises `KernelMismatchError` where kernels and masks disagree.
     """
+    execution = config["execution"]
     graph = view.device.type == "cuda"
+    compiles = config["compile"] and not graph
     found = [Variant("dense", graph=False)]
     if not any(method.sites for method, _ in methods):
-        return found
+        return found + (compiled(view, None, {}, 1.0) if compiles else [])
     kernel = execution == "kernel" or (execution == "auto" and any(has_kernels(m) for m, _ in methods))
     if not kernel:
         return [*found, Variant("masked", lambda: attached(view, methods, policy))]
@@ -76,8 +88,8 @@ def variants(
         if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", "decode", None)
     )
     checked = {"message": f"kernel equals masked within {error:.1e}"}
-    thresholds = static_thresholds(view, methods) if graph and unfit(view) is None else None
-    if thresholds is not None:
+    thresholds = static_thresholds(view, methods)
+    if graph and unfit(view) is None and thresholds is not None:
 
         def fast(linear: Linear, cut: ThresholdOf | None = None) -> Callable[[], AbstractContextManager[Any]]:
             return lambda: fast_decode(view, linear, cut, expected_sparsity=sparsity)
@@ -88,13 +100,39 @@ def variants(
             Variant("kernel", fast("columns"), {"sparsity_requested": 0.0}, graph=True),
             Variant("kernel", fast("columns", thresholds), checked, 1 - share, graph=True),
         ]
-    return [
-        *found,
+    found += [
         Variant("dense", lambda: own_gemv(view), {"variant": "tuned GEMV"}),
         Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}),
         Variant("kernel", lambda: kernel_execution(view, methods, policy), checked, 1 - share),
         Variant("dense_slice", lambda: sliced(view, sparsity), {}, 1 - sparsity),
     ]
+    if compiles and thresholds is None:
+        checked["message"] += "; not compiled: the method decides more at run time than fixed thresholds"
+    elif compiles:
+        found += compiled(view, thresholds, checked, 1 - share)
+    return found
+
+
+def compiled(view: View, thresholds: ThresholdOf | None, columns: Row, touched: float) -> list[Variant]:
+    """The compiled twins: the library's dense, and with thresholds the tuned GEMV, the kernel at 0 % and the method.
+
+    The model is copied twice: as it is, and with transposed weights, which the last three share.
+    """
+    found = [Variant("dense_compiled", decoder=copy.deepcopy(view.model))]
+    if thresholds is None:
+        return found
+    model = copy.deepcopy(view.model)
+    for execution, limits, own, share in (
+        ("dense_compiled", None, {"variant": "tuned GEMV"}, 1.0),
+        ("kernel_compiled", {}, {"sparsity_requested": 0.0}, 1.0),
+        ("kernel_compiled", thresholds, columns, touched),
+    ):
+        shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+        variant = Variant(execution, columns=own, touched=share, decoder=copy.deepcopy(model, shared))
+        variant.held.enter_context(own_gemv(view_of(variant.decoder), limits=limits))
+        found.append(variant)
+        model = variant.decoder  # its weights are transposed by now
+    return found
 
 
 @torch.no_grad()
@@ -105,17 +143,22 @@ def measure(view: View, found: Sequence[Variant], windows: Tensor, config: dict[
     for batch in config["batch"]:
         for context in config["context"]:
             prompt = prompts(windows, batch, context).to(view.device)
-            for variant in found:
+            # No kernel takes a batch, so there is nothing to compile.
+            timed = [variant for variant in found if variant.decoder is None or batch == 1]
+            for variant in timed:
                 variant.first, variant.each, variant.rounds = [], [], []
+            compile_steps(view, timed, prompt, config["new_tokens"])
             said = disturbance(view.device)
-            interleave(view, found, prompt, config["new_tokens"], config["repeats"], config["min_seconds"])
-            # The strongest dense run is the baseline, so that a better GEMV is never sold as sparsity.
-            dense = [variant for variant in found if variant.execution == "dense"]
-            strongest = min(dense, key=lambda variant: statistics.median(variant.each))
-            for variant in found:
+            interleave(view, timed, prompt, config["new_tokens"], config["repeats"], config["min_seconds"])
+            for variant in timed:
+                # The strongest dense run is the baseline, so that a better GEMV is never sold as sparsity; eager is
+                # compared with eager, compiled with compiled.
+                dense = [v for v in timed if v.execution == ("dense_compiled" if variant.decoder else "dense")]
+                strongest = min(dense, key=lambda v: statistics.median(v.each))
                 rows += rows_of(view, variant, strongest, batch, context, said, bandwidth)
-                over = ratio(found[0], variant)
-                rows.append(rows[-1] | {"metric": "time_ratio_library", "value": over, "unit": "ratio"})
+                over = {"time_ratio_library": dense[0]} | ({"time_ratio_eager": found[0]} if variant.decoder else {})
+                for metric, baseline in over.items():
+                    rows.append(rows[-1] | {"metric": metric, "value": ratio(baseline, variant), "unit": "ratio"})
     rows.append(
         {
             "probe": "latency",
@@ -127,6 +170,17 @@ def measure(view: View, found: Sequence[Variant], windows: Tensor, config: dict[
         }
     )
     return rows
+
+
+def compile_steps(view: View, found: Sequence[Variant], prompt: Tensor, new_tokens: int) -> None:
+    """Compile the steps of the variants that want it for the shapes of one grid point, 60 to 100 s each."""
+    own = [variant for variant in found if variant.decoder is not None]
+    if own:
+        torch.compiler.reset()  # of all shapes of all variants together, torch would keep eight
+    for variant in own:
+        assert variant.decoder is not None
+        variant.step = torch.compile(variant.decoder.forward, dynamic=False, fullgraph=True)
+        generate(view, prompt, new_tokens, variant)
 
 
 def prompts(windows: Tensor, batch: int, context: int) -> Tensor:
@@ -149,7 +203,7 @@ def interleave(
         while done < repeats or spent / len(found) < min_seconds:
             for variant in found:
                 with variant.attach():
-                    first, steps = generate(view, prompt, new_tokens, variant.graph)
+                    first, steps = generate(view, prompt, new_tokens, variant)
                 if done >= 0:
                     variant.first.append(first)
                     variant.each += steps
@@ -161,20 +215,22 @@ def interleave(
             gc.enable()
 
 
-def generate(view: View, prompt: Tensor, new_tokens: int, graph: bool) -> tuple[float, list[float]]:
+def generate(view: View, prompt: Tensor, new_tokens: int, variant: Variant) -> tuple[float, list[float]]:
     """Greedy decode with a static cache: seconds to the first token, and of each of the new_tokens - 1 steps after."""
-    cache = StaticCache(config=view.model.config, max_cache_len=prompt.shape[1] + new_tokens)
+    model = variant.decoder or view.model
+    step = variant.step or model
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
     start = now(prompt.device)
-    token = view.model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    token = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
     last = now(prompt.device)
     first, steps = last - start, []
-    loop = DecodeLoop(view, cache, token) if graph else None  # captured outside of the timed steps
+    loop = DecodeLoop(view, cache, token) if variant.graph else None  # captured outside of the timed steps
     last = now(prompt.device)
     for _ in range(new_tokens - 1):
         if loop is not None:
             loop.step()
         else:
-            out = view.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = step(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
         moment = now(prompt.device)
         steps.append(moment - last)
@@ -250,9 +306,11 @@ def rows_of(
         ("roofline_share", needed / median / bandwidth, "share", n),
         (what, float(memory), "bytes", 1),
     ]
-    first = {"metric": "ttft_median", "value": statistics.median(variant.first), "unit": "s", "n": rounds}
     each = {"metric": "tpot_median", "value": median, "unit": "s", "n": n, "stderr": spread}
     rest = [common | {"metric": m, "value": v, "unit": u, "n": k} for m, v, u, k in facts]
+    if variant.decoder is not None:  # its prompt is eager and dense: nothing to report
+        return [common | each, *rest]
+    first = {"metric": "ttft_median", "value": statistics.median(variant.first), "unit": "s", "n": rounds}
     return [common | first | {"step_phase": "prefill"}, common | each, *rest]
 
 
