@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from harness import figures, published
 from harness.collect import headline, relate
 from harness.errors import ConfigError
+from harness.figures import style
+from harness.figures.latency import frontier
 from harness.store import Store
 from tests import synthetic, synthetic_study
 
@@ -179,8 +181,8 @@ def test_pareto_draws_the_measured_speedup_and_the_frontier(kernel: pd.DataFrame
     (front,) = (line for line in fig.axes[0].lines if line.get_color() == figures.FRONTIER)
     assert len(front.get_xdata()) == 4  # dense and the three oracle cells
     speed, quality = [1.0, 2.0, 3.0, 2.5], [0.5, 0.6, 0.3, 0.2]
-    assert figures._frontier(speed, quality, more=True) == [(2.0, 0.6), (3.0, 0.3)]
-    assert figures._frontier(speed, quality, more=False) == [(2.5, 0.2), (3.0, 0.3)]
+    assert frontier(speed, quality, more=True) == [(2.0, 0.6), (3.0, 0.3)]
+    assert frontier(speed, quality, more=False) == [(2.5, 0.2), (3.0, 0.3)]
 
 
 @pytest.mark.parametrize("draw", [figures.nominal_against_measured, figures.latency_against_load, figures.pareto])
@@ -369,10 +371,10 @@ def test_a_missing_error_or_dense_cell_still_draws(kernel: pd.DataFrame) -> None
 
 
 def test_the_palette_is_okabe_ito() -> None:
-    style = mpl.rc_params_from_file(figures.STYLE, use_default_template=False)
-    colours = {f"#{colour.lstrip('#').upper()}" for colour in style["axes.prop_cycle"].by_key()["color"]}
+    params = mpl.rc_params_from_file(figures.STYLE, use_default_template=False)
+    colours = {f"#{colour.lstrip('#').upper()}" for colour in params["axes.prop_cycle"].by_key()["color"]}
     assert colours <= OKABE_ITO and len(colours) == 6
-    assert {figures.LOST, figures.WON, figures.DENSE} <= OKABE_ITO
+    assert {style.LOST, style.WON, style.DENSE} <= OKABE_ITO
 
 
 def test_no_two_methods_look_alike() -> None:

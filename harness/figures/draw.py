@@ -1,0 +1,135 @@
+"""Every figure of the project, read from a results folder, drawn and saved."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from harness import published
+from harness.collect import collect, read_table, relate
+from harness.errors import ConfigError
+from harness.figures.cache import kv_against_length, kv_modes
+from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
+from harness.figures.literature import published_against_measured
+from harness.figures.quality import flips, predicted_against_oracle, quality_against_sparsity, truncation
+from harness.figures.sparsity import (
+    achieved_by_layer,
+    natural_by_layer,
+    recall_by_layer,
+    requested_against_achieved,
+    reuse_and_union,
+)
+from harness.figures.style import STYLE
+from harness.store import Store, place_errors, write_atomic
+
+# Every figure of the project: name of its files -> how it is drawn from the table.
+FIGURES: dict[str, Callable[..., Figure]] = {
+    "perplexity": quality_against_sparsity,
+    "accuracy": partial(quality_against_sparsity, metric="accuracy"),
+    "kl": partial(quality_against_sparsity, metric="kl"),
+    "flips": flips,
+    "pareto_accuracy": pareto,
+    "pareto_perplexity": partial(pareto, metric="perplexity"),
+    "requested_against_achieved": requested_against_achieved,
+    "achieved_by_layer": achieved_by_layer,
+    "natural_sparsity_by_layer": natural_by_layer,
+    "recall_by_layer": recall_by_layer,
+    "predicted_against_oracle": predicted_against_oracle,
+    "kv_modes": kv_modes,
+    "kv_against_length": kv_against_length,
+    "reuse_and_union": reuse_and_union,
+    "truncation": truncation,
+    "nominal_against_measured": nominal_against_measured,
+    "latency_against_load": latency_against_load,
+    "published_against_measured": published_against_measured,
+}
+
+
+def save(fig: Figure, path: Path | str) -> list[Path]:
+    """Write `<path>.png` (200 dpi) and `<path>.svg`, each atomically. Equal figures give equal bytes."""
+    stem = Path(path)
+    written = []
+    with place_errors(stem.parent), mpl.rc_context(fname=STYLE):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, metadata=metadata)
+            written.append(stem.with_name(f"{stem.name}.{kind}"))
+            write_atomic(written[-1], buffer.getvalue())
+    return written
+
+
+def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
+    """The table to draw from, published figures included, and the folder that it was found in.
+
+    The cells of `results` are collected, if it has any; else rows are read as `committed` does. Raises
+    `ConfigError` if there are none.
+    """
+    root = Path(results)
+    if not Store(root).cells():
+        return committed(root)
+    return pd.concat([collect(root), relate(published.load(), {})], ignore_index=True), root
+
+
+def committed(results: Path | str) -> tuple[pd.DataFrame, Path]:
+    """The stored table, published figures included, and its folder: `results/study`, else `results` itself.
+
+    Nothing is collected and nothing is written. Raises `ConfigError` if there is no table.
+    """
+    root = Path(results)
+    for folder in (root / "study", root):
+        for name in ("table.parquet", "table.csv"):
+            if (folder / name).exists():
+                rows = read_table(folder / name)
+                return pd.concat([rows, relate(published.load(), {})], ignore_index=True), folder
+    raise ConfigError(f"there are no results in {root}: run a cell first, for example with `make run`")
+
+
+def only_limited(df: pd.DataFrame) -> bool:
+    """Whether every measured cell of the table is a limited run: whether any of its rows is."""
+    measured = df[(df["source"] == "measured") & (df["status"] == "ok")]
+    return bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
+
+
+def draw_all(df: pd.DataFrame, limited: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
+    """Every figure that the rows allow, by name, and for each of the others why it can't be drawn.
+
+    limited: draw limited runs too, under their mark. A table without any other cell is drawn that way anyhow.
+    """
+    limited = limited or only_limited(df)
+    drawn, missing = {}, {}
+    for name, draw in FIGURES.items():
+        try:
+            drawn[name] = draw(df, limited=limited)
+        except ConfigError as error:
+            missing[name] = str(error)
+    return drawn, missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw all that the rows allow into `<results>/figures`. Exit code 0, or 2 if there is nothing to draw."""
+    parser = argparse.ArgumentParser(prog="python -m harness.figures", description="Draw every figure from the rows.")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells (default: results)")
+    parser.add_argument("--limited", action="store_true", help="draw limited runs too, under a mark that says so")
+    options = parser.parse_args(arguments)
+    try:
+        table, found = load(options.results)
+        drawn, missing = draw_all(table, options.limited)
+        if not drawn:
+            raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
+        for name, fig in drawn.items():
+            print(*save(fig, options.results / "figures" / name))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if missing:
+        print(f"not drawn, for want of rows: {', '.join(missing)}")
+    return 0

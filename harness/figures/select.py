@@ -1,0 +1,112 @@
+"""What figures are drawn from: the rows that may be, the cells they belong to, and the panels they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from harness.collect import headline
+from harness.errors import ConfigError
+
+# What a quality figure can show: its axis label, and whether more is better.
+QUALITIES = {
+    "perplexity": ("perplexity", False),
+    "bits_per_byte": ("bits per byte", False),
+    "accuracy": ("accuracy, mean over tasks", True),
+    "kl": ("KL divergence to dense (nats)", False),
+    "agreement": ("top-1 agreement with dense", True),
+}
+SAME_AS_DENSE = {"kl": 0.0, "agreement": 1.0}  # what the dense model itself would have
+POLICY = ["model", "phase", "dense_prefix"]
+PHASES = {"all": "every token sparse", "decode": "prompt dense"}
+
+
+def drawable(df: pd.DataFrame, limited: bool) -> pd.DataFrame:
+    """Measured rows that are no failure, nor (unless `limited`) of a smoke run."""
+    rows = df[(df["source"] == "measured") & (df["status"] == "ok")]
+    rows = rows if limited else rows[~rows["limited"].fillna(False)]
+    need(rows, "no rows but those of limited or failed runs")
+    return rows
+
+
+def lines(df: pd.DataFrame, limited: bool, needs: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The headline of the methods, with all of `needs` there, and that of the dense cells."""
+    lines = headline(drawable(df, limited))
+    absent = [name for name in needs if name not in lines]
+    if absent:
+        raise ConfigError(f"the table has nothing to draw: no {', '.join(absent)}")
+    dense = lines["method"] == "dense"
+    methods = lines[~dense].dropna(subset=list(needs))
+    left_out = "" if limited or not df["limited"].fillna(False).any() else " (limited runs are left out)"
+    need(methods, f"no cell of a method has all of {', '.join(needs)}{left_out}")
+    return methods, lines[dense]
+
+
+def at_one_request(rows: pd.DataFrame, sparsity: float | None, otherwise: str) -> tuple[pd.DataFrame, float]:
+    """The methods' rows at a requested sparsity: by default the largest that all have, else the largest of all."""
+    rows = rows[rows["method"] != "dense"]
+    if sparsity is None:
+        offered = [set(cells["sparsity_requested"].dropna()) for _, cells in rows.groupby(["model", "method"])]
+        sparsity = max(set.intersection(*offered) or set.union(*offered), default=math.nan) if offered else math.nan
+    rows = rows[rows["sparsity_requested"] == sparsity]
+    need(rows, otherwise)
+    return rows, sparsity
+
+
+def need(frame: pd.DataFrame, otherwise: str) -> None:
+    """Raise `ConfigError` with the reason where the frame is empty."""
+    if frame.empty:
+        raise ConfigError(f"the table has nothing to draw: {otherwise}")
+
+
+def quality(metric: str) -> tuple[str, str, bool]:
+    """Column of the headline, axis label, whether more is better."""
+    if metric in QUALITIES:
+        return (metric, *QUALITIES[metric])
+    return f"acc:{metric}", f"{metric} accuracy", True
+
+
+def names(frame: pd.DataFrame) -> pd.Series:
+    """The method with its options, as legends have it."""
+    return (frame["method"] + " " + frame["variant"].fillna("")).str.strip()
+
+
+def methods(panel: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(name, one line a requested sparsity, ascending), averaged over seeds."""
+    for name, cells in panel.groupby(names(panel)):
+        yield str(name), by_request(cells)
+
+
+def by_request(cells: pd.DataFrame) -> pd.DataFrame:
+    """One line a requested sparsity, ascending, averaged over seeds."""
+    return cells.groupby("sparsity_requested", as_index=False).mean(numeric_only=True)
+
+
+def panels(frame: pd.DataFrame, keys: Sequence[str]) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
+    """Rows of each combination of `keys`, titled by what differs; what they share is the heading."""
+    shared = [key for key in keys if frame[key].nunique(dropna=False) == 1]
+    differing = [key for key in keys if key not in shared]
+    heading = _words(frame.iloc[0], shared)
+    if not differing:
+        return heading, [("", frame)]
+    return heading, [(_words(group.iloc[0], differing), group) for _, group in frame.groupby(differing, dropna=False)]
+
+
+def _words(row: pd.Series, keys: Sequence[str]) -> str:
+    parts = []
+    for key in keys:
+        value = row[key]
+        if key == "phase":
+            parts.append(PHASES.get(value, str(value)))
+        elif key != "dense_prefix":
+            parts.append(str(value))
+        elif not pd.isna(value) and value > 0:
+            parts.append(f"first {value} tokens dense")
+    return ", ".join(parts)
+
+
+def without(options: pd.Series, *names: str) -> pd.Series:
+    """Variants less the options of these names."""
+    return options.str.replace(rf"\b(?:{'|'.join(names)})=[^,;]*,?", "", regex=True).str.strip(",;")

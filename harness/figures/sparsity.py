@@ -1,0 +1,160 @@
+"""What is skipped, layer by layer, and how sets of active neurons repeat."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from harness.collect import ACHIEVED
+from harness.figures import select, style
+from harness.selection import Site
+
+FEW = 8  # maps of one method each; more methods share a map
+SITES = get_args(Site)  # in the order that a token meets them
+
+
+def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figure:
+    """What was asked for against what was counted, in the MLPs and in the whole model."""
+    sites = {"achieved_mlp": "MLPs", "achieved_model": "whole model"}
+    lines, _ = select.lines(df, limited, [*sites, "sparsity_requested"])
+    with mpl.rc_context(fname=style.STYLE):
+        heading, policies = select.panels(lines, select.POLICY)
+        panels = [(title, panel, site) for title, panel in policies for site in sites]
+        fig, axes = style.canvas(heading, len(panels), width=3.4, height=3.3, columns=2)
+        looks = style.looks(lines)
+        diagonal: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
+        values = lines[["sparsity_requested", *sites]].astype(float)
+        top = min(1.0, values.to_numpy().max() + 0.08)
+        for ax, (title, panel, site) in zip(axes, panels, strict=True):
+            ax.plot([0, top], [0, top], zorder=1, **diagonal)
+            for name, cells in select.methods(panel):
+                ax.errorbar(cells["sparsity_requested"], cells[site], **looks[name])
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(style.PERCENT)
+            style.set_title(ax, sites[site] if len(policies) == 1 else f"{title}: {sites[site]}")
+        low = min(0.0, values.to_numpy().min() - 0.03)  # a costly predictor may touch more than dense does
+        axes[0].set(xlim=(0, top), ylim=(low, top))
+        style.set_labels(axes, "requested sparsity", "achieved sparsity")
+        style.legend(fig, looks, style.key("achieved = requested", **diagonal))
+        return style.marked(fig, df, limited)
+
+
+def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """Heat maps of achieved sparsity, site by layer, one for each method at one requested sparsity.
+
+    sparsity: the request to show; by default the largest that every method has, else the largest of all.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["probe"] == "sparsity") & (rows["metric"] == ACHIEVED) & (rows["method"] != "dense")]
+    counted = rows["phase"].where(rows["phase"] == "decode", "all")
+    rows = rows[rows["layer"].notna() & rows["task"].isna() & (rows["step_phase"] == counted)]
+    rows, sparsity = select.at_one_request(rows, sparsity, "no achieved sparsity by layer at this request")
+    rows = rows.assign(name=select.names(rows))
+    with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
+        label = f"achieved, {sparsity:.0%} requested"
+        if len(rows[[*select.POLICY, "name"]].drop_duplicates()) <= FEW:
+            return style.marked(style.maps(rows, [*select.POLICY, "name"], "site", SITES, label), df, limited)
+        rows = rows.assign(line=rows["name"] + ": " + rows["site"].str.replace("_", " "))
+        order = rows.drop_duplicates("line").sort_values(["name", "site"], key=_site_order)["line"].tolist()
+        return style.marked(style.maps(rows, select.POLICY, "line", order, label), df, limited)
+
+
+def recall_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """Heat maps of recall, method by layer: the share of what contributes most that a method keeps.
+
+    One map for the neurons and one for the heads of each policy. sparsity: as in `achieved_by_layer`.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["probe"] == "predictivity") & (rows["metric"] == "recall") & rows["layer"].notna()]
+    rows, sparsity = select.at_one_request(rows, sparsity, "no recall by layer at this request")
+    rows = rows.assign(name=select.names(rows))
+    with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
+        label = f"recall, {sparsity:.0%} requested"
+        return style.marked(
+            style.maps(rows, [*select.POLICY, "site"], "name", sorted(set(rows["name"])), label), df, limited
+        )
+
+
+def natural_by_layer(df: pd.DataFrame, limited: bool = False) -> Figure:
+    """Heat maps of natural sparsity of the MLPs' hidden vector, model by layer.
+
+    Exact zeros of the dense model, which a ReLU makes and a SwiGLU does not, and the share of neurons below
+    the threshold of one CETT (the rows of `cett` with a budget), which any activation has.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["probe"] == "sparsity") & rows["layer"].notna() & rows["task"].isna()]
+    rows = rows[(rows["step_phase"] == "all") & (rows["site"] == "mlp_hidden")]
+    budget = rows["variant"].str.extract(r"\bcett=([\d.]+)", expand=False)
+    kind = ("below the threshold of CETT " + budget).where(rows["metric"] == ACHIEVED)
+    rows = rows.assign(kind=kind.mask((rows["metric"] == "zeros") & (rows["method"] == "dense"), "exact zeros"))
+    rows = rows[rows["kind"].notna()]
+    select.need(rows, "no natural sparsity by layer")
+    with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
+        fig = style.maps(rows, ["kind"], "model", sorted(set(rows["model"])), "share of neurons", top=1.0)
+        return style.marked(fig, df, limited)
+
+
+def reuse_and_union(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """How far active neurons repeat, and how fast several tokens need them all.
+
+    Left: share of a token's active neurons that the token before had active too, by layer; dotted, what chance
+    would give. Right: share of neurons that at least one of several tokens needs, mean over layers: a batch of
+    sequences (solid), tokens in a row (dashed), tokens that have nothing in common (dotted). sparsity: of the
+    methods beside dense, as in `achieved_by_layer`.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["probe"] == "affinity") & (rows["site"] == "neurons") & rows["layer"].notna()]
+    select.need(rows, "no rows of the affinity probe")
+    asked = rows[rows["method"] != "dense"]
+    if len(asked):
+        asked, sparsity = select.at_one_request(asked, sparsity, "no rows of the affinity probe at this request")
+        rows = pd.concat([rows[rows["method"] == "dense"], asked])
+    share = rows["sparsity_requested"].map(lambda value: f" {value:.0%}" if value > 0 else "").astype("string")
+    rows = rows.assign(
+        name=(rows["model"] + " " + select.names(rows).mask(rows["method"] == "dense", "")).str.strip() + share
+    )
+    spans = rows["metric"].str.extract(r"^union_(\d+)$", expand=False).astype("Float64")
+    rows = rows.assign(tokens=spans.fillna(rows["batch"].where(rows["metric"] == "union_batch").astype("Float64")))
+    with mpl.rc_context(fname=style.STYLE):
+        heading, panels = select.panels(rows, select.POLICY[1:])
+        fig, axes = style.canvas(heading, 2 * len(panels), width=4.0, height=3.2, columns=2, share=False)
+        looks = style.looks(pd.DataFrame({"method": rows["name"], "variant": pd.NA}, dtype="string"))
+        for (title, panel), left, right in zip(panels, axes[::2], axes[1::2], strict=True):
+            for name, lines in panel.groupby("name"):
+                look = looks[str(name)] | {"linestyle": "-"}
+                plain = {"color": look["color"], "linestyle": ":", "linewidth": 1.2}
+                layers = lines.pivot_table(index="layer", columns="metric", values="value")
+                if "reuse_previous" in layers:
+                    left.plot(layers.index, layers["reuse_previous"], **(look | {"markersize": 3.5}))
+                if "density" in layers:
+                    left.plot(layers.index, layers["density"], **plain)
+                together = lines.dropna(subset=["tokens"]).assign(batch=lines["metric"] == "union_batch")
+                for batch, unions in together.groupby("batch"):
+                    union = unions.groupby("tokens")["value"].mean()
+                    right.plot(union.index, union, **(look if batch else look | {"linestyle": "--", "mfc": "white"}))
+                if "density" in layers and len(together):
+                    tokens = np.unique(together["tokens"].to_numpy(dtype=float))
+                    active = layers["density"].to_numpy(dtype=float)
+                    right.plot(tokens, [float(np.mean(1 - (1 - active) ** count)) for count in tokens], **plain)
+            if panel["tokens"].notna().any():
+                style.powers_of_two(right, panel["tokens"].dropna())
+            style.set_title(left, title)
+            left.set(xlabel="layer", ylabel="active again at the next token")
+            right.set(xlabel="tokens", ylabel="neurons that they need")
+            for ax in (left, right):
+                ax.yaxis.set_major_formatter(style.PERCENT)
+                ax.set_ylim(0, 1.04)
+        more = {"a batch": "-", "tokens in a row": "--", "by chance": ":"}
+        looks = {name: look | {"linestyle": "none"} for name, look in looks.items()}
+        style.legend(
+            fig, looks, *(style.key(name, color=style.MUTED, linestyle=dashes) for name, dashes in more.items())
+        )
+        return style.marked(fig, df, limited)
+
+
+def _site_order(column: pd.Series) -> pd.Series:
+    return column.map(SITES.index) if column.name == "site" else column
