@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.checkpoints import read_checkpoint, save_checkpoint
 from harness.errors import AssetError, ConfigError
-from harness.training.adapter import merge
+from harness.training.adapter import cut, merge
 from harness.training.card import write_card
 from harness.training.data import Batches, prepare, read_tokens
 from harness.training.evaluate import evaluate
@@ -174,7 +174,7 @@ def train(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
         "run": run,
         "history": trainer.history,
     }
-    save_checkpoint(folder / "adapter", trainer.adapter_tensors(), record)
+    save_checkpoint(folder / "adapter", cut(trainer.adapter_tensors(), recipe.ship_rank), record)
 
 
 def _origin(recipe: Recipe) -> str | None:
@@ -266,7 +266,8 @@ def tracker(cfg: DictConfig, recipe: Recipe) -> Iterator[Callable[[dict[str, flo
     """Print each entry of the curve and, with logger=wandb, log it there too (offline unless logged in)."""
 
     def show(entry: dict[str, float]) -> None:
-        shown = {k: entry[k] for k in ("kl", "zeros", "threshold", "tokens_per_second") if k in entry}
+        keys = ("kl", "zeros", "threshold", "chosen", "separability", "tokens_per_second")
+        shown = {k: entry[k] for k in keys if k in entry}
         print(f"{recipe.name} step {int(entry['step'])} " + " ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
     if cfg.logger.name == "none":

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.errors import ConfigError
-from harness.training.adapter import Adapter
+from harness.training.adapter import Adapter, cut
 from harness.training.data import Batches
 from harness.training.decode_kernel import decode_attention
 from harness.training.evaluate import evaluate
+from harness.training.experts import efficiency_weight, first_router
 from harness.training.generate import starts, write
 from harness.training.llama import Model, largest, make_block, norm, rotary
 from harness.training.loop import Recipe, Trainer
@@ -193,14 +194,56 @@ def test_gains_start_relu2_nearer(model: Model, batches: Batches) -> None:
 
 def test_experts_train_softly_then_select(model: Model, batches: Batches) -> None:
     experts = torch.arange(64).div(8, rounding_mode="floor").expand(2, 64)
-    changed = recipe(activation="silu", steps=10, expert_size=8, efficiency=0.1, separability=0.01)
+    changed = recipe(activation="silu", steps=40, expert_size=8, efficiency=4.0, budget=0.2, router_rate=10.0)
     trainer = Trainer(changed, model, batches, CPU, experts=experts)
-    for _ in range(5):
-        assert float(trainer.advance()["zeros"]) < 0.01
+    soft = [trainer.advance() for _ in range(20)]
+    assert all(float(entry["zeros"]) < 0.01 for entry in soft)
+    assert float(soft[0]["chosen"]) == pytest.approx(0.5, abs=0.15)
+    assert float(soft[-1]["chosen"]) < float(soft[0]["chosen"]) - 0.04
     frozen = trainer.router.detach().clone()
-    assert 0.05 < float(trainer.advance()["zeros"]) < 0.95
-    trainer.advance()
+    hard = [trainer.advance() for _ in range(2)]
+    assert all(float(entry["zeros"]) == pytest.approx(1 - float(entry["chosen"]), abs=0.01) for entry in hard)
     assert torch.equal(frozen, trainer.router)
+
+
+def test_separability_pushes_scores_apart(model: Model, batches: Batches) -> None:
+    experts = torch.arange(64).div(8, rounding_mode="floor").expand(2, 64)
+    ends = []
+    for weight in (0.0, 0.5):
+        changed = recipe(
+            activation="silu", steps=20, expert_size=8, separability=weight, hard_from=1.0, router_rate=10.0
+        )
+        trainer = Trainer(changed, model, batches, CPU, experts=experts)
+        ends.append([float(trainer.advance()["separability"]) for _ in range(20)][-1])
+    assert ends[1] < 0.97 * ends[0]
+
+
+def test_first_router_finds_the_larger_half() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 12, generator=generator)
+    expert_of = torch.arange(16) % 4
+    way = torch.randn(4, 12, generator=generator)
+    hidden = (inputs @ way.T).exp()[:, expert_of]  # the experts' outputs follow a linear score
+    router = first_router(inputs, hidden, torch.ones(5, 16), expert_of)
+    score = inputs @ way.T
+    wanted = score > score.median(dim=1, keepdim=True).values
+    assert ((inputs @ router.T > 0) == wanted).float().mean() > 0.8
+
+
+def test_efficiency_rests_at_the_budget() -> None:
+    weights = [float(efficiency_weight(2.0, torch.tensor(share), 0.5)) for share in (0.4, 0.5, 0.525, 0.9)]
+    assert weights == pytest.approx([0.0, 0.0, 1.0, 2.0], abs=1e-5)
+
+
+def test_cut_factors_are_the_best_of_their_rank() -> None:
+    torch.manual_seed(0)
+    tensors = {"a.q": torch.randn(2, 6, 10), "b.q": torch.randn(2, 9, 6), "scale.q": torch.zeros(2, 9)}
+    short = cut(tensors, 3)
+    u, values, v = torch.linalg.svd(tensors["b.q"] @ tensors["a.q"], full_matrices=False)
+    best = u[..., :3] * values[:, None, :3] @ v[:, :3]
+    torch.testing.assert_close(short["b.q"] @ short["a.q"], best, atol=1e-5, rtol=1e-4)
+    assert short["a.q"].shape == (2, 3, 10) and short["scale.q"] is tensors["scale.q"]
+    assert cut(tensors, 0) == tensors
 
 
 def test_progressive_weight_follows_the_sine_stages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +44,20 @@ class Adapter(nn.Module):
             name: merge(base[name], self.scale[name], self.a[name], self.b[name], self.factor).to(dtype)
             for name in LINEARS
         }
+
+
+def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The same tensors with each b @ a replaced by its best approximation of `rank`; 0 leaves all as they are.
+
+    tensors: a.* [layers, r, in] and b.* [layers, out, r], fp32; others pass through.
+    """
+    short = dict(tensors)
+    for key in [key for key in tensors if rank and key.startswith("a.")]:
+        other = f"b.{key[2:]}"
+        left, r = torch.linalg.qr(tensors[other])
+        right, s = torch.linalg.qr(tensors[key].mT)
+        u, values, v = torch.linalg.svd(r @ s.mT)
+        root = values[..., :rank].sqrt()
+        short[other] = left @ (u[..., :rank] * root[..., None, :])
+        short[key] = (root[..., None] * v[..., :rank, :]) @ right.mT
+    return short

@@ -1,4 +1,4 @@
-"""LTE's experts: the neurons of each layer in equal groups of similar gate rows."""
+"""LTE's experts: the neurons of each layer in equal groups of similar gate rows, and where their routers start."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from harness.errors import ConfigError
 from harness.training.llama import Model
+
+GAIN = 4.0  # of a router's first logits, so that most scores start near 0 or 1
+RIDGE = 1e-2  # share of the inputs' mean square
+BAND = 0.05  # of the share of chosen experts, over which the efficiency loss sets in
 
 
 def cluster(model: Model, size: int, seed: int, advance: Callable[[], None] = lambda: None) -> Tensor:
@@ -39,3 +43,29 @@ def cached_cluster(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"expert_of": cluster(model, size, seed, advance)}, path)
     return load_file(path)["expert_of"]
+
+
+def first_router(inputs: Tensor, hidden: Tensor, down: Tensor, expert_of: Tensor) -> Tensor:
+    """A router that tells apart, as far as a linear one can, the half of the experts of largest output.
+
+    inputs: [tokens, width], of the MLP; hidden: [tokens, neurons]; down: [width, neurons]; expert_of: [neurons].
+    Returns [experts, width] fp32: ridge regression of +1 (this token's larger half) and -1 on the inputs, times
+    GAIN. The paper starts at random; a router must then first learn which scores to leave near one half, and
+    separability holds many where chance put them.
+    """
+    energy = (hidden.float() * down.float().norm(dim=0)).square()
+    outputs = energy.new_zeros(len(energy), int(expert_of.max()) + 1).index_add_(1, expert_of, energy)
+    wanted = (outputs > outputs.median(dim=1, keepdim=True).values).double() * 2 - 1
+    x = inputs.double()
+    gram = x.T @ x
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return GAIN * torch.linalg.solve(gram + ridge, x.T @ wanted).T.float()
+
+
+def efficiency_weight(weight: float, chosen: Tensor, budget: float) -> Tensor:
+    """The weight of LTE's efficiency loss: full from BAND over the `budget`, falling to none at it.
+
+    chosen: 0-d, share of experts chosen; the device is not synchronised. The paper has a constant weight and takes
+    whatever sparsity comes of it; with budget 0 so does this, down to a share of BAND.
+    """
+    return weight * ((chosen - budget) / BAND).clamp(0.0, 1.0)

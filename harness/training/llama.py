@@ -26,6 +26,7 @@ LINEARS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+SOFTENING = 0.01  # of LTE's separability term: a score at one half costs 100, one at 0 or 1 costs 4
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
 
@@ -147,10 +148,11 @@ def make_block(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A block function `(x, w, cos, sin, threshold, blend, keep=0, observe=None) -> (x, magnitude, zeros, router)`.
 
-    magnitude: mean |hidden|; zeros: share of exact zeros in hidden; router: LTE's two terms, else zeros.
+    magnitude: mean |hidden|; zeros: share of exact zeros in hidden; router [3]: LTE's efficiency and separability
+    terms and the share of experts chosen, else zeros.
     x: [batch, tokens, width]; w: this layer's weights by short name; threshold, blend: 0-d tensors. The hidden
     vector is (1 - blend) * start + blend * activation. keep > 0 keeps only that many hidden entries a token;
-    `observe` receives the gate and up vectors.
+    `observe` receives the MLP's input and the gate and up vectors.
     With `experts`, w also holds `router` [experts, width] and `expert_of` [neurons]; blend is then how hard the
     selection is: 0 scales an expert by its score, 1 keeps it unscaled where the score exceeds one half.
     """
@@ -172,17 +174,20 @@ def make_block(
         h = norm(x, w["norm2"], shape.epsilon)
         gate, up = functional.linear(h, w["gate"]), functional.linear(h, w["up"])
         if observe is not None:
-            observe |= {"gate": gate, "up": up}
-        router_loss = x.new_zeros(2, dtype=torch.float32)
+            observe |= {"input": h, "gate": gate, "up": up}
+        router = x.new_zeros(3, dtype=torch.float32)
         if experts:
             hidden = new.hidden(gate, up)
             score = torch.sigmoid(functional.linear(h, w["router"]).float())
-            weight = torch.where(blend > 0.5, (score > 0.5).float(), score)
-            hidden = hidden * weight.to(hidden.dtype)[..., w["expert_of"]]
-            # LTE, section 4.2: few experts (efficiency) and scores far from one half (separability)
-            router_loss = torch.stack(
-                [score.square().mean(), (score - 0.5).square().clamp_min(1e-3).reciprocal().mean()]
-            )
+            chosen = (score > 0.5).float()
+            # by a product with the one-hot membership: the gradient of indexing would add up atomically, and slowly
+            number = torch.arange(len(w["router"]), device=x.device)
+            member = (number[:, None] == w["expert_of"]).to(hidden.dtype)
+            hidden = hidden * (torch.where(blend > 0.5, chosen, score).to(hidden.dtype) @ member)
+            # LTE, section 4.2: few experts (efficiency) and scores far from one half (separability). The paper's
+            # separability has no SOFTENING: one score at one half would then outweigh all others
+            separable = ((score - 0.5).square() + SOFTENING).reciprocal()
+            router = torch.stack([score.square().mean(), separable.mean(), chosen.mean()])
         elif activation == start:
             hidden = new.hidden(gate, up, threshold)
         else:
@@ -193,6 +198,6 @@ def make_block(
         x = x + functional.linear(hidden, w["down"])
         if not statistics:
             return (x,)
-        return x, hidden.abs().float().mean(), (hidden == 0).float().mean(), router_loss
+        return x, hidden.abs().float().mean(), (hidden == 0).float().mean(), router
 
     return block

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.training.adapter import Adapter
 from harness.training.data import Batches
+from harness.training.experts import efficiency_weight, first_router
 from harness.training.llama import Model, make_block, norm, rotary
 from harness.training.losses import divergence, head_divergence
 from harness.training.sparsity import progressive_weight, square_gains, steer_threshold, threshold_target
@@ -54,9 +55,12 @@ class Recipe:
     zeros_freeze: float = 0.8
     zeros_rate: float = 0.02
     expert_size: int = 0  # neurons per expert (LTE); 0: no experts
-    efficiency: float = 0.0  # weight of the mean squared router score
-    separability: float = 0.0  # weight of the mean inverse squared distance of a score from one half
+    efficiency: float = 0.0  # weight of the mean squared router score, while more experts are chosen than `budget`
+    budget: float = 0.0  # share of experts that the efficiency loss leaves alone; 0: it never rests
+    separability: float = 0.0  # weight of the inverse squared distance of scores from one half, when the soft part ends
     hard_from: float = 0.5  # share of the run after which routers are frozen and the selection is hard
+    router_rate: float = 1.0  # learning rate of the routers, as a share of the factors'
+    ship_rank: int = 0  # rank that the trained factors are cut to before they ship; 0: all of it
 
 
 class Trainer:
@@ -84,10 +88,8 @@ class Trainer:
         self.router: torch.nn.Parameter | None = None
         self.experts = experts.to(device) if experts is not None else None
         if experts is not None:
-            generator = torch.Generator().manual_seed(recipe.seed + 1)
             size = (self.shape.layers, int(experts.max()) + 1, self.shape.width)
-            weight = torch.randn(size, generator=generator) / self.shape.width**0.5
-            self.router = torch.nn.Parameter(weight.to(device))
+            self.router = torch.nn.Parameter(torch.zeros(size, device=device))
         self.threshold = torch.zeros((), device=device)
         if init is not None:
             self._start_from(init)
@@ -107,11 +109,14 @@ class Trainer:
         self.cos, self.sin = rotary(self.shape, torch.arange(recipe.length, device=device))
         if recipe.fit_gains:
             self._fit_gains()
+        if self.router is not None and (init is None or "router" not in init):
+            self._fit_routers()
 
     def _groups(self) -> list[dict[str, Any]]:
         groups = [{"params": list(self.adapter.parameters()), "lr": self.recipe.learning_rate, "kind": "adapter"}]
         if self.router is not None:
-            groups.append({"params": [self.router], "lr": self.recipe.learning_rate, "kind": "router"})
+            rate = self.recipe.learning_rate * self.recipe.router_rate
+            groups.append({"params": [self.router], "lr": rate, "kind": "router"})
         return groups
 
     def _start_from(self, init: Mapping[str, Tensor]) -> None:
@@ -160,6 +165,21 @@ class Trainer:
             self.adapter.scale["up"][i].copy_((1 + self.adapter.scale["up"][i]) * gains - 1)
             self.adapter.b["up"][i].mul_(gains[:, None])
 
+    @torch.no_grad()
+    def _fit_routers(self) -> None:
+        """Start the routers from what the dense model's experts put out on one batch."""
+        from methods.activations import ACTIVATIONS
+
+        assert self.router is not None and self.experts is not None
+        x = self.teacher.embedding[self.batches.at(-1)]
+        block = make_block(self.shape, self.recipe.start, self.recipe.start)
+        for i, w in enumerate(self.layers(self.dtype)):
+            seen: dict[str, Tensor] = {}
+            x = block(x, w, self.cos, self.sin, self.threshold, self.blend, observe=seen)[0]
+            hidden = ACTIVATIONS[self.recipe.start].hidden(seen["gate"], seen["up"])
+            router = first_router(seen["input"].flatten(0, 1), hidden.flatten(0, 1), w["down"], self.experts[i])
+            self.router[i].copy_(router)
+
     # --------------------------------------------------------------------------------------------- step
 
     def _rate(self, step: int) -> float:
@@ -169,7 +189,9 @@ class Trainer:
         return self.recipe.final_rate + (1 - self.recipe.final_rate) * left
 
     def advance(self) -> dict[str, Tensor]:
-        """One optimiser step. Returns 0-d tensors still on the device: kl, loss, zeros, threshold, magnitude."""
+        """One optimiser step. Returns 0-d tensors still on the device: kl, loss, zeros, threshold, magnitude; with
+        experts also the share chosen and the separability term.
+        """
         recipe, progress = self.recipe, self.step / self.recipe.steps
         tokens = self.batches.at(self.step)
         hard = self.router is not None and progress >= recipe.hard_from
@@ -177,8 +199,8 @@ class Trainer:
         self.blend.fill_(float(hard) if self.router is not None else fade)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * self._rate(self.step)
-            if group["kind"] == "router" and hard:
-                group["lr"] = 0.0
+            if group["kind"] == "router":
+                group["lr"] *= 0.0 if hard else recipe.router_rate
         target = self._teach(tokens)
         # the first layer's input asks for a gradient too, so that one compiled block serves every layer
         x = self.teacher.embedding[tokens].requires_grad_()
@@ -195,11 +217,15 @@ class Trainer:
             self.first_magnitude.copy_(magnitude.detach())
         relative = (magnitude / self.first_magnitude).mean()
         loss = kl + progressive_weight(progress, recipe.l1_ends, recipe.l1_peaks) * relative
+        efficient, separate, chosen = torch.stack(routers).mean(0)
+        chosen = chosen.detach()
         if self.router is not None and not hard:
-            efficient, separate = torch.stack(routers).mean(0)
-            loss = loss + recipe.efficiency * efficient + recipe.separability * separate
+            loss = loss + efficiency_weight(recipe.efficiency, chosen, recipe.budget) * efficient
+            # the closer to the hard part, the more it matters that rounding a score changes little
+            loss = loss + recipe.separability * progress / recipe.hard_from * separate
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], recipe.clip)
+        for group in self.optimizer.param_groups:  # apart, or the routers' terms would slow the weights' steps
+            torch.nn.utils.clip_grad_norm_(group["params"], recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         share = torch.stack(zeros).mean().detach()
@@ -213,6 +239,7 @@ class Trainer:
             "zeros": share,
             "threshold": self.threshold.clone(),
             "magnitude": relative.detach(),
+            **({"chosen": chosen, "separability": separate.detach()} if self.router is not None else {}),
         }
 
     def run(
