@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -15,10 +15,14 @@ from harness.config import CellConfig, build_methods
 from harness.errors import UnsupportedError
 from harness.method import Method
 from harness.rows import SCHEMA_VERSION
-from harness.scope import to_native
+from harness.scope import to_native, unsolvable
+from harness.search import at_level, goals
 from harness.step import Policy
 from harness.store import Cell, Store, cell_id
 from harness.tracking import track
+
+if TYPE_CHECKING:
+    from harness.lm import HarnessLM
 
 WHOLE = 1000  # items a task from which on a cell is no smoke run
 
@@ -61,18 +65,23 @@ def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], consol
 
 
 def identity(config: CellConfig, methods: list[Method]) -> dict[str, Any]:
-    """Columns that are the same in every row of the cell."""
+    """Columns that are the same in every row of the cell, where a row does not say otherwise."""
+    probe, oracles = config["probe"], [m.name for m in methods if m.oracle]
+    searching = probe["names"] == ["search"]
+    if searching and probe["search"]["knob"] != "sparsity":  # what is searched for is no option that was chosen
+        methods = at_level(methods, probe["search"]["knob"], None)
     return {
         "model": config.model_name,
         "method": config.method_name,
         "variant": ";".join(v for v in (m.variant() for m in methods) if v) or None,
-        "sparsity_requested": config["sparsity"],
+        "sparsity_requested": None if searching else config["sparsity"],
         "scope": config["scope"],
         "phase": config["phase"],
         "dense_prefix": config["dense_prefix"],
         "seed": config["seed"],
         "limited": config["tasks"]["limit"] is not None and config["tasks"]["limit"] < WHOLE,
         "execution": "dense" if config.method_name == "dense" else "masked",
+        "message": f"oracle: {'+'.join(oracles)} reads what a deployable method cannot know" if oracles else None,
     }
 
 
@@ -94,6 +103,8 @@ class Run:
         )
         for method in methods:
             sentence = method.unsupported(view)
+            if config["scope"] == "model":
+                sentence = sentence or unsolvable([method])
             if config["phase"] not in method.phases:
                 sentence = f"{method.name} exists only in phase {' or '.join(method.phases)}, not {config['phase']}"
             if sentence:
@@ -118,7 +129,6 @@ class Run:
 
     def quality(self) -> None:
         """Perplexity, then task after task; each is committed by itself."""
-        from harness.lm import HarnessLM
         from harness.probes import quality
 
         config, view, tokenizer = self.config, self.loaded.view, self.loaded.tokenizer
@@ -134,7 +144,7 @@ class Run:
         missing = [t for t in config["tasks"]["names"] if not self.cell.done(f"quality-{t}")]
         if not missing:
             return
-        lm = HarnessLM(view, tokenizer, config["batch_size"], max_length=self.loaded.max_length)
+        lm = self.language_model()
         for name in missing:
             self.console.print(f"  {name}", style="dim")
             self.commit(
@@ -169,6 +179,65 @@ class Run:
         from harness.probes import affinity
 
         self._on_text("affinity", affinity.measure)
+
+    def frequency(self) -> None:
+        """How often each expert is used, by text."""
+        from harness.probes import frequency
+
+        def make() -> tuple:
+            settings = dict(self.config["probe"]["frequency"])
+            windows = {
+                name: session.calibration_windows(self.loaded, settings | {"path": None, "text": name})
+                for name in settings["texts"]
+            }
+            return (frequency.measure(self.loaded.view, self.fitted, self.policy, windows),)
+
+        self.commit("frequency", make)
+
+    def search(self) -> None:
+        """The most sparsity at which quality holds; every trial is committed by itself."""
+        from harness.probes import search
+
+        config, loaded, policy = self.config, self.loaded, self.policy
+        if config.method_name == "dense" or self.cell.done("search"):
+            return
+        settings, tasks, text = config["probe"]["search"], config["tasks"], config["probe"]["perplexity"]
+        knob, high, wanted = settings["knob"], settings["high"], goals(settings, tasks["names"])
+        fitted = session.fitted(loaded, at_level(self.methods, knob, high), config, self.store)
+        windows = session.evaluation_windows(loaded, text, text["windows"])
+        counted = session.evaluation_windows(loaded, text, config["probe"]["sparsity"]["windows"])
+        lm = self.language_model() if wanted[0].measures == "average" else None
+
+        def make(level: float) -> tuple:
+            methods = at_level([method for method, _ in fitted], knob, level)
+            tried = [(method, state) for method, (_, state) in zip(methods, fitted, strict=False)]
+            if lm is None:
+                rows = search.on_text(loaded.view, loaded.tokenizer, tried, policy, windows)
+            else:
+                facts = (config["data"]["source"], tasks["num_fewshot"], tasks["limit"], config["seed"])
+                rows = search.on_tasks(lm, tried, policy, tasks["names"], *facts)
+            rows += search.achieved(loaded.view, tried, policy, counted)
+            here = {"sparsity_requested": level} if knob == "sparsity" else {"variant": f"{knob}={level:g}"}
+            return ([row | here for row in rows],)
+
+        def trial(level: float) -> pd.DataFrame:
+            name = f"search-{knob}-{level:.6f}"
+            if not self.cell.done(name):
+                self.console.print(f"  trying {knob} {level:.4g}", style="dim")
+            self.commit(name, lambda: make(level))
+            return self.cell.read(name)
+
+        self.commit("search", lambda: (search.measure(wanted, knob, high, settings["tolerance"], trial),))
+        for line in search.summary(self.cell.read("search")):
+            self.console.print(f"  {line}", soft_wrap=True)
+
+    def language_model(self) -> HarnessLM:
+        """The model as lm-eval sees it."""
+        from harness.lm import HarnessLM
+
+        loaded, config = self.loaded, self.config
+        longest = config["tasks"]["max_gen_toks"]
+        return HarnessLM(loaded.view, loaded.tokenizer, config["batch_size"], loaded.max_length, longest)
 
     def _on_text(self, probe: str, measure: Callable[..., list[dict[str, Any]]]) -> None:
         """A probe that looks at one pass over held-out text."""

@@ -9,14 +9,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness import search
 from harness.assets import model_fingerprint
 from harness.errors import ConfigError
+from harness.text import CALIBRATION_TEXTS
+
+if TYPE_CHECKING:
+    from harness.method import Method
 
 CONF = Path(__file__).parent.parent / "conf"
 CHECKPOINTS = CONF.parent / "results" / "checkpoints"
-PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity")
+PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity", "search", "frequency")
+OWN_KEYS = ("search", "frequency")  # keys of probe that only the probe of that name reads: no part of other cells
 # Read by the command line, not part of what is measured.
 RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment", "grid")
 
@@ -101,6 +107,7 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
         _whole(cfg["tasks"]["limit"], "tasks.limit")
     if cfg["tasks"]["num_fewshot"] is not None:
         _whole(cfg["tasks"]["num_fewshot"], "tasks.num_fewshot", at_least=0)
+    _whole(cfg["tasks"]["max_gen_toks"], "tasks.max_gen_toks")
     device = str(cfg["device"])
     if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
@@ -116,7 +123,7 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
 
     names = cfg["tasks"]["names"] or []
     tasks.check_tasks(names)
-    build_methods(cfg["method"])
+    _check_probes_of(build_methods(cfg["method"]), cfg)
     return CellConfig(_canonical(cfg))
 
 
@@ -161,6 +168,51 @@ def _check_probe(probe: Mapping[str, Any]) -> None:
     _choice(latency["execution"], "probe.latency.execution", ("auto", "masked", "kernel"))
     if not isinstance(latency["compile"], bool):
         raise ConfigError(f"probe.latency.compile must be true or false, not {latency['compile']!r}")
+    if "search" in probe["names"]:
+        _check_search(probe["search"])
+    if "frequency" in probe["names"]:
+        _check_frequency(probe["frequency"])
+
+
+def _check_search(settings: Mapping[str, Any]) -> None:
+    _choice(settings["target"], "probe.search.target", search.TARGETS)
+    _choice(settings["knob"], "probe.search.knob", search.KNOBS)
+    for percent in _listed(settings["percent"], "probe.search.percent"):
+        if _number(percent, "probe.search.percent") <= 0:
+            raise ConfigError(f"probe.search.percent must be above 0, not {percent}")
+    for key in ("keep", "high"):
+        if not 0 < _number(settings[key], f"probe.search.{key}") < 1:
+            raise ConfigError(f"probe.search.{key} must lie between 0 and 1, not {settings[key]}")
+    if not 1e-4 <= _number(settings["tolerance"], "probe.search.tolerance") < settings["high"]:
+        raise ConfigError(
+            f"probe.search.tolerance must be at least 0.0001 and below probe.search.high, not {settings['tolerance']}"
+        )
+
+
+def _check_frequency(settings: Mapping[str, Any]) -> None:
+    for name in _listed(settings["texts"], "probe.frequency.texts"):
+        _choice(name, "probe.frequency.texts", CALIBRATION_TEXTS)
+    _whole(settings["tokens"], "probe.frequency.tokens")
+    _whole(settings["window"], "probe.frequency.window", at_least=2)
+    if settings["window"] > settings["tokens"]:
+        raise ConfigError("probe.frequency.window is longer than probe.frequency.tokens")
+
+
+def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:
+    """Whether the probes mean something for these methods."""
+    names = cfg["probe"]["names"]
+    if "search" in names:
+        search.check(cfg["probe"]["search"], cfg["scope"], methods)
+    if "frequency" in names and not any(method.makes_experts for method in methods):
+        raise ConfigError(f"probe frequency counts the use of experts, and {methods[-1].name} makes none")
+
+
+def _listed(value: Any, key: str) -> list[Any]:
+    """A list of several, or the one in it."""
+    found = list(value) if isinstance(value, list | tuple) else [value]
+    if not found:
+        raise ConfigError(f"{key} is empty")
+    return found
 
 
 def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
@@ -208,8 +260,27 @@ def _canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
         cfg["model"] = cfg["model"] | {"fingerprint": hashlib.sha256(record.read_bytes()).hexdigest()}
     if cfg["calibration"] is not None:
         cfg["calibration"] = _with_hash(cfg["calibration"])
-    cfg["probe"] = cfg["probe"] | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
+    cfg["probe"] = _canonical_probe(cfg["probe"]) | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
+    if cfg["probe"]["names"] == ["search"] and methods:  # of nothing else: its cell is that of the highest level
+        knob, high = cfg["probe"]["search"]["knob"], cfg["probe"]["search"]["high"]
+        cfg["sparsity"] = high if knob == "sparsity" else 0.0
+        at = {name: options | {"sparsity": cfg["sparsity"]} for name, options in cfg["method"].items()}
+        inner = list(at)[-1]
+        cfg["method"] = at | {inner: at[inner] | {knob: high}}
     return cfg
+
+
+def _canonical_probe(probe: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys of probes that are not run, or that their target does not read."""
+    found = {key: value for key, value in probe.items() if key not in OWN_KEYS or key in probe["names"]}
+    if "search" in found:
+        unread = "keep" if found["search"]["target"] == "ppl_increase" else "percent"
+        found["search"] = {key: value for key, value in found["search"].items() if key != unread}
+        if "percent" in found["search"]:
+            found["search"]["percent"] = [float(p) for p in _listed(found["search"]["percent"], "percent")]
+    if "frequency" in found:
+        found["frequency"] = found["frequency"] | {"texts": _listed(found["frequency"]["texts"], "texts")}
+    return found
 
 
 def _with_hash(text: Mapping[str, Any]) -> dict[str, Any]:

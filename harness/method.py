@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.calibration import Calibration
 from harness.families import View
 from harness.patch import install
-from harness.selection import SiteSelection
+from harness.selection import PROJECTIONS, SiteSelection
 from harness.step import Step
 
 State = dict[str, Tensor]
@@ -50,13 +50,43 @@ class Method:
     batch_coupled: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
     fit_fields: ClassVar[tuple[str, ...]] = ()
-    oracle: ClassVar[bool] = False  # reads what a deployable method cannot know
     swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
 
     @property
     def sites(self) -> Mapping[str, str]:
         """Site -> what `select` sees there."""
         return {}
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it reads what a deployable method cannot know. Its rows say so."""
+        return False
+
+    @property
+    def has_level(self) -> bool:
+        """Whether `sparsity` sets how much is skipped; a budget of error or trained gates settle it themselves."""
+        return True
+
+    @property
+    def makes_experts(self) -> bool:
+        """Whether it makes experts, whose use can be counted."""
+        return type(self).usage is not Method.usage
+
+    def skips(self, view: View) -> frozenset[str]:
+        """Projections of which the level `sparsity` skips that share of the weights: what scope=model reckons with.
+
+        A channel site skips columns of its projections; neurons skip rows of gate and up (of up alone where the
+        decision reads the whole gate) and columns of down; heads skip rows of q and columns of o.
+        """
+        found: set[str] = set()
+        for site, sees in self.sites.items():
+            if site == "neurons":
+                found |= {"up", "down"} if sees == "gate" else {"gate", "up", "down"}
+            elif site == "heads":
+                found |= {"q", "o"}
+            else:
+                found |= set(PROJECTIONS[site])
+        return frozenset(found)
 
     def unsupported(self, view: View) -> str | None:
         """One sentence why this method makes no sense on this model, or None."""
@@ -77,6 +107,13 @@ class Method:
     def select(self, plan: Any, site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
         """Decide what to keep at a site of a block for x [batch, tokens, channels]. None keeps everything."""
         raise NotImplementedError(f"{type(self).__name__} declares sites but no select")
+
+    def usage(self, view: View, state: State, batches: Iterable[Tensor]) -> Tensor:
+        """How often text uses each expert, float32 [layers, experts]; of methods that make experts.
+
+        batches: token windows int64 [batch, length] without padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no experts")
 
     def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
         """Weights that deciding itself touches for each token, over all blocks: {"mlp": n, "attn": n}."""

@@ -9,34 +9,33 @@ from harness.attach import Fitted, overhead
 from harness.errors import UnsupportedError
 from harness.families import View
 from harness.method import Method
-from harness.selection import PROJECTIONS
+
+
+def unsolvable(methods: Sequence[Method]) -> str | None:
+    """One sentence where no native level can be solved for, or None."""
+    for method in methods:
+        if method.sites and not method.has_level:
+            options = f"({method.variant()}) " if method.variant() else ""
+            return (
+                f"how much {method.name} {options}skips is settled by something else than a level, "
+                f"so scope=model has nothing to solve for: use scope=native"
+            )
+    return None
 
 
 def coverage(view: View, methods: Sequence[Method]) -> float:
-    """Share of the block weights that native sparsity 1 would skip.
-
-    A channel site skips columns of its projections; neurons skip rows of gate and up (of up alone where the decision
-    reads the whole gate) and columns of down; heads skip rows of q and columns of o. K and V stay: whether their
-    entries may go is the KV policy's matter.
-    """
-    skipped: set[str] = set()
-    for method in methods:
-        for site, sees in method.sites.items():
-            if site == "neurons":
-                skipped |= {"up", "down"} if sees == "gate" else {"gate", "up", "down"}
-            elif site == "heads":
-                skipped |= {"q", "o"}
-            else:
-                skipped |= set(PROJECTIONS[site])
+    """Share of the block weights that native sparsity 1 would skip."""
+    skipped = frozenset[str]().union(*(method.skips(view) for method in methods))
     return sum(view.weights(p) for p in view.projection_names() if p in skipped) / view.block_weights
 
 
 def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
     """The same methods at the native level at which they skip `requested` of all block weights.
 
+    Those at 0 stay there (a swapped activation outside of another method keeps its natural zeros, uncounted here).
     Raises `UnsupportedError` that names the most they can reach.
     """
-    share = coverage(view, [method for method, _ in methods])
+    share = coverage(view, [method for method, _ in methods if method.sparsity > 0])
     cost = sum(overhead(view, methods).values()) / (view.block_weights * view.n_layers)
     if requested == 0 or share == 0:
         return methods
@@ -47,4 +46,4 @@ def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
             f"{names} can skip at most {max(0.0, share - cost):.2f} of the block weights of {view.name}, "
             f"so {requested} of the whole model is out of reach"
         )
-    return [(replace(method, sparsity=level) if method.sites else method, state) for method, state in methods]
+    return [(replace(method, sparsity=level) if method.sparsity > 0 else method, state) for method, state in methods]

@@ -1,20 +1,18 @@
-"""Search modes: the most sparsity (or CETT) at which a condition on quality still holds, by bisection."""
+"""Search modes: the most sparsity (or CETT) at which a condition on quality still holds, and what can be searched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
-from harness.probes import quality, sparsity
-from harness.step import Policy
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from harness.method import Method
+
+TARGETS = ("ppl_increase", "critical")
+KNOBS = ("sparsity", "cett")
 
 
 @dataclass(frozen=True)
@@ -50,64 +48,57 @@ def highest(
     return Found(*best, tuple(trials))
 
 
-def ppl_increase(measure: Callable[[float], float], dense: float, percent: float, **bounds: float) -> Found:
-    """PPL-p% (Sparsing Law, arXiv 2411.02335): the highest level with a perplexity of at most (1 + p %) of dense.
+@dataclass(frozen=True)
+class Goal:
+    """What a search keeps: a value of at most (rises) or at least `limit` times the value at level 0.
 
-    measure: level -> perplexity. bounds: low, high and tolerance of the level.
-    """
-    return highest(measure, lambda value: value <= dense * (1 + percent / 100), **bounds)
-
-
-def critical(measure: Callable[[float], float], dense: float, keep: float = 0.99, **bounds: float) -> Found:
-    """Critical sparsity: the highest level whose average score is at least the share `keep` of the dense one."""
-    return highest(measure, lambda value: value >= dense * keep, **bounds)
-
-
-def perplexity_of(
-    view: View, tokenizer: Any, method: Method, state: State, policy: Policy, windows: Tensor, knob: str = "sparsity"
-) -> Callable[[float], float]:
-    """Level -> the perplexity probe's value of the method with that level as its `knob` ("sparsity" or "cett").
-
-    One fitted state serves all levels: the method's fit must not depend on the knob. Level 0 is dense.
+    name: of its rows, "ppl_increase_1" or "critical_99". measures: "perplexity" or "average" (over tasks).
     """
 
-    def measure(level: float) -> float:
-        methods = [(replace(method, **{knob: level}), state)] if level > 0 else []
-        rows, _, _ = quality.perplexity(view, tokenizer, methods, policy, windows, kl_windows=0, dense={})
-        return rows[0]["value"]
+    name: str
+    measures: str
+    limit: float
 
-    return measure
+    def holds(self, value: float, dense: float) -> bool:
+        """Whether a value is good enough beside that at level 0."""
+        return value <= dense * self.limit if self.measures == "perplexity" else value >= dense * self.limit
 
 
-def search_ppl_increase(
-    view: View,
-    tokenizer: Any,
-    method: Method,
-    state: State,
-    policy: Policy,
-    windows: Tensor,
-    percent: float,
-    knob: str = "sparsity",
-    high: float = 0.95,
-    tolerance: float = 0.005,
-) -> list[Row]:
-    """Rows of a PPL-p% search on windows int64 [n, length]: the level, its perplexity, the sparsity achieved."""
-    measure = perplexity_of(view, tokenizer, method, state, policy, windows, knob)
-    dense = measure(0.0)
-    found = ppl_increase(measure, dense, percent, low=0.0, high=high, tolerance=tolerance)
-    n, name = windows.numel(), f"ppl_increase_{percent:g}"
-    rows = [
-        {"metric": f"{name}_{knob}", "value": found.level, "unit": "share"},
-        {"metric": f"{name}_perplexity", "value": found.value, "unit": "ratio"},
-        {"metric": f"{name}_dense_perplexity", "value": dense, "unit": "ratio"},
-    ]
-    rows = [{"probe": "search", "step_phase": "all", "n": n} | row for row in rows]
-    if found.level == 0:
-        return rows
-    fitted = [(replace(method, **{knob: found.level}), state)]
-    achieved = [
-        row | {"probe": "search", "metric": f"{name}_achieved"}
-        for row in sparsity.measure(view, fitted, policy, windows)
-        if row["metric"] == "achieved" and row["step_phase"] == "all" and row["layer"] is None
-    ]
-    return rows + achieved
+def goals(settings: Mapping[str, Any], tasks: Sequence[str]) -> list[Goal]:
+    """The goals of a search.
+
+    ppl_increase: PPL-p% (Sparsing Law, arXiv 2411.02335), the most with a perplexity of at most (1 + p %) of dense, for
+    every p of `percent`. critical: the most that keeps the share `keep` of the dense average over the tasks; without
+    tasks, of the inverse of the perplexity.
+    """
+    if settings["target"] == "ppl_increase":
+        return [Goal(f"ppl_increase_{p:g}", "perplexity", 1 + p / 100) for p in settings["percent"]]
+    keep = settings["keep"]
+    name = f"critical_{100 * keep:g}"
+    return [Goal(name, "average", keep) if tasks else Goal(name, "perplexity", 1 / keep)]
+
+
+def at_level(methods: Sequence[Method], knob: str, level: float | None) -> list[Method]:
+    """Nested methods with the innermost at a level of its knob (None: unset). At CETT 0 it is left out."""
+    if knob == "cett" and level == 0:
+        return list(methods[:-1])
+    changes: dict[str, Any] = {knob: level}
+    return [*methods[:-1], replace(methods[-1], **changes)]
+
+
+def check(settings: Mapping[str, Any], scope: str, methods: Sequence[Method]) -> None:
+    """Raise `ConfigError` where a search makes no sense for these methods: before anything is loaded."""
+    knob, inner = settings["knob"], methods[-1]
+    name = inner.name
+    if scope == "model":
+        raise ConfigError("a search varies the native level, and its rows say what of the model that is: scope=native")
+    if knob not in [field.name for field in fields(inner)]:
+        raise ConfigError(f"probe.search.knob={knob}, but {name} has no option {knob}")
+    if knob == "sparsity" and not inner.has_level:
+        raise ConfigError(f"{name} has no sparsity to search for: how much it skips is settled by something else")
+    others = [method.name for method in methods[:-1] if not method.swap]
+    if others:
+        raise ConfigError(f"a search varies one method, and {'+'.join([*others, name])} are several")
+    low, high = (at_level(methods, knob, share * settings["high"])[-1] for share in (0.5, 1.0))
+    if low.fit_key() != high.fit_key():
+        raise ConfigError(f"what {name} learns depends on its {knob}: a search would fit it anew at every level")

@@ -137,11 +137,14 @@ def check_texts(config: CellConfig) -> None:
         "quality": probe["perplexity"]["windows"],
         "sparsity": probe["sparsity"]["windows"],
         "latency": LATENCY_WINDOWS,
+        "search": probe["perplexity"]["windows"],
     }
     for name in set(asked).intersection(probe["names"]):
         _evaluation_windows(tokenizer, probe["perplexity"], asked[name])
     if config["calibration"] is not None:
         _calibration_windows(tokenizer, config["calibration"])
+    for name in probe["frequency"]["texts"] if "frequency" in probe["names"] else ():
+        _calibration_windows(tokenizer, probe["frequency"] | {"path": None, "text": name})
 
 
 def evaluation_windows(loaded: Loaded, perplexity: dict[str, Any], count: int) -> Tensor:

@@ -46,11 +46,15 @@ class Attribution(Method):
 
     name: ClassVar[str] = "attribution"
     paper: ClassVar[str] = "arXiv 2406.06562"
-    oracle: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.targets not in TARGETS:
             raise ConfigError(f"method.attribution.targets must be one of {', '.join(TARGETS)}, not {self.targets!r}")
+
+    @property
+    def oracle(self) -> bool:
+        """It needs a pass over the whole model before the pass."""
+        return True
 
     @property
     def sites(self) -> Mapping[str, str]:

@@ -46,6 +46,11 @@ class Cett(Method):
             raise ConfigError(f"method.cett.cett_tokens must be at least 1, not {self.cett_tokens}")
 
     @property
+    def has_level(self) -> bool:
+        """Not with an error budget: the sparsity is then what comes out."""
+        return self.cett is None
+
+    @property
     def sites(self) -> Mapping[str, str]:
         """Input channels of down."""
         return {} if self.sparsity == 0 and self.cett is None else {"mlp_hidden": "input"}

@@ -85,6 +85,11 @@ class DejaVu(Method):
         return self.predictor in ("serial", "lookahead")
 
     @property
+    def oracle(self) -> bool:
+        """The labels' own scores are known only after the work is done."""
+        return self.predictor == "oracle"
+
+    @property
     def sites(self) -> Mapping[str, str]:
         """Neurons and heads, and what the predictor of each sees."""
         sees = {"serial": "input", "random": "input", "oracle": "output"}.get(self.predictor, "residual")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from harness.selection import Mask, TopK, keep_mask, top_k_count
 from harness.step import Step
 from methods import experts
 from methods.moefication import split_layers
-
-USED = 0.2  # share of a layer's experts that a token is said to use: those that hold most of its activation
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,11 @@ class ExpertPrune(Method):
     def fit(self, view: View, calibration: Calibration) -> State:
         """`expert_of` int64 [layers, neurons] and `frequency` float32 [layers, experts] on the calibration text."""
         splits = torch.stack(split_layers(view, calibration, "kmeans", self.expert_size, self.seed))
-        return {"expert_of": splits, "frequency": frequencies(view, splits, calibration.batches)}
+        return {"expert_of": splits, "frequency": experts.frequencies(view, splits, calibration.batches)}
+
+    def usage(self, view: View, state: State, batches: Iterable[Tensor]) -> Tensor:
+        """The frequencies that it prunes by, on other text."""
+        return experts.frequencies(view, state["expert_of"], batches)
 
     def plan(self, view: View, state: State) -> list[Mask]:
         """One keep mask bool [neurons] a layer."""
@@ -90,36 +92,3 @@ def kept_experts(worth: Tensor, sparsity: float, rates: str) -> Tensor:
     ranked = torch.where(best, torch.inf, worth).flatten()
     kept = max(len(worth), top_k_count(worth.numel(), sparsity))
     return keep_mask(TopK(ranked, kept), ranked).view_as(worth)
-
-
-@torch.no_grad()
-def frequencies(view: View, expert_of: Tensor, batches: Iterable[Tensor]) -> Tensor:
-    """How often each expert is used, float32 [layers, experts]: the share of tokens that have it among their best USED.
-
-    expert_of: int64 [layers, neurons]. batches: token windows [batch, length] without padding. An expert's hold on a
-    token is the sum of |a_i| over its neurons.
-    """
-    sums = [experts.Sums(split) for split in expert_of]
-    k = max(1, round(USED * sums[0].n_experts))
-    counts = torch.zeros(view.n_layers, sums[0].n_experts)
-    text = Calibration(view, batches)
-
-    def see(layer: int, x: Tensor) -> None:
-        held = sums[layer].of(x.flatten(0, 1))
-        counts[layer] += keep_mask(TopK(held, k), held).sum(0).cpu()
-
-    text.visit({"mlp_hidden": see})
-    return counts / text.tokens
-
-
-def frequency_table(view: View, expert_of: Tensor, texts: Mapping[str, Iterable[Tensor]]) -> Iterator[dict[str, Any]]:
-    """Heat-map rows {text, layer, expert, frequency, n}: `frequencies` on texts by domain or language.
-
-    texts: name -> token windows [batch, length]. n: tokens.
-    """
-    for name, batches in texts.items():
-        kept = list(batches)
-        n = sum(batch.numel() for batch in kept)
-        for layer, row in enumerate(frequencies(view, expert_of, kept).tolist()):
-            for expert, frequency in enumerate(row):
-                yield {"text": name, "layer": layer, "expert": expert, "frequency": frequency, "n": n}

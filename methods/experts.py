@@ -6,14 +6,18 @@ A split is `expert_of`, int64 [neurons]: the expert of each neuron. Every expert
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.calibration import Calibration
 from harness.families import Block, View
+from harness.selection import TopK, keep_mask
 
+USED = 0.2  # share of a layer's experts that a token is said to use: those that hold most of its activation
 HEAVIEST = 2**20  # METIS takes whole edge weights; larger ones could overflow its sums
 
 
@@ -120,3 +124,23 @@ def active(hidden: Tensor, share: float, natural: bool) -> Tensor:
 def natural_zeros(view: View) -> bool:
     """Whether the activation makes true zeros."""
     return "relu" in view.activation.lower()
+
+
+@torch.no_grad()
+def frequencies(view: View, expert_of: Tensor, batches: Iterable[Tensor]) -> Tensor:
+    """How often each expert is used, float32 [layers, experts]: the share of tokens that have it among their best USED.
+
+    expert_of: int64 [layers, neurons]. batches: token windows [batch, length] without padding. An expert's hold on a
+    token is the sum of |a_i| over its neurons.
+    """
+    sums = [Sums(split) for split in expert_of]
+    k = max(1, round(USED * sums[0].n_experts))
+    counts = torch.zeros(view.n_layers, sums[0].n_experts)
+    text = Calibration(view, batches)
+
+    def see(layer: int, x: Tensor) -> None:
+        held = sums[layer].of(x.flatten(0, 1))
+        counts[layer] += keep_mask(TopK(held, k), held).sum(0).cpu()
+
+    text.visit({"mlp_hidden": see})
+    return counts / text.tokens

@@ -60,6 +60,11 @@ class KvSkip(Method):
                 raise ConfigError(f"method.kv_skip.{key} must be one of {', '.join(known)}, not {getattr(self, key)!r}")
 
     @property
+    def oracle(self) -> bool:
+        """Outputs over all entries are known only after the work is done."""
+        return self.select_by == "norm"
+
+    @property
     def sites(self) -> Mapping[str, str]:
         """Heads, and what the decision sees."""
         if self.sparsity == 0:
@@ -83,17 +88,25 @@ class KvSkip(Method):
             seed=self.seed,
         )
 
+    def skips(self, view: View) -> frozenset[str]:
+        """K and V too where whole groups go. Dropped one by one, heads free a group only now and then."""
+        whole = self.unit == "group" or view.group_size == 1
+        return super().skips(view) | ({"k", "v"} if self.sites and whole and self.kv != "mask_output" else set())
+
     def unsupported(self, view: View) -> str | None:
-        """Where no KV entry can ever be skipped."""
-        if self.kv != "mask_output" and self.sparsity > 0:
-            if view.n_kv_heads == 1:
-                return f"{view.name} has one KV group, which every token uses: kv={self.kv} could skip no entry"
-            n_dropped = view.n_heads - top_k_count(view.n_heads, self.sparsity)
-            if self.unit == "head" and n_dropped < view.group_size:
-                return (
-                    f"sparsity {self.sparsity:g} drops {n_dropped} of {view.n_heads} heads, fewer than the "
-                    f"{view.group_size} of a KV group in {view.name}: kv={self.kv} could skip no entry"
-                )
+        """Where no KV entry can ever be skipped, or no group dropped."""
+        if self.sparsity == 0:
+            return None
+        if view.n_kv_heads == 1 and (self.unit == "group" or self.kv != "mask_output"):
+            return f"{view.name} has one KV group, which every token uses: kv={self.kv} could skip no entry"
+        if self.unit == "group" and top_k_count(view.n_kv_heads, self.sparsity) == view.n_kv_heads:
+            return f"sparsity {self.sparsity:g} drops none of the {view.n_kv_heads} KV groups of {view.name}"
+        n_dropped = view.n_heads - top_k_count(view.n_heads, self.sparsity)
+        if self.unit == "head" and self.kv != "mask_output" and n_dropped < view.group_size:
+            return (
+                f"sparsity {self.sparsity:g} drops {n_dropped} of {view.n_heads} heads, fewer than the "
+                f"{view.group_size} of a KV group in {view.name}: kv={self.kv} could skip no entry"
+            )
         return None if self.predictor is None else self.predictor.unsupported(view)
 
     def fit_key(self) -> dict[str, Any]:

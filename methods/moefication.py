@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -58,6 +58,11 @@ class MoEfication(Method):
                 raise ConfigError(
                     f"method.moefication.{key} must be a whole number of at least 1, not {getattr(self, key)!r}"
                 )
+
+    @property
+    def oracle(self) -> bool:
+        """True sums of activation are known only after the work is done."""
+        return self.router == "oracle"
 
     @property
     def sites(self) -> Mapping[str, str]:
@@ -146,6 +151,10 @@ class MoEfication(Method):
         """The neurons of the k best experts. x: [batch, tokens, d_model], or the hidden vector for the oracle."""
         scores = self.score(plan, layer, x, step)
         return Mask(keep_mask(TopK(scores, plan.k), scores)[..., plan.expert_of[layer]])
+
+    def usage(self, view: View, state: State, batches: Iterable[Tensor]) -> Tensor:
+        """By what the experts hold, whatever the router: see `experts.frequencies`."""
+        return experts.frequencies(view, state["expert_of"], batches)
 
     def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
         """The router's own weights."""

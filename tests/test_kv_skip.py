@@ -282,9 +282,11 @@ def test_what_can_skip_nothing_is_said():
     one = view_of("llama", num_key_value_heads=1)
     assert "one KV group" in (KvSkip(0.5).unsupported(one) or "")
     assert KvSkip(0.5, kv="mask_output").unsupported(one) is None
+    assert "one KV group" in (KvSkip(0.5, kv="mask_output", unit="group").unsupported(one) or "")
     mistral = view_of("mistral")
     assert "fewer than" in (KvSkip(0.25).unsupported(mistral) or "")
-    assert KvSkip(0.25, unit="group").unsupported(mistral) is None
+    assert "drops none of the 2 KV groups" in (KvSkip(0.2, unit="group").unsupported(mistral) or "")
+    assert KvSkip(0.5, unit="group").unsupported(mistral) is None
     assert KvSkip(0.5, select_by="lookahead", lookahead=9).unsupported(mistral)
 
 

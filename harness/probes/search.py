@@ -1,0 +1,122 @@
+"""Search probe: trials of a method at one level after another, and the level at which quality is just kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from harness.attach import Fitted
+from harness.collect import ACCURACIES
+from harness.errors import ConfigError
+from harness.families import View
+from harness.lm import HarnessLM
+from harness.probes import quality, sparsity
+from harness.search import Goal, highest
+from harness.step import Policy
+
+Row = dict[str, Any]
+VALUES = {"perplexity": "trial_perplexity", "average": "trial_average"}
+
+
+def on_text(view: View, tokenizer: Any, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:
+    """The perplexity of one trial on windows int64 [n, length]."""
+    rows, _, _ = quality.perplexity(view, tokenizer, methods, policy, windows, kl_windows=0, dense={})
+    return [row | {"probe": "search", "metric": "trial_perplexity"} for row in rows[:1]]
+
+
+def on_tasks(
+    lm: HarnessLM,
+    methods: Fitted,
+    policy: Policy,
+    names: Sequence[str],
+    data: str,
+    num_fewshot: int | None,
+    limit: int | None,
+    seed: int,
+) -> list[Row]:
+    """The accuracy of one trial on every task (as in the headline: acc, else exact_match), and their mean."""
+    rows = []
+    for name in names:
+        scores, _ = quality.task(lm, methods, policy, name, data, num_fewshot, limit, seed, None)
+        bases = {row["metric"].partition(":")[0]: row for row in reversed(scores)}
+        found = next((bases[metric] for metric in ACCURACIES if metric in bases), None)
+        if found is None:
+            raise ConfigError(f"task {name} has no accuracy that a search could average")
+        rows.append(found | {"probe": "search", "metric": "trial_score", "message": None})
+    mean = {
+        "probe": "search",
+        "metric": "trial_average",
+        "task": "+".join(names),
+        "value": sum(row["value"] for row in rows) / len(rows),
+        "stderr": math.sqrt(sum((row["stderr"] or 0.0) ** 2 for row in rows)) / len(rows),
+        "n": sum(row["n"] for row in rows),
+        "unit": "share",
+        "limited": any(row["limited"] for row in rows),
+    }
+    return [*rows, mean]
+
+
+def achieved(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:
+    """What one trial skips, by site and in all, of the tokens that the policy makes sparse."""
+    return [
+        row | {"probe": "search", "metric": "trial_achieved"}
+        for row in sparsity.measure(view, methods, policy, windows)
+        if row["metric"] == "achieved" and row["step_phase"] == policy.phase and row["layer"] is None
+    ]
+
+
+def measure(
+    goals: Sequence[Goal], knob: str, high: float, tolerance: float, trial: Callable[[float], pd.DataFrame]
+) -> list[Row]:
+    """Rows of every goal: the level found, the value there and at level 0, and what is skipped there.
+
+    trial: level -> its rows (each level is asked for as often as it comes up: it must remember). With G a goal's name:
+    G_<knob>: the level. G_perplexity or G_average: the value there; G_dense: the value at level 0. G_achieved: by site.
+    """
+    rows: list[Row] = []
+    for goal in goals:
+
+        def value(level: float, goal: Goal = goal) -> float:
+            return float(_of(trial(level), VALUES[goal.measures])["value"].item())
+
+        dense = value(0.0)
+        found = highest(value, lambda v, goal=goal, dense=dense: goal.holds(v, dense), 0.0, high, tolerance)
+        there = trial(found.level)
+        measured = _of(there, VALUES[goal.measures]).iloc[0]
+        note = f"held up to the highest level tried, {high:g}" if found.level == high else None
+        common = {"probe": "search", "step_phase": "all", "task": measured["task"], "n": int(measured["n"])}
+        common |= {"message": note, "limited": bool(measured["limited"]) if pd.notna(measured["limited"]) else None}
+        unit = str(measured["unit"])
+        rows += [
+            common | {"metric": f"{goal.name}_{knob}", "value": found.level, "unit": "share"},
+            common | {"metric": f"{goal.name}_{goal.measures}", "value": found.value, "unit": unit},
+            common | {"metric": f"{goal.name}_dense", "value": dense, "unit": unit},
+        ]
+        for row in _of(there, "trial_achieved").to_dict("records"):
+            kept = {key: row[key] for key in ("site", "step_phase", "value", "unit")}
+            rows.append(kept | {"probe": "search", "metric": f"{goal.name}_achieved", "n": int(row["n"])})
+    return rows
+
+
+def _of(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return rows[rows["metric"] == metric]
+
+
+def summary(rows: pd.DataFrame) -> list[str]:
+    """One line for each goal: "ppl_increase_1: sparsity 0.412 (achieved: model 0.131, mlp 0.205), perplexity 20.8"."""
+    lines = []
+    values = {(row.metric, row.site if pd.notna(row.site) else None): row.value for row in rows.itertuples()}
+    for metric, value in ((m, v) for (m, _), v in values.items() if m.endswith("_dense")):
+        goal = metric.removesuffix("_dense")
+        said = ", ".join(
+            f"{m.removeprefix(f'{goal}_')} {v:.4g}"
+            for (m, site), v in values.items()
+            if site is None and m.startswith(f"{goal}_") and m != metric
+        )
+        share = values.get((f"{goal}_achieved", "model"))
+        lines.append(f"{goal}: {said} (dense {value:.4g}), of all block weights {share:.3f}")
+    return lines
