@@ -105,8 +105,9 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
     _whole(cfg["seed"], "seed", at_least=0)
     if cfg["tasks"]["limit"] is not None:
         _whole(cfg["tasks"]["limit"], "tasks.limit")
-    if cfg["tasks"]["num_fewshot"] is not None:
-        _whole(cfg["tasks"]["num_fewshot"], "tasks.num_fewshot", at_least=0)
+    shots = cfg["tasks"]["num_fewshot"]
+    for name, count in (shots if isinstance(shots, dict) else {"": 0 if shots is None else shots}).items():
+        _whole(count, f"tasks.num_fewshot{name and '.'}{name}", at_least=0)
     _whole(cfg["tasks"]["max_gen_toks"], "tasks.max_gen_toks")
     device = str(cfg["device"])
     if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():

@@ -167,6 +167,11 @@ _TASKS: dict[str, _Local] = {
         hub_split="test",
         differs="line breaks collapsed to blanks",
     ),
+    "triviaqa": _Local(
+        "triviaqa",
+        {"validation": _Arrow("trivia_qa/rc.wikipedia.nocontext/validation")},
+        differs="questions of the configuration rc.wikipedia.nocontext",
+    ),
     "gsm8k": _Local("gsm8k", {"test": _Requests("gsm8k/gold_bpb_5shot", _gsm8k)}, hub_split="test"),
 }
 _MMLU = "mmlu/default"
@@ -299,9 +304,12 @@ def task_manager(data: str = "local") -> TaskManager:
 
     Give it to `simple_evaluate(task_manager=...)`, which else builds the slow one. Made once a process.
     """
+    from lm_eval import utils
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    # It compiles a prompt's template anew for every document, which is half of a task's overhead.
+    utils.env.from_string = cache(type(utils.env).from_string.__get__(utils.env))
     root = _lm_eval_tasks()
     folders = sorted({local.folder for local in _TASKS.values()} | {_MMLU})
     with _quiet():
@@ -339,11 +347,13 @@ def _reader(name: str) -> Callable[..., Any]:
     return read_local
 
 
-def load_tasks(names: Sequence[str], data: str = "local", num_fewshot: int | None = None) -> list[Task | Group]:
+def load_tasks(
+    names: Sequence[str], data: str = "local", num_fewshot: int | Mapping[str, int] | None = None
+) -> list[Task | Group]:
     """Fresh lm-eval task objects for `simple_evaluate(tasks=..., task_manager=task_manager(data))`.
 
-    `num_fewshot` None keeps each task's own default (gsm8k: 5, all others: 0). Objects are not to be used
-    for two evaluations: lm-eval writes shots and seeds into them. Raises ConfigError for an unknown name
+    `num_fewshot` None keeps each task's own default (gsm8k: 5, all others: 0); a mapping sets it for the tasks
+    that it names. Objects are not to be used for two evaluations: lm-eval writes shots and seeds into them. Raises ConfigError for an unknown name
     or source, AssetError where the data can't be had.
     """
     if data not in DATA_SOURCES:
@@ -363,7 +373,8 @@ def load_tasks(names: Sequence[str], data: str = "local", num_fewshot: int | Non
                     f"the data of task {name} can't be loaded from the hub ({reason}): data=local needs no network"
                 ) from error
         loaded.append(found["groups"][name] if name in found.get("groups", {}) else found["tasks"][name])
-        if num_fewshot is not None:
+        shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
+        if shots is not None:
             for task in found["tasks"].values():
-                task.set_config(key="num_fewshot", value=num_fewshot)
+                task.set_config(key="num_fewshot", value=shots)
     return loaded

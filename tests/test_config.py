@@ -149,6 +149,8 @@ def test_the_device_is_kept_for_running() -> None:
         ("seed", -1, "seed must be"),
         ("tasks.limit", 0, "tasks.limit"),
         ("tasks.num_fewshot", -1, "tasks.num_fewshot"),
+        ("tasks.num_fewshot", {"piqa": -1}, "tasks.num_fewshot.piqa"),
+        ("tasks.max_gen_toks", 0, "tasks.max_gen_toks"),
         ("tasks.names", ["piqaa"], "did you mean piqa?"),
         ("model.source", "file", "model.source"),
         ("model.path", "/no/such/place", "model.path names a folder that does not exist"),

@@ -29,6 +29,7 @@ DOCUMENTS = {
     "sst2": (872, "sentence label"),
     "mrpc": (408, "sentence1 sentence2 label"),
     "lambada_openai": (5153, "text"),
+    "triviaqa": (7993, "question answer"),
     "gsm8k": (1319, "question answer"),
     "mmlu_anatomy": (135, "question choices answer"),
 }
@@ -157,6 +158,8 @@ def test_shots_differ_from_the_tasks_default_only_where_asked():
     assert tasks.load_tasks(["gsm8k"], num_fewshot=0)[0].config.num_fewshot == 0
     assert tasks.load_tasks(["piqa"], num_fewshot=5)[0].config.num_fewshot == 5
     assert tasks.load_tasks(["piqa"])[0].config.num_fewshot is None  # a fresh object each time
+    by_task = [task.config.num_fewshot for task in tasks.load_tasks(["piqa", "sciq"], num_fewshot={"piqa": 3})]
+    assert by_task == [3, None]
 
 
 def test_every_kind_of_task_is_scored_by_lm_eval():

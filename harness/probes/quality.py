@@ -6,7 +6,8 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def task(
     policy: Policy,
     name: str,
     data: str,
-    num_fewshot: int | None,
+    num_fewshot: int | Mapping[str, int] | None,
     limit: int | None,
     seed: int,
     dense: pd.DataFrame | None,
@@ -126,6 +127,7 @@ def task(
 
     # These ask git and pip about the machine: seconds a task and git's complaints; harness.environment has it already.
     evaluator.add_env_info = evaluator.get_git_commit_hash = lambda *_: None
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it forks a process a core for a thousand resamples
     said = io.StringIO()  # it prints what it bootstraps
     with attached(lm.view, methods, policy, count=bool(methods)) as ledger, contextlib.redirect_stdout(said):
         results = evaluator.simple_evaluate(
