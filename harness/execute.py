@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,12 +31,19 @@ from harness.step import Policy
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
+ATTENTION = frozenset({"attn_in", "attn_out", "heads"})  # sites whose weights are those of q, k, v and o
+
+
 class KernelMismatchError(RuntimeError):
     """A kernel does not give what masked execution gives: its time would mean nothing."""
 
 
 def has_kernels(method: Method) -> bool:
-    """Whether a method's selections can be run through kernels: it decides by `select` and nothing else."""
+    """Whether a method can run through kernels: it decides by `select` and nothing else, or has kernels of its own."""
+    return _selects(method) or method.own_kernels
+
+
+def _selects(method: Method) -> bool:
     own = type(method)
     return bool(method.sites) and own.attach is Method.attach and own._attach is Method._attach
 
@@ -192,21 +200,17 @@ def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
 def tuned_head(view: View) -> Iterator[None]:
     """The language-model head through the tuned dense GEMV: it is a fifth of a small model's bytes and never sparse."""
     head = view.model.get_output_embeddings()
-
-    def forward(x: Tensor) -> Tensor:
-        if x.numel() != x.shape[-1]:
-            return F.linear(x, head.weight, head.bias)
-        return kernels.dense_gemv_rows(x, head.weight, head.bias)
-
-    with replaced(head, forward):
+    with replaced(head, partial(_dense, head)):
         yield
 
 
 @contextmanager
-def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[list[KernelInstallation]]:
+def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[list[Any]]:
     """Kernel execution of nested methods until the context ends; those without kernels are attached as they are.
 
-    Yields the installations of those that have kernels.
+    So are those with kernels of their own for q, k, v and o where another method acts on these too. Projections that no
+    method touches take the tuned dense GEMV, as they do in the dense baseline.
+    Yields the installations of those that run through kernels.
     Raises `UnsupportedError` if none of the methods has a kernel.
     """
     if not any(has_kernels(method) for method, _ in methods):
@@ -215,13 +219,27 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
         stack.enter_context(view.tracker.tracking(policy))
         stack.enter_context(tuned_head(view))
         installations = []
+        alone = sum(not ATTENTION.isdisjoint(method.sites) for method, _ in methods) == 1
         for method, state in methods:
-            if has_kernels(method):
+            if _selects(method):
                 stack.enter_context(method.rewrite(view, state))
                 installations.append(stack.enter_context(_installed(view, method, method.plan(view, state))))
+            elif method.own_kernels and alone:
+                installations.append(stack.enter_context(method.attach_kernels(view, state)))
             else:
                 stack.enter_context(method.attach(view, state))
+        for block in view.blocks:
+            for _, module in block.projections():
+                if "forward" not in module.__dict__:
+                    stack.enter_context(replaced(module, partial(_dense, module)))
         yield installations
+
+
+def _dense(module: nn.Linear, x: Tensor) -> Tensor:
+    """A projection, by the tuned dense GEMV where it is one token."""
+    if x.numel() != x.shape[-1]:
+        return F.linear(x, module.weight, module.bias)
+    return kernels.dense_gemv_rows(x, module.weight, module.bias)
 
 
 @contextmanager
@@ -283,14 +301,17 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
     """Compare kernels with masked execution, projection by projection, on one decode step's own inputs and masks.
 
     Deep logits of a thresholded model amplify rounding (a flip near a threshold breeds flips), so each projection is
-    shown the input that masked execution showed it. prompt: int64 [1, tokens]. Returns the largest relative L2 error;
+    shown the input that masked execution showed it. Where heads are dropped, so is each attention as a whole, over the
+    cache of the prompt. prompt: int64 [1, tokens]. Returns the largest relative L2 error;
     raises `KernelMismatchError` above the dtype's tolerance.
     """
     from harness.attach import attached
 
     policy = Policy("all")
     seen: list[tuple[int, str, Tensor, Tensor]] = []
+    attended: list[tuple[tuple, dict[str, Any], Tensor]] = []
     residual: dict[int, Tensor] = {}  # what look-ahead predictors see
+    sites = {site for method, _ in methods for site in method.sites}
     with attached(view, methods, policy):
         out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
         handles = [
@@ -304,6 +325,13 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
             block.layer.register_forward_pre_hook(lambda _m, args, layer=layer: residual.update({layer: args[0]}))
             for layer, block in enumerate(view.blocks)
         ]
+        handles += [
+            block.attn.register_forward_hook(
+                lambda _m, args, kwargs, y: attended.append((args, kwargs, y[0])), with_kwargs=True
+            )
+            for block in view.blocks
+            if "heads" in sites
+        ]
         try:
             view.model(prompt[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         finally:
@@ -311,10 +339,22 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
                 handle.remove()
         step = view.tracker.step
     needed = {(layer, name): x.flatten() != 0 for layer, name, x, _ in seen if name in ("o", "down")}
-    sites = {site for method, _ in methods for site in method.sites}
+    # K and V of groups that no kept head uses need not exist where a method leaves holes in the cache.
+    holes = any(method.own_kernels for method, _ in methods)
     worst = 0.0
+
+    def compare(what: str, y: Tensor, expected: Tensor) -> None:
+        nonlocal worst
+        error = ((y.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)).item()
+        worst = max(worst, error)
+        if not error <= TOLERANCE[view.dtype]:
+            raise KernelMismatchError(
+                f"{what}: the kernel differs from masked execution by {error:.1e} "
+                f"(tolerance {TOLERANCE[view.dtype]:.0e})"
+            )
+
     with kernel_execution(view, methods, policy) as installations:
-        view.model(prompt[:, :-1], use_cache=False, logits_to_keep=1)  # methods that decide from a prompt decide here
+        out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)  # who decides from a prompt decides here
         view.tracker.step = step
         for installation in installations:
             installation.residual.update(residual)
@@ -324,15 +364,16 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
             if name == "gate":
                 block.act(y)  # methods that decide from the gate decide here
             # Rows of dropped heads and neurons are not computed and never read: compare those that are.
+            rows: Any = slice(None)
             if name == "q" and "heads" in sites:
-                y, expected = y.flatten()[needed[layer, "o"]], expected.flatten()[needed[layer, "o"]]
+                rows = needed[layer, "o"]
+            elif name in ("k", "v") and holes:
+                groups = needed[layer, "o"].view(view.n_kv_heads, -1).any(-1)
+                rows = groups.repeat_interleave(view.head_dim)
             elif name in ("gate", "up") and "neurons" in sites:
-                y, expected = y.flatten()[needed[layer, "down"]], expected.flatten()[needed[layer, "down"]]
-            error = ((y.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)).item()
-            worst = max(worst, error)
-            if not error <= TOLERANCE[view.dtype]:
-                raise KernelMismatchError(
-                    f"layer {layer} {name}: the kernel differs from masked execution by {error:.1e} "
-                    f"(tolerance {TOLERANCE[view.dtype]:.0e})"
-                )
+                rows = needed[layer, "down"]
+            compare(f"layer {layer} {name}", y.flatten()[rows], expected.flatten()[rows])
+        for block, (layer, (args, kwargs, expected)) in zip(view.blocks, enumerate(attended), strict=False):
+            y = block.attn(*args, **(kwargs | {"past_key_values": out.past_key_values}))[0]
+            compare(f"layer {layer} attention", y, expected)
     return worst

@@ -60,8 +60,14 @@ def skipping(view: View, sees: str, decide: Decide, kv: str, dropped: str = "exc
     dropped: in skip, whether a missing entry is left out of the softmax (exclude) or stays as zeros that take their
         share of it (zeros).
     """
-    heads = _Heads(view, sees, decide, kv, dropped)
-    config = view.model.config
+    with installed(Heads(view, sees, decide, kv, dropped)):
+        yield
+
+
+@contextmanager
+def installed(heads: Heads) -> Iterator[None]:
+    """The hooks and the attention of `heads` until the context ends."""
+    config = heads.view.model.config
     before = config._attn_implementation
     try:
         heads.install()
@@ -72,7 +78,7 @@ def skipping(view: View, sees: str, decide: Decide, kv: str, dropped: str = "exc
         heads.remove()
 
 
-class _Heads:
+class Heads:
     """The state of one attached stretch. By layer: which heads the current tokens keep, and which entries exist."""
 
     def __init__(self, view: View, sees: str, decide: Decide, kv: str, dropped: str) -> None:
@@ -86,6 +92,7 @@ class _Heads:
         self.inputs: dict[tuple[int, str], Tensor] = {}
 
     def install(self) -> None:
+        """Register the hooks of every layer."""
         for layer, block in enumerate(self.view.blocks):
             see = partial(self._see, self.residual, layer)
             self.handles.append(block.layer.register_forward_pre_hook(see))
@@ -98,6 +105,7 @@ class _Heads:
             _ACTIVE[block.attn] = partial(self.attend, layer)
 
     def remove(self) -> None:
+        """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         for block in self.view.blocks:
@@ -125,7 +133,7 @@ class _Heads:
         assert step is not None, "heads are dropped outside of a tracked forward pass"
         out = run(key, value, attention_mask)[0] if self.kv == "mask_output" or self.sees == "output" else None
         keep = self._decide(layer, out, step)
-        used = keep.unflatten(-1, (self.view.n_kv_heads, -1)).any(-1)
+        used = self._used(keep)
         if self.view.ledger is not None:
             # Rebuilding reads K and V rows of groups that are kept, which this token reads anyway: no more weights.
             self.view.ledger.rows("heads", layer, keep, kv_keep=None if self.kv == "mask_output" else used)
@@ -134,7 +142,7 @@ class _Heads:
             if self.kv == "recompute":
                 key, value = self._rebuild(layer, key, value, exists, used, step)
             elif self.dropped == "zeros":
-                there = _fit(exists, key.shape[2])[..., None]
+                there = fit(exists, key.shape[2])[..., None]
                 key, value = torch.where(there, key, 0), torch.where(there, value, 0)
             else:
                 attention_mask = attention_mask & self._visible(exists, query.shape[2], key.shape[2])
@@ -153,6 +161,10 @@ class _Heads:
             keep = self.decide(layer, self.residual[max(0, layer - int(self.sees.partition(":")[2]))], step)
         return keep if step.sparse is None else keep | ~step.sparse[..., None]
 
+    def _used(self, keep: Tensor) -> Tensor:
+        """Groups that a kept head [batch, tokens, heads] reads: bool [batch, tokens, KV heads]."""
+        return keep.unflatten(-1, (self.view.n_kv_heads, -1)).any(-1)
+
     def _remember(self, layer: int, used: Tensor, step: Step) -> Tensor:
         """Entries that exist, bool [batch, KV heads, tokens so far]: earlier ones as they were, the current as decided.
 
@@ -166,30 +178,36 @@ class _Heads:
 
         A token always sees itself: the heads that do not keep it are zero anyway.
         """
-        exists = _fit(exists, keys)
+        exists = fit(exists, keys)
         itself = torch.arange(queries, device=exists.device) + min(exists.shape[-1] - queries, keys - queries)
         own = torch.arange(keys, device=exists.device) == itself[:, None]
         return exists.repeat_interleave(self.view.group_size, 1)[:, :, None] | own
+
+    def _keep_inputs(self, layer: int, step: Step) -> dict[str, Tensor]:
+        """What K and V are made from, the current tokens added: inputs "k" and "v", "cos" and "sin" if rotary."""
+        rotary = self.rotary[layer]
+        kept = {name: self.seen[layer, name] for name in ("k", "v")}
+        if rotary is not None:
+            batch = kept["k"].shape[0]
+            kept |= {name: a.expand(batch, -1, -1) for name, a in zip(("cos", "sin"), rotary, strict=True)}
+        for name, new in kept.items():
+            kept[name] = self.inputs[layer, name] = _append(self.inputs.get((layer, name)), new, step.past, fill=0.0)
+        return kept
 
     def _rebuild(
         self, layer: int, key: Tensor, value: Tensor, exists: Tensor, used: Tensor, step: Step
     ) -> tuple[Tensor, Tensor]:
         """K and V with what is missing rebuilt from the kept inputs, and noted as existing, for groups kept now."""
-        rotary = self.rotary[layer]
-        kept = {name: self.seen[layer, name] for name in ("k", "v")}
-        if rotary is not None:
-            kept |= {name: a.expand(key.shape[0], -1, -1) for name, a in zip(("cos", "sin"), rotary, strict=True)}
-        for name, new in kept.items():
-            kept[name] = self.inputs[layer, name] = _append(self.inputs.get((layer, name)), new, step.past, fill=0.0)
+        rotary, kept = self.rotary[layer], self._keep_inputs(layer, step)
         made, block = [], self.view.blocks[layer]
         for name, module, states in (("k", block.k, key), ("v", block.v, value)):
             # Not through the module: other methods' hooks and the ledger count this token's projections, not these.
             rebuilt = F.linear(kept[name], module.weight, module.bias)
             rebuilt = rebuilt.unflatten(-1, (self.view.n_kv_heads, -1)).transpose(1, 2)
             if name == "k" and rotary is not None:
-                rebuilt = _rotated(rebuilt, kept["cos"], kept["sin"])
+                rebuilt = rotated(rebuilt, kept["cos"], kept["sin"])
             keys = states.shape[2]
-            made.append(torch.where(_fit(exists, keys)[..., None], states, _fit_states(rebuilt, keys)))
+            made.append(torch.where(fit(exists, keys)[..., None], states, _fit_states(rebuilt, keys)))
         self.entries[layer] = (exists | used.any(1)[..., None]).transpose(1, 2)
         return made[0], made[1]
 
@@ -203,7 +221,7 @@ def _append(before: Tensor | None, new: Tensor, past: int, fill: Any) -> Tensor:
     return torch.cat([unknown, before, new], dim=1)
 
 
-def _fit(exists: Tensor, keys: int) -> Tensor:
+def fit(exists: Tensor, keys: int) -> Tensor:
     """Entries bool [batch, KV heads, tokens] cut or filled up to the keys that the cache hands out.
 
     A sliding window hands out the last ones, a static cache more than there are (the attention mask hides them).
@@ -212,11 +230,11 @@ def _fit(exists: Tensor, keys: int) -> Tensor:
 
 
 def _fit_states(states: Tensor, keys: int) -> Tensor:
-    """[batch, KV heads, tokens, head_dim], as `_fit`."""
+    """[batch, KV heads, tokens, head_dim], as `fit`."""
     return F.pad(states, (0, 0, 0, keys - states.shape[2])) if states.shape[2] < keys else states[:, :, -keys:]
 
 
-def _rotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on k [batch, KV heads, tokens, head_dim]; cos, sin: [batch, tokens, head_dim]."""
     first, second = k.chunk(2, dim=-1)
     return k * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]

@@ -123,6 +123,15 @@ class Method:
         """Skip what `select` decides until the context ends; afterwards the model is bit for bit what it was."""
         return self._attach(view, state)
 
+    @property
+    def own_kernels(self) -> bool:
+        """Whether `attach_kernels` runs it: for methods that attach in a way of their own."""
+        return False
+
+    def attach_kernels(self, view: View, state: State) -> AbstractContextManager[Any]:
+        """As `attach`, through kernels; yields an object whose `residual` maps layers to the residual stream."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernels of its own")
+
     def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:
         """What the method changes in the model itself, reversibly: a rotation, an activation. Default: nothing."""
         return nullcontext()

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness import kv
+from harness import kv, kv_kernels
 from harness.calibration import Calibration
 from harness.errors import ConfigError
 from harness.families import View
+from harness.kv import Decide
 from harness.method import Method, State
 from harness.selection import TopK, keep_mask, top_k_count
 from harness.step import Step
@@ -125,18 +126,28 @@ class KvSkip(Method):
         """Skip heads until the context ends; afterwards the model is bit for bit what it was."""
         if self.sparsity == 0:
             return nullcontext()
+        return kv.skipping(view, self.sites["heads"], self._rule(view, state), self.kv, self.dropped)
+
+    @property
+    def own_kernels(self) -> bool:
+        """Not by the norm: it is known when all heads are done, and nothing is left to skip."""
+        return self.sparsity > 0 and self.select_by != "norm"
+
+    def attach_kernels(self, view: View, state: State) -> AbstractContextManager[kv_kernels.KernelHeads]:
+        """Skip rows of q, k and v, entries of the cache and columns of o for single tokens."""
+        return kv_kernels.skipping(view, self.sites["heads"], self._rule(view, state), self.kv, self.dropped)
+
+    def _rule(self, view: View, state: State) -> Decide:
         if self.predictor is not None:
             with torch.no_grad():
                 plan = self.predictor.plan(view, state)
             score: Any = partial(self.predictor.score, plan, "heads")
-            decide = partial(self.decide, view, lambda layer, x, step: torch.sigmoid(score(layer, x).float()))
-        elif self.select_by == "random":
+            return partial(self.decide, view, lambda layer, x, step: torch.sigmoid(score(layer, x).float()))
+        if self.select_by == "random":
             generator = torch.Generator().manual_seed(self.seed)
             table = torch.rand(view.n_layers, PERIOD, view.n_heads, generator=generator).to(view.device)
-            decide = partial(self.decide, view, lambda layer, x, step: table[layer, step.position % PERIOD])
-        else:
-            decide = partial(self.decide, view, lambda layer, x, step: head_energy(view, x))
-        return kv.skipping(view, self.sites["heads"], decide, self.kv, self.dropped)
+            return partial(self.decide, view, lambda layer, x, step: table[layer, step.position % PERIOD])
+        return partial(self.decide, view, lambda layer, x, step: head_energy(view, x))
 
     def decide(self, view: View, score: Any, layer: int, x: Tensor, step: Step) -> Tensor:
         """Heads to keep, bool [batch, tokens, heads]. A group's score is the sum over its heads."""

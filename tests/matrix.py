@@ -86,12 +86,13 @@ CASES: dict[str, Case] = {
     "cats": Case(lambda s: Cats(s), site="neurons", tolerance=0.05, families=("llama", "mistral")),
     "griffin": Case(lambda s: Griffin(s), site="neurons"),
     "tda": Case(lambda s: Tda(s), site="neurons", tolerance=0.1),
-    "kv_skip": Case(lambda s: KvSkip(s, unit="group"), site="heads"),
+    "kv_skip_norm": Case(lambda s: KvSkip(s, unit="group"), site="heads"),
+    "kv_skip": Case(lambda s: KvSkip(s, select_by="serial", unit="group", rank=2, epochs=1), site="heads"),
     "kv_skip_zeros": Case(lambda s: KvSkip(s, select_by="random", unit="group", dropped="zeros"), site="heads"),
     "kv_recompute": Case(
         lambda s: KvSkip(s, select_by="lookahead", unit="group", kv="recompute", rank=2), site="heads"
     ),
-    "kv_mask_output": Case(lambda s: KvSkip(s, kv="mask_output"), site="heads"),
+    "kv_mask_output": Case(lambda s: KvSkip(s, select_by="random", kv="mask_output"), site="heads"),
     "lte": Case(lambda s: RandomRouters(s), site=None),
     "relu": Case(lambda s: Relu(s), **SWAP),
     "relu2": Case(lambda s: Relu2(s), **SWAP),

@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+import kernels
 from harness.attach import attached
 from harness.errors import ConfigError
+from harness.execute import check_kernels, kernel_execution
 from harness.families import View
 from harness.probes.sparsity import measure
 from harness.step import Policy
@@ -92,7 +94,7 @@ def test_recompute_really_rebuilds(monkeypatch):
     fitted = method_and_state(view, kv="recompute", select_by="random")
     ids = tiny.tokens(1, 20)
     right = stepped(view, fitted, ids, prompt=8)
-    monkeypatch.setattr(kv, "_rotated", lambda k, cos, sin: k)
+    monkeypatch.setattr(kv, "rotated", lambda k, cos, sin: k)
     assert (stepped(view, fitted, ids, prompt=8) - right).abs().max() > 1e-3
 
 
@@ -276,6 +278,66 @@ def test_detach_restores_the_attention():
             raise RuntimeError
         assert view.model.config._attn_implementation == "sdpa"
         assert torch.equal(view.model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ("llama", "opt"))
+@pytest.mark.parametrize("options", POLICIES, ids=str)
+@pytest.mark.parametrize("padding", (0, 3))
+def test_kernels_step_as_masks_do(family, options, padding, monkeypatch):
+    """Token by token over a static cache that a masked prompt filled, with holes in both."""
+    from transformers import StaticCache
+
+    view = tiny.view(family)
+    fitted = method_and_state(view, select_by="random", unit="head", sparsity=0.75, **options)
+    ids = tiny.tokens(1, 26)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    rows, attention = [], []
+    row_gemv_index, decode_attention = kernels.row_gemv_index, kernels.decode_attention
+    monkeypatch.setattr(kernels, "row_gemv_index", lambda *a: rows.append(len(a[2])) or row_gemv_index(*a))
+    monkeypatch.setattr(kernels, "decode_attention", lambda *a: attention.append(a) or decode_attention(*a))
+    outs = []
+    for execution in (attached, kernel_execution):
+        cache, pieces = StaticCache(config=view.model.config, max_cache_len=32), []
+        with torch.no_grad(), execution(view, [fitted], Policy()):
+            for start, end in itertools.pairwise([0, *range(14, 27)]):
+                more = {"attention_mask": mask[:, :end]} if padding else {}
+                out = view.model(ids[:, start:end], past_key_values=cache, use_cache=True, **more)
+                pieces.append(out.logits[:, padding if start == 0 else 0 :])
+        outs.append(torch.cat(pieces, 1))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+    steps, kept = 12 * view.n_layers, view.head_dim  # one head of four, and so one group of two (opt: of four)
+    steps = 0 if padding else steps  # padding is masked
+    assert rows == [kept] * steps * (1 if options["kv"] == "mask_output" else 3), "one head's rows, and its group's"
+    assert len(attention) == steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", POLICIES, ids=str)
+@pytest.mark.parametrize("unit", ("head", "group"))
+def test_kernels_equal_masks_on_a_gpu(options, unit):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from harness.families import view_of as seen_as
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=16,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    view = seen_as(LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval().requires_grad_(False))
+    method = KvSkip(0.75, select_by="random", unit=unit, **options)
+    assert check_kernels(view, [(method, {})], tiny.tokens(1, 128).to("cuda")) < 2e-2
+
+
+def test_another_method_on_the_same_projections_leaves_it_masked():
+    view = tiny.view("llama")
+    kv, state = method_and_state(view, select_by="random")
+    teal = Teal(0.5)
+    both = [(teal, teal.fit(view, tiny.calibration(view))), (kv, state)]
+    check_kernels(view, both, tiny.tokens(1, 20))
+    with kernel_execution(view, both, Policy()) as installations:
+        assert len(installations) == 1
 
 
 def test_what_can_skip_nothing_is_said():

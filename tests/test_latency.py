@@ -18,6 +18,7 @@ from harness.probes import latency
 from harness.rows import make_row, to_frame
 from harness.step import Policy
 from methods.dense import Dense
+from methods.kv_skip import KvSkip
 from methods.random import Random
 from methods.teal import Teal
 from tests import tiny
@@ -50,6 +51,16 @@ def test_a_kernel_method_is_timed_beside_its_fair_baselines(teal):
     ]
     assert [v.execution for v in found(view, fitted, "masked")] == ["dense", "masked"]
     assert [v.execution for v in found(view, [(Dense(), {})])] == ["dense"]
+
+
+def test_skipped_heads_are_timed_through_kernels_and_an_oracle_says_why_not():
+    view = tiny.view("llama")
+    timed = found(view, [(KvSkip(0.5, select_by="random", unit="group"), {})])
+    assert [v.execution for v in timed] == ["dense", "dense", "kernel", "kernel", "dense_slice"]
+    assert timed[3].cache == 0.0 and timed[3].touched < 1
+    masked = found(view, [(KvSkip(0.5, unit="group"), {})])
+    assert [v.execution for v in masked] == ["dense", "masked"]
+    assert "decides from outputs" in masked[1].columns["message"]
 
 
 def test_every_variant_is_timed_in_every_round(teal, monkeypatch):

@@ -53,6 +53,7 @@ class Variant:
     attach: Callable[[], AbstractContextManager[Any]] = nullcontext
     columns: Row = field(default_factory=dict)
     touched: float = 1.0
+    cache: float = 1.0  # share of the KV cache that a step reads for sure
     graph: bool = False
     decoder: nn.Module | None = None
     held: ExitStack = field(default_factory=ExitStack)  # what the decoder's forwards live in
@@ -79,7 +80,7 @@ def variants(
         return found + (compiled(view, None, {}, 1.0) if compiles else [])
     kernel = execution == "kernel" or (execution == "auto" and any(has_kernels(m) for m, _ in methods))
     if not kernel:
-        return [*found, Variant("masked", lambda: attached(view, methods, policy))]
+        return [*found, Variant("masked", lambda: attached(view, methods, policy), no_kernel(methods))]
     error = check_kernels(view, methods, windows[:1, :64].to(view.device))
     counted = sparsity_rows(view, methods, policy, windows[:1])
     share = next(
@@ -100,10 +101,11 @@ def variants(
             Variant("kernel", fast("columns"), {"sparsity_requested": 0.0}, graph=True),
             Variant("kernel", fast("columns", thresholds), checked, 1 - share, graph=True),
         ]
+    cache = 0.0 if any(method.own_kernels for method, _ in methods) else 1.0  # how much of it is skipped is not counted
     found += [
         Variant("dense", lambda: own_gemv(view), {"variant": "tuned GEMV"}),
         Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}),
-        Variant("kernel", lambda: kernel_execution(view, methods, policy), checked, 1 - share),
+        Variant("kernel", lambda: kernel_execution(view, methods, policy), checked, 1 - share, cache),
         Variant("dense_slice", lambda: sliced(view, sparsity), {}, 1 - sparsity),
     ]
     if compiles and thresholds is None:
@@ -111,6 +113,17 @@ def variants(
     elif compiles:
         found += compiled(view, thresholds, checked, 1 - share)
     return found
+
+
+def no_kernel(methods: Fitted) -> Row:
+    """The columns of masked execution: which methods leave no choice, and why."""
+    said = [
+        f"{method.name} has no kernel"
+        + (": it decides from outputs, when the work is done" if "output" in method.sites.values() else "")
+        for method, _ in methods
+        if method.sites and not has_kernels(method)
+    ]
+    return {"message": "; ".join(said)} if said else {}
 
 
 def compiled(view: View, thresholds: ThresholdOf | None, columns: Row, touched: float) -> list[Variant]:
@@ -266,11 +279,11 @@ def other_load() -> float:
     return max(0.0, total - mine)
 
 
-def step_bytes(view: View, touched: float, batch: int, context: int) -> float:
-    """Bytes that one decode step must read: kept block weights, the head, and the KV cache."""
+def step_bytes(view: View, touched: float, batch: int, context: int, cached: float = 1.0) -> float:
+    """Bytes that one decode step must read: kept block weights, the head, and the KV cache (a share `cached` of it)."""
     size = view.dtype.itemsize
     head = view.model.get_output_embeddings().weight.numel()
-    cache = 2 * batch * context * view.n_kv_heads * view.head_dim * view.n_layers
+    cache = cached * 2 * batch * context * view.n_kv_heads * view.head_dim * view.n_layers
     return size * (touched * view.block_weights * view.n_layers + head + cache)
 
 
@@ -292,7 +305,7 @@ def rows_of(
     p90 = sorted(variant.each)[int(0.9 * (len(variant.each) - 1))]
     n, rounds = len(variant.each), len(variant.rounds)
     spread = statistics.stdev(variant.rounds) if rounds > 1 else None
-    needed = step_bytes(view, variant.touched, batch, context)
+    needed = step_bytes(view, variant.touched, batch, context, variant.cache)
     if view.device.type == "cuda":
         memory, what = torch.cuda.max_memory_allocated(view.device), "peak_memory"
     else:
