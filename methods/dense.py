@@ -14,3 +14,8 @@ class Dense(Method):
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = "-"
+
+    @property
+    def has_level(self) -> bool:
+        """There is nothing to skip."""
+        return False

@@ -49,6 +49,11 @@ class Lte(Method):
             )
 
     @property
+    def has_level(self) -> bool:
+        """Training settled how sparse it is."""
+        return False
+
+    @property
     def sites(self) -> Mapping[str, str]:
         """Neurons, decided from the MLP's input."""
         return {} if self.sparsity == 0 else {"neurons": "input"}

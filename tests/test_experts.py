@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from harness.attach import attached
 from harness.errors import ConfigError
+from harness.probes import frequency
+from harness.rows import make_row
 from harness.scratch import Scratch
 from harness.step import Policy
 from methods import experts, moefication
-from methods.expert_prune import ExpertPrune, frequencies, frequency_table, kept_experts
+from methods.expert_prune import ExpertPrune, kept_experts
+from methods.experts import frequencies
+from methods.griffin import Griffin
 from methods.moefication import MoEfication, coactivations
 from tests import tiny
 
@@ -229,9 +233,13 @@ def test_pruned_experts_are_the_same_for_every_token():
 
 def test_heat_map_rows_by_text():
     view = tiny.view("llama")
-    expert_of = ExpertPrune(0.5, expert_size=8).fit(view, tiny.calibration(view))["expert_of"]
-    texts = {"law": [tiny.tokens(2, 16, seed=4)], "verse": [tiny.tokens(2, 32, seed=5)]}
-    rows = list(frequency_table(view, expert_of, texts))
-    assert len(rows) == 2 * 3 * 16 and {r["n"] for r in rows} == {32, 64}
-    verse = [r["frequency"] for r in rows if r["text"] == "verse" and r["layer"] == 2]
-    torch.testing.assert_close(torch.tensor(verse), frequencies(view, expert_of, texts["verse"])[2])
+    method = ExpertPrune(0.5, expert_size=8)
+    fits = method.fit(view, tiny.calibration(view))
+    texts = {"law": tiny.tokens(2, 16, seed=4), "verse": tiny.tokens(6, 32, seed=5)}
+    rows = [make_row(cell_id="x", **row) for row in frequency.measure(view, [(method, fits)], Policy(), texts)]
+    assert len(rows) == 2 * 3 * 16 and {r["n"] for r in rows} == {32, 192}
+    verse = {r["site"]: r["value"] for r in rows if r["task"] == "verse" and r["layer"] == 2}
+    expected = frequencies(view, fits["expert_of"], [texts["verse"]])[2]
+    assert verse == {f"expert:{e}": pytest.approx(share) for e, share in enumerate(expected.tolist())}
+    assert 0 < sum(verse.values()) == pytest.approx(3.0)  # a fifth of 16 experts a token, rounded
+    assert not Griffin(0.5).makes_experts and MoEfication(0.5).makes_experts

@@ -1,17 +1,23 @@
-"""Search: bisection finds the edge, and PPL-p% runs on a real probe."""
+"""Search: bisection finds the edge, and PPL-p% and critical sparsity come out of the command line."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+import run
 from harness import search
+from harness.cell import id_of
+from harness.collect import read_table
+from harness.config import CellConfig, check
 from harness.errors import ConfigError
-from harness.rows import make_row
-from harness.step import Policy
-from methods.cett import Cett
-from tests import tiny
+from harness.store import Store
 
 BOUNDS = {"low": 0.0, "high": 1.0, "tolerance": 1e-4}
 
@@ -23,37 +29,140 @@ def test_the_edge_is_found_from_below(edge):
     assert found.value == found.level and (found.level, found.value) in found.trials
 
 
-def test_ppl_increase_and_critical_are_relative_to_dense():
-    ppl = search.ppl_increase(lambda level: 20 * (1 + level**2), 20.0, 1.0, **BOUNDS)
-    assert ppl.level == pytest.approx(0.1, abs=1e-3)
-    accuracy = search.critical(lambda level: 0.5 - 0.1 * level, 0.5, **BOUNDS)
-    assert accuracy.level == pytest.approx(0.05, abs=1e-3)
-
-
 def test_all_or_nothing():
     assert search.highest(lambda level: 0.0, lambda value: True, **BOUNDS).level == 1.0
     with pytest.raises(ConfigError, match="lowest level"):
         search.highest(lambda level: 1.0, lambda value: False, **BOUNDS)
 
 
-class Words:
-    """A tokenizer for byte counts."""
+def found(goal: search.Goal, measure, dense: float) -> float:
+    return search.highest(measure, lambda value: goal.holds(value, dense), **BOUNDS).level
 
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
+
+def test_goals_are_relative_to_dense():
+    one, ten = search.goals({"target": "ppl_increase", "percent": [1.0, 10.0]}, ["piqa"])
+    assert (one.name, ten.name) == ("ppl_increase_1", "ppl_increase_10")
+    assert found(one, lambda level: 20 * (1 + level**2), 20.0) == pytest.approx(0.1, abs=1e-3)
+    assert found(ten, lambda level: 20 * (1 + level), 20.0) == pytest.approx(0.1, abs=1e-3)
+    critical = {"target": "critical", "keep": 0.99}
+    (average,) = search.goals(critical, ["piqa"])
+    assert (average.name, average.measures) == ("critical_99", "average")
+    assert found(average, lambda level: 0.5 - 0.1 * level, 0.5) == pytest.approx(0.05, abs=1e-3)
+    (text,) = search.goals(critical, [])  # without tasks 1 / perplexity is kept
+    assert text.measures == "perplexity"
+    assert found(text, lambda level: 20 / (1.001 - level), 20 / 1.001) == pytest.approx(0.01, abs=1e-3)
+
+
+# -------------------------------------------------------------------------------------- what is refused
+
+
+def cell(*overrides: str) -> CellConfig:
+    """One checked cell, as the command line makes it."""
+    return check(run.composed(run.rewrite(["probe=search", "tasks=none", *overrides], multirun=False)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["method=dense"], "dense has no sparsity to search for"),
+        (["method=cett", "method.cett.cett=0.2"], "cett has no sparsity to search for"),
+        (["method=teal", "probe.search.knob=cett"], "teal has no option cett"),
+        (["method=[dejavu,kv_skip]"], "dejavu+kv_skip are several"),
+        (["method=teal", "scope=model"], "scope=native"),
+        (["method=teal", "method.teal.allocation=greedy"], "greedy allocation goes up to sparsity 0.9"),
+        (["probe.search.target=ppl_increas"], "did you mean ppl_increase?"),
+        (["probe.search.percent=[]"], "probe.search.percent is empty"),
+        (["probe.search.percent=[1,0]"], "probe.search.percent must be above 0"),
+        (["probe.search.keep=1.5"], "probe.search.keep must lie between 0 and 1"),
+        (["probe.search.tolerance=0"], "probe.search.tolerance must be at least"),
+        (["probe=frequency", "method=teal"], "teal makes none"),
+        (["probe=frequency", "method=moefication", "probe.frequency.texts=[coqaa]"], "did you mean coqa?"),
+        (["probe=frequency", "method=moefication", "probe.frequency.tokens=100"], "longer than"),
+    ],
+)
+def test_what_can_not_be_searched_is_one_sentence(overrides, sentence):
+    with pytest.raises(ConfigError) as caught:
+        cell(*overrides)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_fit_that_depends_on_the_level_is_refused(monkeypatch):
+    from methods.teal import Teal
+
+    monkeypatch.setattr(Teal, "fit_key", lambda self: {"sparsity": self.sparsity})
+    with pytest.raises(ConfigError, match="what teal learns depends on its sparsity"):
+        cell("method=teal")
+
+
+def test_a_searched_cell_is_one_whatever_the_knob_was_set_to():
+    assert id_of(cell("method=cett", "sparsity=0.3")) == id_of(cell("method=cett", "probe.search.keep=0.5"))
+    assert id_of(cell("method=cett", "probe.search.percent=1")) == id_of(cell("method=cett", "probe.search.percent=[1]"))
+    assert id_of(cell("method=cett")) != id_of(cell("method=cett", "probe.search.knob=cett"))
+    plain = [id_of(cell("probe=quality", *more)) for more in ([], ["probe.search.percent=3"])]
+    assert plain[0] == plain[1], "the keys of a probe that is not run are no part of a cell"
+
+
+# --------------------------------------------------------------------------------- from the command line
+
+
+def searched(model: Path, results: Path, *overrides: str) -> pd.DataFrame:
+    """Run a search as a user does; the table's rows of it."""
+    text = model / "search.txt"
+    text.write_text(" ".join(f"The {n}th of {n + 1} words is followed by another." for n in range(300)))
+    small = (
+        "logger=none dtype=float32 device=cpu calibration.tokens=256 calibration.window=64 "
+        "probe.perplexity.windows=4 probe.perplexity.window=64 probe.sparsity.windows=2 probe.search.tolerance=0.25"
+    )
+    texts = [f"calibration.path={text}", f"probe.perplexity.path={text}"]
+    command = ["model=local", f"model.path={model}", f"results={results}", *small.split(), *texts, *overrides]
+    assert run.run(command, multirun=False) == 0
+    return read_table(results / "table.parquet")
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command line without a process of its own: Hydra's launcher is left out, all else is as a user has it."""
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    monkeypatch.setattr(run, "do_job", lambda: run.job(OmegaConf.create(run.composed(sys.argv[1:]))))
 
 
 @pytest.mark.parametrize("knob", ["sparsity", "cett"])
-def test_a_search_leaves_rows_and_respects_the_budget(knob):
-    view = tiny.view("llama")
-    method = Cett(0.5, cett=0.2 if knob == "cett" else None, cett_tokens=128)
-    state = method.fit(view, tiny.calibration(view))
-    rows = search.search_ppl_increase(
-        view, Words(), method, state, Policy(), tiny.tokens(2, 32), percent=5.0, knob=knob, tolerance=0.05
-    )
-    for row in rows:
-        make_row(cell_id="x", **row)
-    value = {r["metric"]: r["value"] for r in rows if r.get("site") in (None, "mlp_hidden")}
-    assert value["ppl_increase_5_perplexity"] <= 1.05 * value["ppl_increase_5_dense_perplexity"]
-    assert 0 < value[f"ppl_increase_5_{knob}"] <= 0.95
-    assert value["ppl_increase_5_achieved"] > 0.05
+def test_ppl_increase_from_the_command_line(in_process, tiny_folder, tmp_path, knob):
+    command = ["method=cett", "tasks=none", "probe=search", "probe.search.percent=[0.05,0.1]"]
+    table = searched(tiny_folder, tmp_path, *command, f"probe.search.knob={knob}")
+    assert set(table["probe"]) == {"search"} and set(table["status"]) == {"ok"}
+    value = table[table["site"].isna()].set_index("metric")["value"]
+    for goal, rise in (("ppl_increase_0.05", 1.0005), ("ppl_increase_0.1", 1.001)):
+        assert value[f"{goal}_perplexity"] <= rise * value[f"{goal}_dense"]
+    assert 0 <= value[f"ppl_increase_0.05_{knob}"] <= value[f"ppl_increase_0.1_{knob}"] <= 0.95
+    trials = table[table["metric"] == "trial_perplexity"]
+    assert (trials["n"] == 4 * 63).all() and len(trials) >= 2
+    if knob == "sparsity":  # every trial says at which level it was; the search itself was asked for none
+        assert {0.0, 0.95} <= set(trials["sparsity_requested"])
+        assert table.loc[table["metric"] == "ppl_increase_0.1_dense", "sparsity_requested"].isna().all()
+        shares = table[(table["metric"] == "trial_achieved") & (table["site"] == "mlp_hidden")]
+        for row in shares.itertuples():
+            assert row.value == pytest.approx(row.sparsity_requested, abs=0.1)
+    else:
+        assert trials["variant"].str.fullmatch(r"cett=[\d.]+").all()
+
+
+def test_critical_sparsity_over_tasks_goes_on_from_its_last_trial(in_process, tiny_folder, tmp_path, monkeypatch):
+    command = ["method=random", "tasks=[copa,piqa]", "tasks.limit=4", "probe=search", "probe.search.target=critical"]
+    table = searched(tiny_folder, tmp_path, *command)
+    (name,) = table["cell_id"].unique()
+    average = table[table["metric"] == "trial_average"].set_index("sparsity_requested")
+    assert set(average["task"]) == {"copa+piqa"} and (average["n"] == 8).all() and average["limited"].all()
+    scores = table[table["metric"] == "trial_score"].groupby("sparsity_requested")["value"].mean()
+    pd.testing.assert_series_equal(scores.sort_index(), average["value"].sort_index(), check_names=False)
+    level = table.loc[table["metric"] == "critical_99_sparsity", "value"].item()
+    assert average.loc[level, "value"] >= 0.99 * average.loc[0.0, "value"]
+
+    cell_ = Store(tmp_path).view(name)
+    rows = {probe: (cell_.path / "probes" / probe / "rows.parquet") for probe in cell_.probes()}
+    before = {probe: path.stat().st_mtime_ns for probe, path in rows.items()}
+    rows["search"].unlink()
+    (cell_.path / "status.json").write_text((cell_.path / "status.json").read_text().replace('"done"', '"running"'))
+    again = searched(tiny_folder, tmp_path, *command)
+    pd.testing.assert_frame_equal(again, table)
+    assert {probe for probe, path in rows.items() if path.stat().st_mtime_ns != before[probe]} == {"search"}
