@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -64,7 +65,6 @@ def rounded_glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
 
 @pytest.mark.skipif(INTERPRETED, reason="already there")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
@@ -605,3 +605,35 @@ def test_the_operator_compiles():
 def test_read_bandwidth():
     rate = kc.read_bandwidth("cuda", 0.05)
     assert 1e11 < rate < 2e13
+
+
+@gpu
+class TestWithoutThePackedKernel:
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+    def test_the_triton_kernel_does_the_work(self, share, monkeypatch):
+        """As on a torch without the private function that compiles it."""
+        from kernels.cuda import compact
+
+        for cached in (compact._kernel, compact.available):
+            cached.cache_clear()
+        monkeypatch.delattr(torch.cuda, "_compile_kernel")
+        with pytest.warns(RuntimeWarning, match="_compile_kernel"):
+            assert not compact.available(0)
+        check_column("cuda", torch.bfloat16, 1024, 2048, share, expected_sparsity=0.9)
+        compact.available.cache_clear()
+
+
+def test_a_torch_that_cannot_compile_the_packed_kernel_is_told_once(monkeypatch):
+    from kernels.cuda import compact
+
+    monkeypatch.setattr(compact, "_kernel", lambda *args, **macros: torch.cuda._gone())
+    compact.available.cache_clear()
+    with pytest.warns(RuntimeWarning, match="AttributeError"):
+        assert not compact.available(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not compact.available(0)
+    compact.available.cache_clear()
+    monkeypatch.setattr(compact, "_kernel", lambda *args, **macros: object())
+    assert compact.available(0)
+    compact.available.cache_clear()

@@ -3,10 +3,14 @@
 From about 60 % zeros the masked Triton kernel is bound by the zeros that it still multiplies, and Triton has no cheap
 way to pack a list inside a kernel. Compiled at first use, in about a second, by the NVRTC that torch ships. Sums inside
 a block have a fixed order; only the atomics between blocks have not.
+
+torch's way to NVRTC is a private function. Where a torch lacks it, or it no longer takes what it takes here, the masked
+Triton kernel does all the work, after one warning: the same results, slower from about 60 % zeros on.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -178,6 +182,22 @@ def _kernel(device: int, unroll: int, blocks: int, **macros: int) -> Any:
         return torch.cuda._compile_kernel(head + _SOURCE, "compact", compute_capability=f"{major}{minor}")
 
 
+@cache
+def available(device: int) -> bool:
+    """Whether this torch can compile the kernel; tried once."""
+    try:
+        _kernel(device, *_tile(0.8), BF16=True, X32=False, ACT=0, HAS_UP=False, PARTIALS=False)
+    except Exception as error:  # a private function may change in any way
+        warnings.warn(
+            f"torch.cuda._compile_kernel cannot compile the packed kernel ({type(error).__name__}: {error}). "
+            "The Triton kernel runs in its place, slower at high sparsity.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def _tile(expected_sparsity: float) -> tuple[int, int]:
     """The best on an H100 by bench/gpu_kernels.py --tune: the fewer rows are left, the fewer in flight suffice."""
     return (16, 2) if expected_sparsity < 0.72 else (8, 4) if expected_sparsity < 0.86 else (4, 4)
@@ -191,6 +211,7 @@ def fits(wt: Tensor, segments: tuple[int, ...] = ()) -> bool:
         and wt.shape[1] % 8 == 0
         and wt.data_ptr() % 16 == 0
         and all(size % OUTPUTS == 0 for size in segments[:-1])
+        and available(wt.device.index or 0)
     )
 
 
