@@ -89,7 +89,7 @@ def collect(root: Path | str) -> pd.DataFrame:
     `SchemaError` if a cell was written with other columns and `ConfigError` if there are no rows.
     """
     root = Path(root)
-    table = relate(*_read(Store(root)))
+    table = relate(*read_rows(Store(root)))
     if table.empty:
         raise ConfigError(f"there are no results in {root}: run a cell first")
     buffer = io.BytesIO()
@@ -179,7 +179,8 @@ def _match(rows: pd.DataFrame, dense: pd.DataFrame, on: list[str]) -> pd.DataFra
     return rows[on].merge(dense, how="left", on=on)[["dense_cell", "dense_value"]]
 
 
-def _read(store: Store) -> tuple[pd.DataFrame, dict[str, str]]:
+def read_rows(store: Store) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The rows of all committed probes, and the `twin_key` of each cell."""
     frames, twins = [], {}
     for name in store.cells():
         view = store.view(name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.types import union_categoricals
 
-from harness import stats
 from harness.collect import ACCURACIES, CELL, headline
 from harness.store import Store
 
@@ -20,7 +20,16 @@ EQUAL_SPARSITY = 0.02  # a counterpart may skip so much less and still count as 
 BASELINES = ("dense", "dense_slice", "random")
 COUNTERPARTS = {"relullama-7b": "llama-2-7b", "prosparse-7b": "llama-2-7b"}  # where the name does not say it
 POLICY = ["scope", "phase", "dense_prefix", "seed", "length"]  # in which compared cells are alike
-SAMPLES = ["cell_id", "task", "item", "kind", "value", "chance", "tokens"]
+SAMPLES = {  # column -> dtype of the per-item table; millions of lines, so that texts are told once
+    "cell_id": "category",
+    "task": "category",
+    "item": "category",
+    "kind": "category",
+    "value": "float32",
+    "chance": "float32",
+    "tokens": "int32",
+}
+TEXTS = [name for name, kind in SAMPLES.items() if kind == "category"]
 
 
 class MissingEvidence(Exception):
@@ -33,8 +42,9 @@ class Study:
 
     rows: rows that count. lines: their headline, one a cell, with `length` (tokens of a text window). left_out: cells
     that only pretend to be sparse. counted: cells that were counted to skip something. items: (cell, kind) -> value by
-    (task, item), kind accuracy or text (nats a token). room: (cell, task) -> dense accuracy above chance, if there is
-    any. twins: (cell, kind) -> its dense cell.
+    item, kind accuracy or text (nats a token); chance: cell -> chance of an answer by item. An item is a number that
+    `tasks_of` and `names_of` read. room: (cell, task) -> accuracy above chance, if there is any. twins: (cell, kind) ->
+    its dense cell.
     """
 
     rows: pd.DataFrame
@@ -42,8 +52,11 @@ class Study:
     left_out: tuple[str, ...]
     counted: frozenset[str]
     items: dict[tuple[str, str], pd.Series]
+    chance: dict[str, pd.Series]
     room: dict[tuple[str, str], float]
-    twins: dict[tuple[str, str], str] = field(default_factory=dict)
+    twins: dict[tuple[str, str], str]
+    tasks: pd.Index
+    names: pd.Index
 
     def select(self, *methods: str) -> pd.DataFrame:
         """Lines of methods by name, alone or in a nest; of all but baselines if none is named."""
@@ -53,8 +66,16 @@ class Study:
         ]
         return self.lines[np.array(keep, dtype=bool)]
 
+    def tasks_of(self, items: pd.Index) -> pd.Index:
+        """The task of each item."""
+        return self.tasks[items // max(1, len(self.names))]
+
+    def names_of(self, items: pd.Index) -> pd.Index:
+        """What the samples call each item: a window's number, or "<part>/<document>"."""
+        return self.names[items % max(1, len(self.names))]
+
     def loss(self, cell: str, kind: str) -> pd.Series | None:
-        """Loss against the dense twin by (task, item), above zero is worse; informative tasks only.
+        """Loss against the dense twin by item, above zero is worse; informative tasks only.
 
         None without samples of both, or where nothing counted that the cell skips anything.
         """
@@ -64,9 +85,14 @@ class Study:
         loss = self.items[cell, kind] - self.items[twin, kind]
         loss = (loss if kind == "text" else -loss).dropna()
         if kind == "accuracy":
-            tasks = loss.index.get_level_values("task")
-            loss = loss[[(twin, task) in self.room for task in tasks]]
+            informative = [task for task in self.tasks if (twin, task) in self.room]
+            loss = loss[self.tasks_of(loss.index).isin(informative)]
         return loss if len(loss) else None
+
+    def able(self, cell: str) -> pd.Series:
+        """What the dense twin of this cell can do: its right answers minus those by chance, by item."""
+        twin = self.twins[cell, "accuracy"]
+        return self.items[twin, "accuracy"] - self.chance[twin]
 
 
 def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> Study:
@@ -74,14 +100,18 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     rows = table[(table["source"] == "measured") & (table["status"] == "ok")]
     rows = rows if limited else rows[~rows["limited"].fillna(False)]
     quality = rows[rows["probe"] == "quality"]
-    samples = samples.merge(quality[["cell_id", "task"]].drop_duplicates(), on=["cell_id", "task"])
-    items = {
-        (str(cell), str(kind)): group.set_index(["task", "item"])["value"]
-        for (cell, kind), group in samples.groupby(["cell_id", "kind"], observed=True)
+    samples = _scored(samples.astype(SAMPLES), quality)
+    tasks, names = (pd.Index(samples[name].cat.categories.astype(str)) for name in ("task", "item"))
+    number = samples["task"].cat.codes.astype("int64") * len(names) + samples["item"].cat.codes
+    samples = samples.set_axis(pd.Index(number), axis=0)
+    by_cell = {
+        (str(cell), str(kind)): group for (cell, kind), group in samples.groupby(["cell_id", "kind"], observed=True)
     }
+    items = {key: group["value"].astype("float64") for key, group in by_cell.items()}
+    chance = {cell: group["chance"].astype("float64") for (cell, kind), group in by_cell.items() if kind == "accuracy"}
     lines = headline(rows) if len(rows) else pd.DataFrame(columns=CELL)
     texts = samples[samples["kind"] == "text"].groupby("cell_id", observed=True)["tokens"].max() + 1
-    lines["length"] = lines["cell_id"].map(texts).astype("Float64")
+    lines["length"] = lines["cell_id"].map(texts.rename(index=str)).astype("Float64")
     decode = (lines["phase"] == "decode") & (lines["method"] != "dense") if len(lines) else []
     lines["length"] = lines["length"].where(~np.asarray(decode, dtype=bool), lines["length"] * 2)  # half is prompt
     achieved = lines.reindex(columns=["achieved_mlp", "achieved_model"]).astype("Float64").max(axis=1)
@@ -90,19 +120,29 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     counted = frozenset(lines.loc[(achieved >= SKIPS).fillna(False).astype(bool), "cell_id"])
     kind_of = dict.fromkeys(ACCURACIES, "accuracy") | {"nll": "text"}
     quality = quality.assign(kind=quality["metric"].str.replace(r":.*", "", regex=True).map(kind_of))
-    related = quality.dropna(subset=["kind", "dense_cell"])
-    twins = {(row.cell_id, row.kind): row.dense_cell for row in related.itertuples()}
-    return Study(rows, lines[~pretends], left_out, counted, items, _room(samples), twins)
+    related = quality.dropna(subset=["kind", "dense_cell"])[["cell_id", "kind", "dense_cell"]].drop_duplicates()
+    twins = {(str(row.cell_id), str(row.kind)): str(row.dense_cell) for row in related.itertuples()}
+    return Study(rows, lines[~pretends], left_out, counted, items, chance, _room(samples), twins, tasks, names)
+
+
+def _scored(samples: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """The samples of cells and tasks that the rows `quality` are about."""
+    cells, tasks = (samples[name].cat for name in ("cell_id", "task"))
+    known = quality[["cell_id", "task"]].drop_duplicates()
+    wanted = np.zeros((len(cells.categories), len(tasks.categories)), dtype=bool)
+    place = cells.categories.get_indexer(known["cell_id"]), tasks.categories.get_indexer(known["task"])
+    there = (place[0] >= 0) & (place[1] >= 0)
+    wanted[place[0][there], place[1][there]] = True
+    return samples[wanted[cells.codes, tasks.codes]]
 
 
 def _room(samples: pd.DataFrame) -> dict[tuple[str, str], float]:
     """Mean value above chance by (cell, task), where it is more than two standard errors."""
-    room = {}
-    for (cell, task), group in samples[samples["kind"] == "accuracy"].groupby(["cell_id", "task"], observed=True):
-        above = group["value"].to_numpy(dtype=float) - group["chance"].to_numpy(dtype=float)
-        if len(above) > 1 and above.mean() > 2 * stats.standard_error(above) and above.mean() > 0:
-            room[str(cell), str(task)] = float(above.mean())
-    return room
+    answers = samples[samples["kind"] == "accuracy"]
+    above = answers["value"].astype("float64") - answers["chance"].astype("float64")
+    by_task = above.groupby([answers["cell_id"], answers["task"]], observed=True).agg(["mean", "sem", "size"])
+    enough = by_task[(by_task["size"] > 1) & (by_task["mean"] > 0) & (by_task["mean"] > 2 * by_task["sem"])]
+    return {(str(cell), str(task)): float(mean) for (cell, task), mean in enough["mean"].items()}
 
 
 # --------------------------------------------------------------------------------------------- what is paired
@@ -129,9 +169,13 @@ def contrast(lines: pd.DataFrame, worse: str, better: str, extra: tuple[str, ...
     return parts[0].merge(parts[1], on=keys, suffixes=("_worse", "_better"))
 
 
-def matched_models(study: Study) -> Iterator[tuple[str, str]]:
-    """(SwiGLU model, ReLU counterpart): the control that was trained alike where there is one, else the base."""
+def matched_models(study: Study, having: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(SwiGLU model, ReLU counterpart) of the models `having` what is to be compared.
+
+    The SwiGLU model is the control that was trained alike, where it has that too, else the base.
+    """
     kinds = study.lines.drop_duplicates("model").set_index("model")["activation"].fillna("").str.lower()
+    kinds = kinds[kinds.index.isin(list(having))]
     for name, activation in kinds.items():
         if "relu" not in activation:
             continue
@@ -142,41 +186,48 @@ def matched_models(study: Study) -> Iterator[tuple[str, str]]:
                 break
 
 
-def equally_sparse(study: Study) -> pd.DataFrame:
+def equally_sparse(study: Study, kind: str) -> pd.DataFrame:
     """Cells of a SwiGLU model beside the ReLU cell of the same method that skips as much of the MLPs, or just more.
 
-    Columns: swiglu, relu (cells), pair (models), method, achieved (of the SwiGLU cell), length. A ReLU model's natural
-    zeros come on top of what is asked for, so cells are matched by what was achieved: never by less than
-    `EQUAL_SPARSITY`.
+    Columns: swiglu, relu (cells), pair (models), method, achieved (of the SwiGLU cell), length. Only cells with items
+    of this kind. A ReLU model's natural zeros come on top of what is asked for, so cells are matched by what was
+    achieved: never by less than `EQUAL_SPARSITY`, in the MLPs or (attention included) in the whole model.
     """
+    columns = ["swiglu", "relu", "pair", "method", "achieved", "length"]
     lines = study.select()
-    if "achieved_mlp" not in lines:
-        return pd.DataFrame(columns=["swiglu", "relu", "pair", "method", "achieved", "length"])
-    lines = lines[lines["achieved_mlp"] > 10 * SKIPS].assign(variant=lines["variant"].fillna(""))
+    if not {"achieved_mlp", "achieved_model"} <= set(lines):
+        return pd.DataFrame(columns=columns)
+    scored = np.array([(cell, kind) in study.items for cell in lines["cell_id"]], dtype=bool)
+    lines = lines[(lines["achieved_mlp"] > 10 * SKIPS).fillna(False).to_numpy(dtype=bool) & scored]
+    lines = lines.assign(variant=lines["variant"].fillna(""), achieved_model=lines["achieved_model"].fillna(0))
     found = []
-    for swiglu, relu in matched_models(study):
-        parts = [lines[lines["model"] == model] for model in (swiglu, relu)]
-        both = parts[0].merge(parts[1], on=["method", "variant", *POLICY], suffixes=("", "_relu"))
-        both = both[both["achieved_mlp_relu"] >= both["achieved_mlp"] - EQUAL_SPARSITY]
-        both = both.sort_values("achieved_mlp_relu").drop_duplicates("cell_id")
-        found += [
-            {
-                "swiglu": line.cell_id,
-                "relu": line.cell_id_relu,
-                "pair": f"{swiglu} and {relu}",
-                "method": f"{line.method} {line.variant} {line.phase}",
-                "achieved": float(line.achieved_mlp),
-                "length": line.length,
-            }
-            for line in both.itertuples()
-        ]
-    return pd.DataFrame(found, columns=["swiglu", "relu", "pair", "method", "achieved", "length"])
+    for _, alike in lines.groupby(["method", "variant", *POLICY], dropna=False):
+        for swiglu, relu in matched_models(study, set(alike["model"])):
+            parts = [alike[alike["model"] == model] for model in (swiglu, relu)]
+            both = parts[0].merge(parts[1], how="cross", suffixes=("", "_relu"))
+            for total in ("achieved_mlp", "achieved_model"):
+                both = both[both[f"{total}_relu"] >= both[total] - EQUAL_SPARSITY]
+            both = both.sort_values("achieved_mlp_relu").drop_duplicates("cell_id")
+            found += [
+                {
+                    "swiglu": line.cell_id,
+                    "relu": line.cell_id_relu,
+                    "pair": f"{swiglu} and {relu}",
+                    "method": f"{line.method} {line.variant} {line.phase}",
+                    "achieved": float(line.achieved_mlp),
+                    "length": line.length,
+                }
+                for line in both.itertuples()
+            ]
+    return pd.DataFrame(found, columns=columns)
 
 
 def gaps(study: Study, pairs: pd.DataFrame, worse: str, better: str, kind: str) -> pd.DataFrame:
     """Loss of the worse cell minus loss of the better one, items x rows of `pairs`; what is not paired is left out.
 
-    Windows of another length are other items: of several lengths, the one that most pairs have counts.
+    Windows of another length are other items: of several lengths, the one that most pairs have counts. All pairs are
+    judged on the same items, so one that was scored on few (less than half of what is usual) is left out too: it would
+    leave the others no more than its own.
     """
     lengths = pairs["length"].mode()
     if kind == "text" and len(lengths):
@@ -186,6 +237,8 @@ def gaps(study: Study, pairs: pd.DataFrame, worse: str, better: str, kind: str) 
         ours, theirs = study.loss(pair[worse], kind), study.loss(pair[better], kind)
         if ours is not None and theirs is not None:
             columns[index] = (ours - theirs).dropna()
+    usual = np.median([len(column) for column in columns.values()]) if columns else 0
+    columns = {index: column for index, column in columns.items() if len(column) >= usual / 2}
     return pd.concat(columns, axis=1).dropna() if columns else pd.DataFrame()
 
 
@@ -236,7 +289,7 @@ def read_samples(root: Path | str) -> pd.DataFrame:
     root = Path(root)
     store = Store(root)
     if not store.cells() and (root / "samples.parquet").exists():
-        return pd.read_parquet(root / "samples.parquet")[SAMPLES]
+        return pd.read_parquet(root / "samples.parquet")[list(SAMPLES)].astype(SAMPLES)
     found = []
     for cell in store.cells():
         view = store.view(cell)
@@ -245,13 +298,23 @@ def read_samples(root: Path | str) -> pd.DataFrame:
                 frame = view.samples(probe)
                 value = frame["nll"] / frame["tokens"]
                 facts = {"task": "perplexity", "item": frame["window"].astype(str), "kind": "text", "chance": 0.0}
-                found.append(frame.assign(cell_id=cell, value=value, **facts)[SAMPLES])
+                found.append(frame.assign(cell_id=cell, value=value, **facts)[list(SAMPLES)].astype(SAMPLES))
             elif probe.startswith("quality-"):
                 frame = _answers(view.samples(probe))
                 item = frame["task"] + "/" + frame["doc_id"].astype(str)
                 facts = {"kind": "accuracy", "task": probe.removeprefix("quality-"), "tokens": 0, "item": item}
-                found.append(frame.assign(cell_id=cell, **facts)[SAMPLES])
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=SAMPLES)
+                found.append(frame.assign(cell_id=cell, **facts)[list(SAMPLES)].astype(SAMPLES))
+    return stack(found)
+
+
+def stack(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Per-item tables one below the other; `SAMPLES` keep their dtypes."""
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
+        return pd.DataFrame(columns=list(SAMPLES)).astype(SAMPLES)
+    texts = {name: union_categoricals([frame[name] for frame in frames]).remove_unused_categories() for name in TEXTS}
+    numbers_ = {name: np.concatenate([frame[name] for frame in frames]) for name in SAMPLES if name not in TEXTS}
+    return pd.DataFrame(texts | numbers_)[list(SAMPLES)]
 
 
 def _answers(frame: pd.DataFrame) -> pd.DataFrame:

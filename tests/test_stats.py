@@ -63,6 +63,16 @@ def test_the_difference_is_antisymmetric_bounded_and_agrees_with_the_flips(pairs
     assert forward.mean * len(pairs) == pytest.approx(wrong_to_right - right_to_wrong)
 
 
+def test_many_answers_are_resampled_by_value_to_the_same_interval() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.choice([-1.0, 0.0, 1.0], p=[0.06, 0.9, 0.04], size=4000)
+    nudged = values + 1e-9 * rng.normal(size=4000)  # all distinct: item by item
+    by_value, by_item = (paired_bootstrap(x, np.zeros(4000), resamples=4000) for x in (values, nudged))
+    width = by_item.high - by_item.low
+    assert abs(by_value.low - by_item.low) < 0.1 * width and abs(by_value.high - by_item.high) < 0.1 * width
+    assert by_value.p == pytest.approx(by_item.p, abs=0.02)
+
+
 def test_equal_runs_differ_by_nothing() -> None:
     same = paired_bootstrap([1, 0, 1], [1, 0, 1])
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)

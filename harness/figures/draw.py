@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from harness import published
-from harness.collect import collect, read_table, relate
+from harness.collect import relate
 from harness.errors import ConfigError
 from harness.figures.cache import kv_against_length, kv_modes
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
@@ -28,7 +28,8 @@ from harness.figures.sparsity import (
     reuse_and_union,
 )
 from harness.figures.style import STYLE
-from harness.store import Store, place_errors, write_atomic
+from harness.results import Results, find, stored
+from harness.store import place_errors, write_atomic
 
 # Every figure of the project: name of its files -> how it is drawn from the table.
 FIGURES: dict[str, Callable[..., Figure]] = {
@@ -73,10 +74,7 @@ def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
     The cells of `results` are collected, if it has any; else rows are read as `committed` does. Raises
     `ConfigError` if there are none.
     """
-    root = Path(results)
-    if not Store(root).cells():
-        return committed(root)
-    return pd.concat([collect(root), relate(published.load(), {})], ignore_index=True), root
+    return _with_published(find(results))
 
 
 def committed(results: Path | str) -> tuple[pd.DataFrame, Path]:
@@ -84,13 +82,11 @@ def committed(results: Path | str) -> tuple[pd.DataFrame, Path]:
 
     Nothing is collected and nothing is written. Raises `ConfigError` if there is no table.
     """
-    root = Path(results)
-    for folder in (root / "study", root):
-        for name in ("table.parquet", "table.csv"):
-            if (folder / name).exists():
-                rows = read_table(folder / name)
-                return pd.concat([rows, relate(published.load(), {})], ignore_index=True), folder
-    raise ConfigError(f"there are no results in {root}: run a cell first, for example with `make run`")
+    return _with_published(stored(results))
+
+
+def _with_published(found: Results) -> tuple[pd.DataFrame, Path]:
+    return pd.concat([found.table, relate(published.load(), {})], ignore_index=True), found.folder
 
 
 def only_limited(df: pd.DataFrame) -> bool:

@@ -1,0 +1,168 @@
+"""What grows with the length of the text: holes in the KV cache, and neurons that the prompt has fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from harness.claims.evidence import Evidence
+from harness.study import (
+    POLICY,
+    MissingEvidence,
+    Study,
+    by_option,
+    contrast,
+    gaps,
+    need,
+    numbers,
+    options,
+    slopes,
+    used,
+)
+
+KV = "kv_skip with kv=skip beside kv=mask_output"
+PROMPT_FIXED = ("griffin", "tda")
+
+
+def _kv_pairs(study: Study, choice: str = "skip") -> pd.DataFrame:
+    lines = by_option(study.select("kv_skip"), "kv", "skip", ("dropped",))
+    return contrast(lines, choice, "mask_output")
+
+
+def kv_skip_loses(study: Study) -> Evidence:
+    """Loss on running text with missing entries minus with masked outputs alone, by window."""
+    pairs = need(_kv_pairs(study), KV)
+    gap = need(gaps(study, pairs, "cell_id_worse", "cell_id_better", "text"), f"{KV}, with text windows")
+    pairs = pairs.loc[gap.columns]
+    kept = ["zeros kept" if options(v).get("dropped") == "zeros" else "excluded" for v in pairs["variant_worse"]]
+    note = ", ".join(f"{name}: {value:+.4f}" for name, value in gap.mean().groupby(kept).mean().items())
+    rebuilt = _kv_pairs(study, "recompute")
+    same = gaps(study, rebuilt, "cell_id_worse", "cell_id_better", "text")
+    if len(same):
+        note += f"; recompute beside mask_output: {same.mean().mean():+.1e}"
+    cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
+    return Evidence(numbers(gap.mean(axis=1)), "text windows", "nats/token", cells, note=note)
+
+
+def kv_grows_with_sparsity(study: Study) -> Evidence:
+    """Slope of that gap over the share of dropped heads, by window."""
+    pairs = need(_kv_pairs(study), KV)
+    gap = gaps(study, pairs, "cell_id_worse", "cell_id_better", "text")
+    pairs = pairs.loc[gap.columns].assign(variant_worse=lambda frame: frame["variant_worse"].fillna(""))
+    rising = [
+        (group, slopes(gap[group.index], numbers(group["sparsity_requested"])))
+        for _, group in pairs.groupby(["model", "method", "variant_worse", *POLICY], dropna=False)
+        if group["sparsity_requested"].nunique() > 1
+    ]
+    if not rising:
+        raise MissingEvidence(f"{KV}, at two or more sparsities, with text windows")
+    together = pd.concat([group for group, _ in rising])
+    slope = pd.concat([slope for _, slope in rising], axis=1).mean(axis=1)
+    cells = used(together["cell_id_worse"], together["cell_id_better"])
+    return Evidence(numbers(slope), "text windows", "nats/token for all of the heads", cells)
+
+
+def growth(lossy: list[tuple[float, pd.Series]]) -> pd.Series:
+    """What the longest windows lose more than the shortest, by the longest windows' stretches of the text.
+
+    lossy: (tokens of a window, loss by window), several lengths. Windows are consecutive from the text's start.
+    """
+    ends = [min(lossy, key=lambda pair: pair[0]), max(lossy, key=lambda pair: pair[0])]
+    longest = ends[1][0]
+    means = []
+    for length, loss in ends:
+        place = (loss.index.to_numpy(dtype=float) * length // longest).astype(int)
+        full = loss.groupby(place).filter(lambda part, whole=longest / length: len(part) >= whole)
+        kept = (full.index.to_numpy(dtype=float) * length // longest).astype(int)
+        means.append(full.groupby(kept).mean())
+    return (means[1] - means[0]).dropna()
+
+
+def _grows_with_length(
+    study: Study,
+    lines: pd.DataFrame,
+    keys: list[str],
+    cells: list[str],
+    loss: Callable[[pd.Series], pd.Series | None],
+    what: str,
+) -> Evidence:
+    """Growth with the length of the text, mean over groups of cells that differ in `length` alone."""
+    found, names = [], []
+    for _, group in lines.dropna(subset=["length"]).groupby(keys, dropna=False):
+        lossy = [(float(line["length"]), loss(line)) for _, line in group.iterrows()]
+        measured = [
+            (length, values.set_axis(study.names_of(values.index).astype(int)))
+            for length, values in lossy
+            if values is not None and len(values)
+        ]
+        if len({length for length, _ in measured}) > 1:
+            found.append(growth(measured))
+            names += [group[cell] for cell in cells]
+    if not found:
+        raise MissingEvidence(f"{what}, on the same text in windows of two or more lengths")
+    together = pd.concat(found, axis=1).dropna().mean(axis=1)
+    return Evidence(numbers(together), "stretches of text", "nats/token, longest minus shortest windows", used(*names))
+
+
+def kv_grows_with_length(study: Study) -> Evidence:
+    """What missing entries cost in long windows minus in short ones, by stretch of text."""
+    pairs = need(_kv_pairs(study), KV).assign(variant_worse=lambda frame: frame["variant_worse"].fillna(""))
+
+    def gap(pair: pd.Series) -> pd.Series | None:
+        ours, theirs = (study.loss(pair[f"cell_id_{end}"], "text") for end in ("worse", "better"))
+        return None if ours is None or theirs is None else (ours - theirs).dropna()
+
+    keys = ["model", "method", "variant_worse", "sparsity_requested", *POLICY[:-1]]
+    return _grows_with_length(study, pairs, keys, ["cell_id_worse", "cell_id_better"], gap, KV)
+
+
+def prompt_fixed_fails_generation(study: Study) -> Evidence:
+    """Share of what the dense model can do that is lost: in generated answers against in scored ones.
+
+    Cells count that were measured on both; an item's loss is its mean over them.
+    """
+    lines = need(study.select(*PROMPT_FIXED), "cells of griffin or tda")
+    generative = study.rows[study.rows["metric"].str.startswith("exact_match").fillna(False)]["task"].unique()
+    sides: dict[bool, list[pd.DataFrame]] = {True: [], False: []}
+    cells, seen = [], {True: 0, False: 0}
+    for cell in lines["cell_id"]:
+        loss = study.loss(cell, "accuracy")
+        if loss is None:
+            continue
+        both = pd.DataFrame({"lost": loss, "able": study.able(cell).reindex(loss.index)})
+        is_generated = study.tasks_of(loss.index).isin(generative)
+        parts = {kind: both[is_generated == kind] for kind in (True, False)}
+        seen = {kind: seen[kind] + len(part) for kind, part in parts.items()}
+        if all(map(len, parts.values())):
+            cells.append(cell)
+            for kind, part in parts.items():
+                sides[kind].append(part)
+    for kind, words in ((True, "a generative task"), (False, "a scored task")):
+        if not seen[kind]:
+            raise MissingEvidence(f"griffin or tda on {words} that the dense model can do")
+    if not cells:
+        raise MissingEvidence("griffin or tda on a generative and on a scored task in one cell")
+    ours, theirs = (pd.concat(sides[kind]).groupby(level=0).mean() for kind in (True, False))
+    shares = [side["lost"].sum() / side["able"].sum() for side in (ours, theirs)]
+    note = f"{shares[0]:.1%} of it lost in {len(ours)} generated answers, {shares[1]:.1%} in {len(theirs)} scored"
+    return Evidence(
+        numbers(ours["lost"]),
+        "items",
+        "share of what dense can do",
+        tuple(sorted(cells)),
+        numbers(theirs["lost"]),
+        (numbers(ours["able"]), numbers(theirs["able"])),
+        note=note,
+    )
+
+
+def prompt_fixed_fades(study: Study) -> Evidence:
+    """What prompt-fixed neurons cost in long texts minus in short ones, by stretch of text."""
+    lines = need(study.select(*PROMPT_FIXED), "cells of griffin or tda").assign(
+        variant=lambda f: f["variant"].fillna("")
+    )
+    keys = ["model", "method", "variant", "sparsity_requested", *POLICY[:-1]]
+    return _grows_with_length(
+        study, lines, keys, ["cell_id"], lambda line: study.loss(line["cell_id"], "text"), "griffin or tda"
+    )
