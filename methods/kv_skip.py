@@ -59,6 +59,11 @@ class KvSkip(Method):
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise ConfigError(f"method.kv_skip.{key} must be one of {', '.join(known)}, not {getattr(self, key)!r}")
+        for key in ("lookahead", "rank", "epochs"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise ConfigError(
+                    f"method.kv_skip.{key} must be a whole number of at least 1, not {getattr(self, key)!r}"
+                )
 
     @property
     def oracle(self) -> bool:

@@ -336,11 +336,22 @@ def test_one_failing_cell_does_not_stop_a_sweep(runner: Runner) -> None:
     assert "failed before" in err and "broken on purpose" in err
 
 
+UNSUPPORTED = {
+    "cats": "has none",  # no gate
+    "cett": "scope=model has nothing to solve for",
+    "moefication": "experts of 24 neurons do not divide the 128 neurons",
+    "dejavu": "cannot look 3 blocks ahead in the 3 blocks",
+}
+
+
 def test_an_unsupported_pair_is_a_status_and_no_failure(tmp_path: Path, tokenizer: Any) -> None:
     from tests.tiny import save_with_tokenizer
 
     runner = Runner(save_with_tokenizer(tmp_path / "opt", tokenizer, family="opt"), tmp_path)
-    _, err = runner.run("method=cats", "probe.names=[sparsity]", "tasks=none")
-    (cell,) = runner.store.cells()
-    assert runner.store.view(cell).status["status"] == "unsupported"
+    options = ["cett.cett=0.2", "moefication.expert_size=24", "dejavu.predictor=lookahead", "dejavu.lookahead=3"]
+    sweep = ["-m", f"method={','.join(UNSUPPORTED)}", *(f"method.{option}" for option in options), "scope=model"]
+    _, err = runner.run(*sweep, "probe.names=[sparsity]", "tasks=none")
+    statuses = {cell.split("_")[1]: runner.store.view(cell).status for cell in runner.store.cells()}
+    assert {status["status"] for status in statuses.values()} == {"unsupported"}
+    assert all(sentence in statuses[method]["message"] for method, sentence in UNSUPPORTED.items())
     assert "unsupported" in err and "Traceback" not in err

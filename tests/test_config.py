@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run
-from harness.cell import id_of
-from harness.config import CONF, CellConfig, check, did_you_mean, options
+from harness.cell import id_of, identity
+from harness.config import CONF, CellConfig, build_methods, check, did_you_mean, options
 from harness.errors import ConfigError
 from harness.method import Method
 from harness.store import VOLATILE
@@ -105,6 +105,26 @@ def test_the_dense_twin_is_one_cell_for_every_method_and_sparsity() -> None:
     for overrides in (["sparsity=0.3"], ["method=random"], ["method=oracle", "scope=model"]):
         assert id_of(cell(*overrides).dense_twin()) == dense
     assert id_of(cell("seed=1").dense_twin()) != dense
+
+
+@pytest.mark.parametrize(
+    ("overrides", "oracle"),
+    [
+        (["method=oracle"], True),
+        (["method=attribution"], True),
+        (["method=kv_skip"], True),
+        (["method=kv_skip", "method.kv_skip.select_by=serial"], False),
+        (["method=moefication", "method.moefication.router=oracle"], True),
+        (["method=moefication"], False),
+        (["method=[teal,dejavu]", "method.dejavu.predictor=oracle"], True),
+        (["method=dejavu"], False),
+    ],
+)
+def test_rows_of_oracles_say_so(overrides: list[str], oracle: bool) -> None:
+    config = cell(*overrides)
+    message = identity(config, build_methods(config["method"]))["message"]
+    assert (message or "").startswith("oracle: ") == oracle
+    assert message is None or "teal" not in message, "it names the oracle"
 
 
 def test_the_id_is_readable(plain: dict[str, Any]) -> None:

@@ -359,7 +359,9 @@ def test_the_predictor_shares_its_fit_with_dejavu():
     assert KvSkip(0.5).fit_key()["method"] == "kv_skip"
 
 
-@pytest.mark.parametrize("wrong", [{"kv": "drop"}, {"select_by": "magic"}, {"dropped": "no"}, {"unit": "layer"}])
+@pytest.mark.parametrize(
+    "wrong", [{"kv": "drop"}, {"select_by": "magic"}, {"dropped": "no"}, {"unit": "layer"}, {"rank": 0}]
+)
 def test_bad_options_are_one_sentence(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         KvSkip(0.5, **wrong)
