@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,6 +26,22 @@ DEFAULT_VARIANTS = {"teal": "allocation=uniform"}  # what a row without a varian
 GROUP = ["paper", "table", "model", "metric", "task", "site", "layer", "device", "batch", "context"]
 CARRIED = ["paper", "table", "model", "method", "variant", "sparsity_requested", "metric", "task", "site", "layer"]
 WITHIN, DIFFERS, NOT_COMPARABLE = "within", "differs", "not comparable"
+
+
+Row = dict[str, Any]  # missing is None
+
+
+@dataclass(frozen=True)
+class Here:
+    """What was measured, for look-up.
+
+    cells: method -> lines of the headline. devices: cell -> what it was timed on. shares: (cell, metric, site, phase)
+    -> value by layer, None for all of them together.
+    """
+
+    cells: dict[str, list[Row]]
+    devices: dict[str, tuple[str, ...]]
+    shares: dict[tuple[str, ...], dict[int | None, float]]
 
 
 @dataclass(frozen=True)
@@ -69,20 +86,42 @@ def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     whole = measured[
         (measured["source"] == "measured") & (measured["status"] == "ok") & ~measured["limited"].fillna(False)
     ]
-    lines = headline(whole) if len(whole) else pd.DataFrame(columns=["model", "method"])
-    lines = lines.assign(variant=lines.get("variant", pd.Series(dtype="string")))
-    found = {index: counterpart(row, lines, whole) for index, row in published.iterrows()}
-    report = []
-    for _, group in published.groupby(GROUP, dropna=False, sort=False):
-        for index, row in group.iterrows():
-            others = [(other, found[i]) for i, other in group.iterrows() if i != index]
-            report.append((index, row[CARRIED].to_dict() | _judge(row, found[index], others)))
-    frame = pd.DataFrame([line for _, line in sorted(report, key=lambda pair: pair[0])])
+    here = _here(whole)
+    rows = published.astype(object).where(published.notna(), None).to_dict("records")
+    found = [counterpart(row, here) for row in rows]
+    tables = published.groupby(GROUP, dropna=False, sort=False).indices
+    report: list[dict[str, object]] = [{}] * len(rows)
+    for places in tables.values():
+        for place in places:
+            others = [(rows[i], found[i]) for i in places if i != place]
+            carried = {name: rows[place][name] for name in CARRIED}
+            report[place] = carried | _judge(rows[place], found[place], others)
+    frame = pd.DataFrame(report)
     kinds = {"published": "Float64", "measured": "Float64", "difference": "Float64", "ratio": "Float64"}
     return frame.astype({name: COLUMNS.get(name, kinds.get(name, "string")) for name in frame.columns})
 
 
-def _judge(row: pd.Series, ours: Measured | str, others: list[tuple[pd.Series, Measured | str]]) -> dict[str, object]:
+def _here(whole: pd.DataFrame) -> Here:
+    """Look-ups of measured rows, none of them limited."""
+    if whole.empty:
+        return Here({}, {}, {})
+    cells: dict[str, list[Row]] = {}
+    lines = headline(whole)
+    for line in lines.astype(object).where(lines.notna(), None).to_dict("records"):
+        own = DEFAULT_VARIANTS.get(line["method"], "")
+        cells.setdefault(line["method"], []).append(line | {"variant": line["variant"] or own})
+    timed = whole[(whole["probe"] == "latency") & whole["device"].notna()]
+    devices = {str(cell): tuple(names.unique()) for cell, names in timed.groupby("cell_id")["device"]}
+    counted = whole[(whole["probe"] == "sparsity") & whole["task"].isna() & whole["metric"].isin([ACHIEVED, "zeros"])]
+    shares: dict[tuple[str, ...], dict[int | None, float]] = {}
+    columns = ["cell_id", "metric", "site", "step_phase", "layer", "value"]
+    for cell, metric, site, phase, layer, value in counted[columns].itertuples(index=False):
+        by_layer = shares.setdefault((cell, metric, site, phase), {})
+        by_layer.setdefault(None if pd.isna(layer) else int(layer), float(value))
+    return Here(cells, devices, shares)
+
+
+def _judge(row: Row, ours: Measured | str, others: list[tuple[Row, Measured | str]]) -> dict[str, object]:
     blank = {"published": row["value"], "measured": None, "basis": None, "difference": None, "ratio": None}
     blank |= {"verdict": NOT_COMPARABLE, "reason": None, "cell_id": None}
     if row["message"].startswith("recalled"):
@@ -108,57 +147,50 @@ def _judge(row: pd.Series, ours: Measured | str, others: list[tuple[pd.Series, M
     return blank | facts | {"reason": f"{same} of {pairs} orders in its table are the same; {conditions}"}
 
 
-def counterpart(row: pd.Series, lines: pd.DataFrame, whole: pd.DataFrame) -> Measured | str:
-    """What was measured in the place of a published row, or in one sentence why nothing was.
-
-    lines: headline of the rows `whole`, none of them limited.
-    """
+def counterpart(row: Row, here: Here) -> Measured | str:
+    """What was measured in the place of a published row, or in one sentence why nothing was."""
     read = READERS.get(row["metric"])
     if read is None:
         return f"{row['metric']} is not measured here"
-    cells = lines[lines["method"] == row["method"]]
-    if cells.empty:
+    cells = here.cells.get(row["method"], [])
+    if not cells:
         return f"no measured cell of method {row['method']}"
-    if row["method"] != "dense" and pd.notna(row["sparsity_requested"]):
-        cells = cells[(cells["sparsity_requested"] - row["sparsity_requested"]).abs() < 0.005]
-        if cells.empty:
+    if row["method"] != "dense" and row["sparsity_requested"] is not None:
+        cells = [line for line in cells if abs(_get(line, "sparsity_requested") - row["sparsity_requested"]) < 0.005]
+        if not cells:
             return f"{row['method']} was not measured at sparsity {row['sparsity_requested']:g}"
-    elif row["method"] != "dense" and pd.isna(row["variant"]):
+    elif row["method"] != "dense" and row["variant"] is None:
         return "the published row names no sparsity"
     wanted = _variant(row)
-    own = cells["method"].map(DEFAULT_VARIANTS).astype("string")
-    variants = cells["variant"].fillna(own).fillna("")
-    rank = (cells["model"] != row["model"]).astype(int) * 2 + (variants != wanted).astype(int)
-    for index in rank.sort_values(kind="stable").index:
-        line = cells.loc[index]
-        value = read(row, line, whole)
+    for line in sorted(cells, key=lambda line: (line["model"] != row["model"]) * 2 + (line["variant"] != wanted)):
+        value = read(row, line, here)
         if value is None:
             continue
         differs = [f"another model ({line['model']})"] if line["model"] != row["model"] else []
-        if row["method"] != "dense" and variants[index] != wanted:
-            differs.append(f"another variant ({variants[index] or 'defaults'} for {wanted or 'defaults'})")
+        if row["method"] != "dense" and line["variant"] != wanted:
+            differs.append(f"another variant ({line['variant'] or 'defaults'} for {wanted or 'defaults'})")
         number, error, dense, more = value
         return Measured(number, error, dense, str(line["cell_id"]), str(line["model"]), (*differs, *more))
     return f"no {row['metric']} was measured for {row['method']} there (masked times and limited runs do not count)"
 
 
-def _variant(row: pd.Series) -> str:
-    variant = row["variant"] if pd.notna(row["variant"]) else DEFAULT_VARIANTS.get(row["method"], "")
+def _variant(row: Row) -> str:
+    variant = row["variant"] or DEFAULT_VARIANTS.get(row["method"], "")
     return "" if row["method"] == "dense" else str(variant)
 
 
 Reading = tuple[float, float, float, tuple[str, ...]] | None  # value, 95 % half-width, dense value, other conditions
-Reader = Callable[[pd.Series, pd.Series, pd.DataFrame], Reading]
+Reader = Callable[[Row, Row, Here], Reading]
 
 
-def _get(line: pd.Series, name: str) -> float:
+def _get(line: Row, name: str) -> float:
     value = line.get(name)
-    return math.nan if pd.isna(value) else float(value)
+    return math.nan if value is None else float(value)
 
 
-def _accuracy(row: pd.Series, line: pd.Series, whole: pd.DataFrame) -> Reading:
+def _accuracy(row: Row, line: Row, here: Here) -> Reading:
     task = row["task"]
-    if pd.isna(task):
+    if task is None:
         return None
     averaged = task.startswith("mean")
     names = (
@@ -171,34 +203,32 @@ def _accuracy(row: pd.Series, line: pd.Series, whole: pd.DataFrame) -> Reading:
     return None if math.isnan(value) else (value, 1.96 * error if error == error else 0.0, dense, more)
 
 
-def _perplexity(row: pd.Series, line: pd.Series, whole: pd.DataFrame) -> Reading:
+def _perplexity(row: Row, line: Row, here: Here) -> Reading:
     value, error, dense = (_get(line, name) for name in ("perplexity", "stderr:perplexity", "dense:perplexity"))
     more = (f"another text and windows than {row['task']}",)
     return None if math.isnan(value) else (value, 1.96 * error if error == error else 0.0, dense, more)
 
 
-def _speed(row: pd.Series, line: pd.Series, whole: pd.DataFrame) -> Reading:
+def _speed(row: Row, line: Row, here: Here) -> Reading:
     value = 1.0 if line["method"] == "dense" else _get(line, "speedup")
     if math.isnan(value):
         return None
-    devices = whole[(whole["cell_id"] == line["cell_id"]) & (whole["probe"] == "latency")]["device"].dropna().unique()
-    here = ", ".join(devices) or "an unnamed device"
-    there = row["device"] if pd.notna(row["device"]) else "an unnamed device"
-    return value, 0.0, 1.0, () if here == there else (f"timed on {here}, not on {there}",)
+    ours = ", ".join(here.devices.get(line["cell_id"], ())) or "an unnamed device"
+    theirs = row["device"] or "an unnamed device"
+    return value, 0.0, 1.0, () if ours == theirs else (f"timed on {ours}, not on {theirs}",)
 
 
-def _share(row: pd.Series, line: pd.Series, whole: pd.DataFrame) -> Reading:
-    rows = whole[(whole["cell_id"] == line["cell_id"]) & (whole["probe"] == "sparsity") & whole["task"].isna()]
-    rows = rows[(rows["metric"] == row["metric"]) & (rows["site"] == row["site"])]
-    rows = rows[rows["step_phase"] == ("decode" if line["phase"] == "decode" else "all")]
+def _share(row: Row, line: Row, here: Here) -> Reading:
+    phase = "decode" if line["phase"] == "decode" else "all"
+    by_layer = here.shares.get((line["cell_id"], row["metric"], row["site"], phase), {})
     differs: tuple[str, ...] = ()
-    if pd.isna(row["layer"]):
-        rows = rows[rows["layer"].isna()]
-    else:  # models differ in depth: the first layer and the last are the same places
-        place = 0 if row["layer"] == 0 else rows["layer"].max()
-        rows = rows[(rows["layer"] == place).fillna(False)]
+    place = None
+    if row["layer"] is not None:  # models differ in depth: the first layer and the last are the same places
+        place = 0 if row["layer"] == 0 else max((layer for layer in by_layer if layer is not None), default=None)
         differs = ("the first layer",) if row["layer"] == 0 else ("the last layer",)
-    return None if rows.empty else (float(rows["value"].iloc[0]), 0.0, 0.0, differs)
+        if place is None:
+            return None
+    return None if place not in by_layer else (by_layer[place], 0.0, 0.0, differs)
 
 
 READERS: dict[str, Reader] = {
@@ -210,7 +240,7 @@ READERS: dict[str, Reader] = {
 }
 
 
-def _near(row: pd.Series, ours: float, theirs: float, error: float) -> tuple[bool, float]:
+def _near(row: Row, ours: float, theirs: float, error: float) -> tuple[bool, float]:
     difference = ours - theirs
     return abs(difference) <= max(TOLERANCE[row["metric"]], error), difference
 
@@ -219,7 +249,7 @@ def _over(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def _orders(row: pd.Series, ours: Measured, others: list[tuple[pd.Series, Measured | str]]) -> tuple[int, int]:
+def _orders(row: Row, ours: Measured, others: list[tuple[Row, Measured | str]]) -> tuple[int, int]:
     """Rows of the same table measured on the same model: (how many stand to this one as published, how many)."""
     same = pairs = 0
     for other, theirs in others:

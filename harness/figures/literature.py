@@ -23,8 +23,6 @@ def published_against_measured(df: pd.DataFrame, limited: bool = False) -> Figur
     rows = select.drawable(df, limited=False)
     claimed = df[df["source"] == "published"]
     select.need(claimed, "no published figures in the table")
-    alike = claimed["method"].isin({"dense", *rows["method"]}) & claimed["metric"].isin(published.READERS)
-    claimed = claimed[alike]  # the others can't be compared, and there are many
     judged = published.compare(rows, claimed[list(COLUMNS)])
     judged = judged[(judged["verdict"] != published.NOT_COMPARABLE) & judged["measured"].notna()]
     select.need(judged, "no published figure has a measured counterpart that it can be compared with")
