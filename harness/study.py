@@ -202,23 +202,21 @@ def equally_sparse(study: Study, kind: str) -> pd.DataFrame:
     lines = lines.assign(variant=lines["variant"].fillna(""), achieved_model=lines["achieved_model"].fillna(0))
     found = []
     for _, alike in lines.groupby(["method", "variant", *POLICY], dropna=False):
-        for swiglu, relu in matched_models(study, set(alike["model"])):
-            parts = [alike[alike["model"] == model] for model in (swiglu, relu)]
-            both = parts[0].merge(parts[1], how="cross", suffixes=("", "_relu"))
-            for total in ("achieved_mlp", "achieved_model"):
-                both = both[both[f"{total}_relu"] >= both[total] - EQUAL_SPARSITY]
-            both = both.sort_values("achieved_mlp_relu").drop_duplicates("cell_id")
-            found += [
-                {
-                    "swiglu": line.cell_id,
-                    "relu": line.cell_id_relu,
-                    "pair": f"{swiglu} and {relu}",
-                    "method": f"{line.method} {line.variant} {line.phase}",
-                    "achieved": float(line.achieved_mlp),
-                    "length": line.length,
-                }
-                for line in both.itertuples()
-            ]
+        cells = list(alike.itertuples())
+        for swiglu, relu in matched_models(study, {line.model for line in cells}):
+            for line in (line for line in cells if line.model == swiglu):
+                as_sparse = [
+                    other
+                    for other in cells
+                    if other.model == relu
+                    and other.achieved_mlp >= line.achieved_mlp - EQUAL_SPARSITY
+                    and other.achieved_model >= line.achieved_model - EQUAL_SPARSITY
+                ]
+                if as_sparse:
+                    nearest = min(as_sparse, key=lambda other: other.achieved_mlp)
+                    who = {"swiglu": line.cell_id, "relu": nearest.cell_id, "pair": f"{swiglu} and {relu}"}
+                    method = f"{line.method} {line.variant} {line.phase}"
+                    found.append(who | {"method": method, "achieved": line.achieved_mlp, "length": line.length})
     return pd.DataFrame(found, columns=columns)
 
 
