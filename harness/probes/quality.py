@@ -27,6 +27,7 @@ from harness.step import Policy
 Row = dict[str, Any]
 WHOLE = 1000  # items from which on a task is no smoke run, if it has that many
 BOOTSTRAP = 1000  # for the standard errors that have no closed form
+WINDOWS_AT_ONCE = 8  # of the perplexity text, on a GPU
 CORRECT = ("acc", "acc_norm", "exact_match")  # per-item 0 or 1: flips and paired differences make sense
 
 # --------------------------------------------------------------------------------------------- perplexity
@@ -56,25 +57,31 @@ def perplexity(
     hidden: list[Tensor] = []
     head = view.model.get_output_embeddings()
     nll, divergence, agreement = [], [], []
+    # A GPU is idle most of the time on one window; a CPU gains nothing from several and needs the memory.
+    several = WINDOWS_AT_ONCE if view.device.type == "cuda" else 1
     with attached(view, methods, policy):
-        for index, window in enumerate(track(windows, "perplexity", total=len(windows))):
-            ids = window[None].to(view.device)
+        for first in track(range(0, len(windows), several), "perplexity"):
+            ids = windows[first : first + several].to(view.device)
             decode = torch.zeros_like(ids, dtype=torch.bool)
             decode[:, start:] = policy.phase == "decode"
-            handle = head.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
+            seen: list[Tensor] = []
+            handle = head.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
             with view.tracker.hint(torch.ones_like(decode), decode):
-                logits = view.model(ids, use_cache=False).logits[0, start:-1].float()
+                logits = view.model(ids, use_cache=False).logits
             handle.remove()
-            final = hidden.pop()
-            if dense is None and index < kl_windows:
-                hidden.insert(index, final[0].cpu())
-            log_p = F.log_softmax(logits, dim=-1)
-            nll.append(F.nll_loss(log_p, ids[0, start + 1 :], reduction="sum").item())
-            if dense is not None and index < kl_windows:
-                reference = view.logits(dense["hidden"][index : index + 1].to(view.device))[0, start:-1].float()
+            for row, target in enumerate(ids[:, start + 1 :]):
+                log_p = F.log_softmax(logits[row, start:-1].float(), dim=-1)
+                nll.append(F.nll_loss(log_p, target, reduction="sum"))
+                if first + row >= kl_windows:
+                    continue
+                if dense is None:
+                    hidden.append(seen[0][row].cpu())
+                    continue
+                reference = view.logits(dense["hidden"][first + row][None].to(view.device))[0, start:-1].float()
                 log_q = F.log_softmax(reference, dim=-1)
                 divergence.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
+    nll = [value.item() for value in nll]
     scored = (length - 1 - start) * len(windows)
     total = float(np.sum(nll))
     text_bytes = sum(len(tokenizer.decode(w[start + 1 :].tolist()).encode()) for w in windows)
