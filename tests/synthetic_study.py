@@ -31,6 +31,8 @@ METHODS: tuple[tuple[str, str | None, float, float | None], ...] = (
     ("kv_skip", "kv=recompute", 0.3, None),
     ("kv_skip", None, 0.7, None),
     ("kv_skip", "dropped=zeros", 0.9, None),
+    ("griffin", None, 0.6, None),
+    ("expert_prune", None, 0.6, None),
 )
 SPARSITIES = (0.25, 0.5, 0.75)
 Cell = tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]
@@ -64,6 +66,8 @@ def cells(limited: bool = False) -> Iterator[Cell]:
                 "sparsity": _sparsity(method, variant, sparsity, activation),
                 "latency": list(_latency(method, sparsity, speed)),
             }
+            if method == "expert_prune":
+                probes["frequency"] = list(_experts())
             if method == "dejavu":
                 probes["predictivity"] = list(_predictivity(variant or "", sparsity, activation))
             if method == "dense" or (method == "cett" and variant is None):
@@ -114,9 +118,9 @@ def _quality(method: str, sparsity: float, harm: float) -> list[dict[str, Any]]:
             rows.append({"metric": "flips_wrong_to_right", "value": 0.2 * loss, **scored})
     if method != "dense":
         rows.append({"metric": "kl_to_dense", "value": loss, "stderr": 0.01, "unit": "nats", **text})
-    if method == "kv_skip":
+    if method in ("dense", "kv_skip", "griffin"):
         rows += [
-            {"metric": "kl_to_dense", "value": loss * context / 512, "unit": "nats", "context": context, **text}
+            {"metric": "nll", "value": 3.1 + loss * context / 512, "unit": "nats/token", "context": context, **text}
             for context in CONTEXTS
         ]
     return rows
@@ -136,6 +140,16 @@ def _sparsity(method: str, variant: str | None, sparsity: float, activation: str
         tilt = 1 - 0.1 * layer / LAYERS
         level = {"silu": 0.6, "relu2": 0.8}[activation] if variant == "cett=0.2" else reached
         rows.append({"metric": "zeros", "site": "mlp_hidden", "layer": layer, "value": natural * tilt, **share})
+        if method == "dense":
+            rows.append({"metric": "zeros", "site": "gate", "layer": layer, "value": 0.9 * natural * tilt, **share})
+            rows += [
+                {"metric": f"magnitude_q{q}", "site": "mlp_in", "layer": layer, "value": (1 + layer) * q**2}
+                | (share | {"unit": "activation"})
+                for q in (0.1, 0.3, 0.5, 0.7, 0.9)
+            ]
+        if method == "teal":
+            threshold = {"metric": "threshold", "layer": layer, "value": sparsity * (1 + layer)} | share
+            rows += [threshold | {"site": site, "unit": "activation"} for site in ("q", "up", "down")]
         if method != "dense":
             rows.append({"metric": "achieved", "site": site, "layer": layer, "value": level * tilt, **share})
     return rows
@@ -174,6 +188,15 @@ def _predictivity(variant: str, sparsity: float, activation: str) -> Iterator[di
         recall = level - 0.02 * layer * (1 - level)
         yield {"metric": "recall", "value": recall, "site": "neurons", "layer": layer, **share}
         yield {"metric": "density", "value": 1 - sparsity, "site": "neurons", "layer": layer, **share}
+
+
+def _experts() -> Iterator[dict[str, Any]]:
+    share = {"metric": "expert_frequency", "n": 10_000, "unit": "share", "step_phase": "all"}
+    for layer in range(LAYERS):
+        for expert in range(4):
+            for text, shift in (("coqa", 0), ("squad", 1)):
+                used = 0.2 * ((expert + layer + shift) % 4) + 0.1
+                yield {"task": text, "layer": layer, "site": f"expert:{expert}", "value": used, **share}
 
 
 def _affinity(sparsity: float, activation: str) -> Iterator[dict[str, Any]]:

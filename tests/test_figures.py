@@ -258,7 +258,7 @@ def test_kv_modes_stand_side_by_side(study: pd.DataFrame) -> None:
     skipped = next(line for line in fig.axes[0].lines if line.get_color() == lines["KV skipped"].get_color())
     assert list(skipped.get_xdata()) == list(synthetic_study.CONTEXTS)
     assert np.diff(skipped.get_ydata()).min() > 0
-    with pytest.raises(ConfigError, match="one length"):
+    with pytest.raises(ConfigError, match="several lengths"):
         figures.kv_against_length(study[study["context"].fillna(128) == 128])
 
 
@@ -398,3 +398,37 @@ def test_saving_writes_both_kinds_reproducibly(kernel: pd.DataFrame, tmp_path: P
     again = figures.save(figures.flips(kernel), tmp_path / "b" / "flips")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_thresholds_are_shares_of_the_largest_of_their_projection(study) -> None:
+    fig = figures.thresholds_by_layer(study[study["model"] == "smollm2-135m"], sparsity=0.5)
+    grid = np.asarray(fig.axes[0].images[0].get_array())
+    assert grid.shape == (3, synthetic_study.LAYERS) and np.allclose(grid[:, -1], 1.0)
+    assert np.allclose(grid[:, 0], 1 / synthetic_study.LAYERS)
+
+
+def test_histograms_of_magnitudes_have_the_area_of_their_quantiles(study) -> None:
+    fig = figures.magnitudes(study[study["model"] == "smollm2-135m"])
+    line = fig.axes[0].lines[0]
+    q = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert np.allclose(line.get_ydata(), np.diff(q) / np.diff(np.log10(q**2)))
+
+
+def test_what_zeros_let_a_runtime_skip_is_drawn_for_models_that_make_any(study) -> None:
+    fig = figures.skippable(study)
+    assert "smollm2-135m-relu2" in words(fig) and len(fig.axes[0].lines) == 2
+    with pytest.raises(ConfigError, match="no dense model makes exact zeros"):
+        figures.skippable(study[study["activation"] == "silu"])
+
+
+def test_experts_keep_one_order_over_the_texts(study) -> None:
+    fig = figures.experts_by_text(study[study["model"] == "smollm2-135m"])
+    maps = [np.asarray(ax.images[0].get_array()) for ax in fig.axes if ax.images]
+    assert len(maps) == 2 and not np.allclose(*maps)
+    mean = (maps[0] + maps[1]) / 2
+    assert (np.diff(mean, axis=0) <= 1e-12).all()
+
+
+def test_the_oracles_rings_do_not_hide_what_lies_below(study) -> None:
+    labels = {key.get_label(): key for key in figures.quality_against_sparsity(study).legends[0].legend_handles}
+    assert labels["oracle"].get_markerfacecolor() == "none"

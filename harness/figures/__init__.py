@@ -6,17 +6,21 @@ phase policies never share a panel. Cells that differ in the seed alone are draw
 nothing to draw raises `ConfigError`.
 """
 
-from harness.figures.cache import KV_MODES, KV_ZEROS, kv_against_length, kv_modes
+from harness.figures.cache import KV_MODES, KV_ZEROS, kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.draw import FIGURES, committed, draw_all, load, main, only_limited, save
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
 from harness.figures.literature import published_against_measured
 from harness.figures.quality import flips, predicted_against_oracle, quality_against_sparsity, truncation
 from harness.figures.sparsity import (
     achieved_by_layer,
+    experts_by_text,
+    magnitudes,
     natural_by_layer,
     recall_by_layer,
     requested_against_achieved,
     reuse_and_union,
+    skippable,
+    thresholds_by_layer,
 )
 from harness.figures.style import FRONTIER, STYLE
 
@@ -29,22 +33,27 @@ __all__ = [
     "achieved_by_layer",
     "committed",
     "draw_all",
+    "experts_by_text",
     "flips",
     "kv_against_length",
     "kv_modes",
     "latency_against_load",
     "load",
+    "magnitudes",
     "main",
     "natural_by_layer",
     "nominal_against_measured",
     "only_limited",
     "pareto",
     "predicted_against_oracle",
+    "prompt_fixed_against_length",
     "published_against_measured",
     "quality_against_sparsity",
     "recall_by_layer",
     "requested_against_achieved",
     "reuse_and_union",
     "save",
+    "skippable",
+    "thresholds_by_layer",
     "truncation",
 ]

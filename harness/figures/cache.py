@@ -1,18 +1,18 @@
-"""Holes in the KV cache."""
+"""What grows with the length of the text: holes in the KV cache, neurons fixed by the prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.collect import KL
-from harness.errors import ConfigError
 from harness.figures import select, style
 
 KV_MODES = {"mask_output": "output masked, all KV kept", "recompute": "KV recomputed", "skip": "KV skipped"}
+PROMPT_FIXED = ("griffin", "tda")
 KV_ZEROS = "KV skipped, zeros in the softmax"
 
 
@@ -44,32 +44,57 @@ def kv_modes(df: pd.DataFrame, metric: str = "kl", limited: bool = False) -> Fig
         return style.marked(fig, df, limited)
 
 
-def kv_against_length(
-    df: pd.DataFrame, metric: str = KL, sparsity: float | None = None, limited: bool = False
-) -> Figure:
-    """The modes of `kv_modes` against the length of the text, for rows that say it in `context`.
+def kv_against_length(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """What the modes of `kv_modes` lose on running text against its length, beside dense at the same length.
 
-    metric: the name of a row's metric on running text. sparsity: as in `achieved_by_layer`.
+    sparsity: as in `achieved_by_layer`, of those requests that were measured at several lengths.
     """
+    rows = _kv_by_mode(_losses(df, limited))
+    return _against_length(df, rows, "heads dropped", _kv_looks, sparsity, limited)
+
+
+def prompt_fixed_against_length(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """What neurons fixed by the prompt lose on running text against its length, half of which is the prompt.
+
+    sparsity: as in `kv_against_length`.
+    """
+    rows = _losses(df, limited)
+    rows = rows[rows["method"].isin(PROMPT_FIXED)]
+    rows = rows.assign(mode=select.names(rows), family_of="")
+    return _against_length(df, rows, "neurons dropped", style.looks, sparsity, limited)
+
+
+def _losses(df: pd.DataFrame, limited: bool) -> pd.DataFrame:
+    """Negative log-likelihood minus that of the dense model on the same windows (`difference`), by `context`."""
     rows = select.drawable(df, limited)
-    rows = rows[(rows["probe"] == "quality") & (rows["metric"] == metric) & rows["context"].notna()]
-    rows, sparsity = select.at_one_request(
-        _kv_by_mode(rows), sparsity, "no cell of kv_skip says the length of its text"
-    )
-    if rows["context"].nunique() < 2:
-        raise ConfigError("the table has nothing to draw: kv_skip was measured at one length of the text only")
+    rows = rows[(rows["probe"] == "quality") & (rows["metric"] == "nll") & rows["context"].notna()]
+    return rows[rows["difference"].notna()]
+
+
+def _against_length(
+    df: pd.DataFrame,
+    rows: pd.DataFrame,
+    what: str,
+    looks_of: Callable[[pd.DataFrame], dict[str, dict[str, Any]]],
+    sparsity: float | None,
+    limited: bool,
+) -> Figure:
+    """A line for each `mode`, a panel for each `family_of`: loss over the tokens of the text."""
+    alike = rows.groupby([*select.POLICY, "family_of", "mode", "sparsity_requested"], dropna=False)
+    rows = rows[alike["context"].transform("nunique") > 1]
+    rows, sparsity = select.at_one_request(rows, sparsity, f"no losses at several lengths of the text, with {what}")
     with mpl.rc_context(fname=style.STYLE):
         heading, panels = select.panels(rows, [*select.POLICY, "family_of"])
         fig, axes = style.canvas(heading, len(panels), width=4.0, height=3.3)
-        looks = _kv_looks(rows)
+        looks = looks_of(rows)
         for ax, (title, panel) in zip(axes, panels, strict=True):
             for name, cells in panel.groupby("mode"):
-                line = cells.groupby("context", as_index=False)[["value", "stderr"]].mean()
-                ax.errorbar(line["context"], line["value"], style.Z95 * line["stderr"].fillna(0), **looks[str(name)])
+                line = cells.groupby("context", as_index=False)["difference"].mean()
+                ax.errorbar(line["context"], line["difference"], **looks[str(name)])
             style.powers_of_two(ax, rows["context"])
             style.set_title(ax, title)
-        label = select.QUALITIES["kl"][0] if metric == KL else metric.replace("_", " ")
-        style.set_labels(axes, f"tokens of the text, {sparsity:.0%} of heads dropped", label)
+        label = "loss to dense (nats/token)"
+        style.set_labels(axes, f"tokens of the text, {sparsity:.0%} of {what}", label)
         style.legend(fig, looks)
         return style.marked(fig, df, limited)
 

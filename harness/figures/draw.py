@@ -16,16 +16,20 @@ from matplotlib.figure import Figure
 from harness import published
 from harness.collect import relate
 from harness.errors import ConfigError
-from harness.figures.cache import kv_against_length, kv_modes
+from harness.figures.cache import kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
 from harness.figures.literature import published_against_measured
 from harness.figures.quality import flips, predicted_against_oracle, quality_against_sparsity, truncation
 from harness.figures.sparsity import (
     achieved_by_layer,
+    experts_by_text,
+    magnitudes,
     natural_by_layer,
     recall_by_layer,
     requested_against_achieved,
     reuse_and_union,
+    skippable,
+    thresholds_by_layer,
 )
 from harness.figures.style import STYLE
 from harness.results import Results, find, stored
@@ -42,12 +46,17 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "requested_against_achieved": requested_against_achieved,
     "achieved_by_layer": achieved_by_layer,
     "natural_sparsity_by_layer": natural_by_layer,
+    "skippable": skippable,
+    "magnitudes": magnitudes,
+    "thresholds_by_layer": thresholds_by_layer,
     "recall_by_layer": recall_by_layer,
     "predicted_against_oracle": predicted_against_oracle,
     "kv_modes": kv_modes,
     "kv_against_length": kv_against_length,
+    "prompt_fixed_against_length": prompt_fixed_against_length,
     "reuse_and_union": reuse_and_union,
     "truncation": truncation,
+    "experts_by_text": experts_by_text,
     "nominal_against_measured": nominal_against_measured,
     "latency_against_load": latency_against_load,
     "published_against_measured": published_against_measured,
@@ -63,6 +72,7 @@ def save(fig: Figure, path: Path | str) -> list[Path]:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=kind, metadata=metadata)
+            fig.set_layout_engine("none")  # it stays as it was laid out: that takes longer than to draw it
             written.append(stem.with_name(f"{stem.name}.{kind}"))
             write_atomic(written[-1], buffer.getvalue())
     return written

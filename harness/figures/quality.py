@@ -54,7 +54,8 @@ def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
     requests = sorted(set(lines["sparsity_requested"]))
     with mpl.rc_context(fname=style.STYLE):
         heading, panels = select.panels(lines, [*select.POLICY, "name"])
-        fig, axes = style.canvas(heading, len(panels), width=2.6, height=2.8)
+        columns = 3 if len(panels) <= 9 else 6
+        fig, axes = style.canvas(heading, len(panels), width=2.6, height=2.8, columns=columns)
         for ax, (title, panel) in zip(axes, panels, strict=True):
             ((_, cells),) = select.methods(panel)
             place = [requests.index(value) for value in cells["sparsity_requested"]]

@@ -101,7 +101,7 @@ def _words(row: pd.Series, keys: Sequence[str]) -> str:
         if key == "phase":
             parts.append(PHASES.get(value, str(value)))
         elif key != "dense_prefix":
-            parts.append(str(value))
+            parts += [str(value)] if value != "" else []
         elif not pd.isna(value) and value > 0:
             parts.append(f"first {value} tokens dense")
     return ", ".join(parts)

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from harness.collect import ACHIEVED
 from harness.figures import select, style
-from harness.selection import Site
+from harness.selection import Projection, Site
 
 FEW = 8  # maps of one method each; more methods share a map
+PROJECTED = get_args(Projection)
 SITES = get_args(Site)  # in the order that a token meets them
 
 
@@ -153,6 +154,118 @@ def reuse_and_union(df: pd.DataFrame, sparsity: float | None = None, limited: bo
         style.legend(
             fig, looks, *(style.key(name, color=style.MUTED, linestyle=dashes) for name, dashes in more.items())
         )
+        return style.marked(fig, df, limited)
+
+
+def thresholds_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
+    """Heat maps of thresholds on magnitudes, projection by layer, as a share of the largest of the projection.
+
+    For methods whose thresholds are fixed; one for each channel is told by its median. sparsity: as in
+    `achieved_by_layer`.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["probe"] == "sparsity") & (rows["metric"] == "threshold") & rows["layer"].notna()]
+    rows, sparsity = select.at_one_request(rows, sparsity, "no thresholds by layer at this request")
+    rows = rows.assign(name=select.names(rows))
+    rows = rows[rows["name"].isin(_fewest(rows["name"]))]
+    largest = rows.groupby([*select.POLICY, "name", "site"], dropna=False)["value"].transform("max")
+    rows = rows.assign(value=(rows["value"] / largest).where(largest > 0, 0.0))
+    with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
+        label = f"threshold over its largest, {sparsity:.0%} requested"
+        keys = [*select.POLICY, "name"]
+        return style.marked(style.maps(rows, keys, "site", [*PROJECTED, "neurons"], label, 1.0), df, limited)
+
+
+def _fewest(names: pd.Series) -> list[str]:
+    """The names to draw: those of a method with its default options, and of others where there is no such."""
+    every = sorted(set(names))
+    plain = {name.split(" ")[0] for name in every if " " not in name}
+    return [name for name in every if " " not in name or name.split(" ")[0] not in plain]
+
+
+def magnitudes(df: pd.DataFrame, limited: bool = False) -> Figure:
+    """Histograms of activation magnitudes at the inputs of the dense model's MLPs, a line for each of a few layers.
+
+    Density over the decades of |x|, so that areas are shares; what is exactly zero is not drawn.
+    """
+    rows = select.drawable(df, limited)
+    level = rows["metric"].str.extract(r"^magnitude_q([\d.]+)$", expand=False).astype("Float64")
+    rows = rows.assign(level=level)[level.notna() & (rows["method"] == "dense") & (rows["phase"] == "all")]
+    select.need(rows, "no magnitudes of a dense model")
+    layers = sorted(set(rows["layer"]))
+    with mpl.rc_context(fname=style.STYLE):
+        heading, panels = select.panels(rows, ["model", "site"])
+        fig, axes = style.canvas(heading, len(panels), width=4.0, height=2.7, columns=2)
+        colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(layers)))
+        looks: dict[str, dict[str, Any]] = {
+            f"layer {layer}": {"color": mpl.colors.to_hex(colour), "linestyle": style.LINES[i % len(style.LINES)]}
+            for i, (layer, colour) in enumerate(zip(layers, colours, strict=True))
+        }
+        for ax, (title, panel) in zip(axes, panels, strict=True):
+            for layer, lines in panel.groupby("layer"):
+                points = lines.groupby("level")["value"].mean()
+                points = points[points > 0]
+                x, share = np.log10(points.to_numpy(dtype=float)), points.index.to_numpy(dtype=float)
+                wide = np.diff(x) > 0
+                density = np.diff(share)[wide] / np.diff(x)[wide]
+                ax.plot(10 ** ((x[1:] + x[:-1])[wide] / 2), density, **looks[f"layer {layer}"])
+            ax.set_xscale("log")
+            style.set_title(ax, title.replace("_", " "))
+        axes[0].set_ylim(bottom=0)
+        style.set_labels(axes, "magnitude", "share of entries a decade")
+        style.legend(fig, looks)
+        return style.marked(fig, df, limited)
+
+
+def skippable(df: pd.DataFrame, limited: bool = False) -> Figure:
+    """What exact zeros let a runtime skip, by layer, in models that make any.
+
+    Solid: zeros known from the gate alone, which spare rows of up and columns of down. Dashed: zeros of the product,
+    which spare columns of down only.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["probe"] == "sparsity") & (rows["metric"] == "zeros") & rows["layer"].notna()]
+    rows = rows[(rows["method"] == "dense") & (rows["step_phase"] == "all") & rows["task"].isna()]
+    rows = rows[rows["site"].isin(["gate", "mlp_hidden"])]
+    some = rows.groupby("model")["value"].transform("max") > 0.01
+    rows = rows[some]
+    select.need(rows, "no dense model makes exact zeros")
+    with mpl.rc_context(fname=style.STYLE):
+        fig, (ax,) = style.canvas("", 1, width=4.6, height=3.3)
+        looks = style.looks(pd.DataFrame({"method": rows["model"].unique(), "variant": pd.NA}, dtype="string"))
+        for (model, site), lines in rows.groupby(["model", "site"]):
+            line = lines.groupby("layer")["value"].mean()
+            dashes = {"linestyle": "-", "markersize": 4} if site == "gate" else {"linestyle": "--", "marker": ""}
+            ax.plot(line.index, line, **(looks[str(model)] | dashes))
+        ax.yaxis.set_major_formatter(style.PERCENT)
+        ax.set_ylim(0, 1)
+        style.set_labels([ax], "layer", "exact zeros")
+        kinds = {"known from the gate": "-", "of the product": "--"}
+        keys = [style.key(name, color=style.MUTED, linestyle=dashes) for name, dashes in kinds.items()]
+        style.legend(fig, looks, *keys)
+        return style.marked(fig, df, limited)
+
+
+def experts_by_text(df: pd.DataFrame, limited: bool = False) -> Figure:
+    """Heat maps of how often experts are used, expert by layer, one for each text.
+
+    Experts are ordered in every layer by their mean use over the texts, the same for all of them: where maps differ,
+    texts use different experts.
+    """
+    rows = select.drawable(df, limited)
+    rows = rows[(rows["metric"] == "expert_frequency") & rows["layer"].notna() & rows["task"].notna()]
+    select.need(rows, "no use of experts by text")
+    rows = rows.assign(name=select.names(rows))
+    keys = ["model", "name"]
+    mean = rows.groupby([*keys, "layer", "site"], dropna=False, as_index=False)["value"].mean()
+    mean["rank"] = mean.groupby([*keys, "layer"], dropna=False)["value"].rank(method="first", ascending=False)
+    rows = rows.merge(mean.drop(columns="value"), on=[*keys, "layer", "site"]).astype({"rank": int})
+    ranks = sorted(set(rows["rank"]))
+    tall = min(0.24, 2.2 / len(ranks))
+    with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
+        fig = style.maps(rows, [*keys, "task"], "rank", ranks, "share of tokens", tall=tall)
+        for ax in fig.axes[:-1]:
+            ax.set_ylabel("experts, most used first")
         return style.marked(fig, df, limited)
 
 

@@ -40,6 +40,9 @@ def looks(lines: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "linestyle": LINES[index // len(colours) % len(LINES)],
             "markeredgecolor": "white",
         }
+        if name.split(" ")[0] == "oracle":  # often what thresholds choose too: rings that a marker below shows through
+            ring = {"markerfacecolor": "none", "markeredgecolor": looks[name]["color"], "markersize": 9, "zorder": 4}
+            looks[name] |= ring
     return looks
 
 
@@ -63,19 +66,30 @@ def canvas(
 
 
 def maps(
-    rows: pd.DataFrame, keys: Sequence[str], by: str, order: Sequence[str], label: str, top: float | None = None
+    rows: pd.DataFrame,
+    keys: Sequence[str],
+    by: str,
+    order: Sequence[Any],
+    label: str,
+    top: float | None = None,
+    tall: float = 0.24,
 ) -> Figure:
-    """Heat maps of `value`, `by` x layer, one for each combination of `keys`, under one scale from 0 to `top`."""
+    """Heat maps of `value`, `by` x layer, one for each combination of `keys`, under one scale from 0 to `top`.
+
+    tall: inches a line; where there is no room for it, only some lines are named.
+    """
     heading, panels = select.panels(rows, keys)
     lines = max(panel[by].nunique() for _, panel in panels)
-    fig, axes = canvas(heading, len(panels), width=7.4, height=0.75 + 0.24 * lines, columns=1, share=False)
+    fig, axes = canvas(heading, len(panels), width=7.4, height=0.75 + tall * lines, columns=1, share=False)
     top = max(0.01, float(rows["value"].max())) if top is None else top
     for ax, (title, panel) in zip(axes, panels, strict=True):
         grid = panel.pivot_table(index=by, columns="layer", values="value", sort=False)
         grid = grid.sort_index(axis="columns").loc[lambda found: sorted(found.index, key=order.index)]
         image = ax.imshow(grid.to_numpy(dtype=float), aspect="auto", vmin=0, vmax=top)
         set_title(ax, title)
-        ax.set_yticks(range(len(grid)), [str(name).replace("_", " ") if by == "site" else name for name in grid.index])
+        names = [str(name).replace("_", " ") if by == "site" else str(name) for name in grid.index]
+        every = math.ceil(0.16 / tall)
+        ax.set_yticks(range(0, len(grid), every), names[::every])
         step = max(1, math.ceil(grid.shape[1] / 16))
         ax.set_xticks(range(0, grid.shape[1], step), [str(layer) for layer in grid.columns[::step]])
         ax.spines[:].set_visible(False)
