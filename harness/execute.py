@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import kernels
 from harness.attach import Fitted
+from harness.decode import decode_attention
 from harness.errors import UnsupportedError
 from harness.families import View
 from harness.method import Method
@@ -55,15 +55,15 @@ class KernelInstallation(Installation):
         super().__init__(view, method, plan)
         self.stack = ExitStack()
         self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
-        # Thresholds as tensors, by selection; weakly, since a method may make a new selection for every token.
-        self.static: WeakKeyDictionary[Thresholds, Tensor] = WeakKeyDictionary()
+        # By (layer, projection) the last thresholds and their tensor: most methods give the same ones for every token.
+        self.limits: dict[tuple[int, str], tuple[Thresholds, Tensor]] = {}
 
     def remove(self) -> None:
         """Put forwards and weights back."""
         super().remove()
         self.stack.close()
         self.index.clear()
-        self.static.clear()
+        self.limits.clear()
 
     def _single(self, x: Tensor) -> bool:
         """One token of one sequence, and the method may touch it."""
@@ -82,7 +82,12 @@ class KernelInstallation(Installation):
                 if not self._single(x):
                     masked = self._channels(site, layer, p, x)
                     return F.linear(x if masked is None else masked, m.weight, m.bias)
-                return self._columns(self._decision(site, layer, p, x), x, wt, m.bias)
+                selection = self._decision(site, layer, p, x)
+                if selection is None:
+                    return kernels.dense_gemv(x, wt, m.bias)
+                if isinstance(selection, Thresholds):
+                    return kernels.column_gemv(x, wt, self._limit(layer, p, selection, x.device), m.bias)
+                return kernels.column_gemv_index(x, wt, indices(selection), m.bias)
 
             self.stack.enter_context(replaced(module, forward))
 
@@ -95,16 +100,12 @@ class KernelInstallation(Installation):
         selection = decided[1]
         return selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
 
-    def _columns(self, selection: Selection | None, x: Tensor, wt: Tensor, bias: Tensor | None) -> Tensor:
-        if selection is None:
-            return kernels.dense_gemv(x, wt, bias)
-        if isinstance(selection, Thresholds):
-            limit = self.static.get(selection)
-            if limit is None:
-                limit = torch.as_tensor(selection.t, dtype=torch.float32, device=x.device)
-                self.static[selection] = limit
-            return kernels.column_gemv(x, wt, limit, bias)
-        return kernels.column_gemv_index(x, wt, indices(selection), bias)
+    def _limit(self, layer: int, projection: str, selection: Thresholds, device: torch.device) -> Tensor:
+        known = self.limits.get((layer, projection))
+        if known is None or known[0] is not selection:
+            known = selection, torch.as_tensor(selection.t, dtype=torch.float32, device=device)
+            self.limits[layer, projection] = known
+        return known[1]
 
     def _decide_rows(self, site: str, layer: int, x: Tensor) -> None:
         super()._decide_rows(site, layer, x)
@@ -197,10 +198,18 @@ def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
 
 
 @contextmanager
-def tuned_head(view: View) -> Iterator[None]:
-    """The language-model head through the tuned dense GEMV: it is a fifth of a small model's bytes and never sparse."""
+def tuned_rest(view: View) -> Iterator[None]:
+    """What no method skips, as fast as it can be: the head through the tuned dense GEMV, decode attention in a kernel.
+
+    The head is a fifth of a small model's bytes. Library attention opens a parallel region in every layer, which on two
+    shared cores took longer than all projections together.
+    """
     head = view.model.get_output_embeddings()
-    with replaced(head, partial(_dense, head)):
+
+    def forward(x: Tensor) -> Tensor:  # no partial: one compiled step serves several models with closures only
+        return _dense(head, x)
+
+    with replaced(head, forward), decode_attention(view.model):
         yield
 
 
@@ -217,7 +226,7 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
         raise UnsupportedError(f"{'+'.join(m.name for m, _ in methods)} has no kernel: only masked execution")
     with ExitStack() as stack:
         stack.enter_context(view.tracker.tracking(policy))
-        stack.enter_context(tuned_head(view))
+        stack.enter_context(tuned_rest(view))
         installations = []
         alone = sum(not ATTENTION.isdisjoint(method.sites) for method, _ in methods) == 1
         for method, state in methods:
@@ -260,7 +269,7 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
     empty limits it is the column kernel that drops nothing: what the kernel alone is worth.
     """
     with ExitStack() as stack:
-        stack.enter_context(tuned_head(view))
+        stack.enter_context(tuned_rest(view))
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
                 weight = stack.enter_context(transposed(module))
@@ -281,7 +290,7 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
 def sliced(view: View, sparsity: float) -> Iterator[None]:
     """The speed ceiling: every projection reads only its first (1 - sparsity) input channels, with the tuned GEMV."""
     with ExitStack() as stack:
-        stack.enter_context(tuned_head(view))
+        stack.enter_context(tuned_rest(view))
         for block in view.blocks:
             for _, module in block.projections():
                 weight = stack.enter_context(transposed(module))
