@@ -1,4 +1,4 @@
-"""The column-sparse CPU kernel against torch and our own dense kernel, on MLP shapes of 135M to 7B models.
+"""The sparse CPU kernels against torch and our own dense kernels, on MLP shapes of 135M to 7B models.
 
     python -m bench.cpu_kernels --out results/bench/cpu_kernels.json
 
@@ -7,6 +7,9 @@ zero pattern of its own for each, so that no cache helps. In each round every ke
 pool take their turn; ratios are taken within a round, and the figures are medians over rounds. The clock is
 the thread's CPU time: with one thread it is the wall time less what a neighbour took (`wall_over_cpu` tells
 how much that was).
+
+Rows of the projection "mlp" are a whole gated MLP: neurons from a list, or CATS (its gate stays dense). Those of "rows"
+are listed rows of one matrix. Both stand against F.linear and the dense kernels for the same work.
 """
 
 import argparse
@@ -43,7 +46,7 @@ class Row:
     """One kernel on one shape. Ratios are times over this kernel's time: above 1 this kernel is faster."""
 
     model: str
-    projection: str  # up: hidden -> intermediate; down: the reverse
+    projection: str  # up: hidden -> intermediate; down: the reverse; mlp: gate, up and down; rows: up from a row list
     inputs: int
     outputs: int
     dtype: str
@@ -96,10 +99,83 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
         return kernels.column_gemv(x[i], wt[i], t)
 
     calls |= {f"column_gemv {z}": partial(column, x) for z, x in inputs.items()}
+    kept = {name: used[int(name.split()[1])] / copies / k if " " in name else 1.0 for name in calls}
+    own = ("dense_gemv", "dense_gemv_rows")
+    return timed((model, projection, k, n, dtype_name), calls, kept, own, pool[: copies * k * n], copies, rounds)
+
+
+def measure_mlp(model: str, pool: Tensor, dtype_name: str, rounds: int) -> list[Row]:
+    """The neuron and CATS MLPs, then the row kernel on the gate alone."""
+    hidden, neurons = HIDDEN[model]
+    dtype = DTYPES[dtype_name]
+    size = hidden * neurons
+    copies = pool.numel() // (3 * size)
+    flat = pool[: copies * 3 * size]
+    gate, up, wt_down = (list(part.unbind()) for part in flat.view(copies, 3, neurons, hidden).unbind(1))
+    down = [w.view(hidden, neurons) for w in wt_down]  # the same numbers read as a row-major matrix
+    x = [torch.randn(1, 1, hidden).to(dtype) for _ in range(copies)]
+    lists = {z: [some(neurons, z) for _ in range(copies)] for z in ZEROS[2:]}
+    limits = {z: [limit_of(F.linear(a, w), z) for a, w in zip(x, gate, strict=True)] for z in ZEROS[2:]}
+    everything = some(neurons, 0)
+
+    def neuron(i: int, idx: Tensor) -> Tensor:
+        return kernels.neuron_mlp(x[i], gate[i], up[i], wt_down[i], idx, "silu")
+
+    calls: dict[str, Callable[[int], object]] = {
+        "linear": lambda i: F.linear(F.silu(F.linear(x[i], gate[i])) * F.linear(x[i], up[i]), down[i]),
+        "neuron_mlp": lambda i: neuron(i, everything),
+    }
+    kept = {"linear": 1.0, "neuron_mlp": 1.0}
+    for z in ZEROS[2:]:
+        share = len(lists[z][0]) / neurons
+        calls[f"neuron_mlp {z}"] = lambda i, own=lists[z]: neuron(i, own[i])
+        calls[f"cats_mlp {z}"] = lambda i, t=limits[z]: kernels.cats_mlp(x[i], gate[i], up[i], wt_down[i], t[i], "silu")
+        kept |= {f"neuron_mlp {z}": share, f"cats_mlp {z}": (1 + 2 * share) / 3}
+    shape = (model, "mlp", hidden, neurons, dtype_name)
+    rows = timed(shape, calls, kept, ("neuron_mlp",), flat, copies, rounds, matrices=3)
+    calls = {
+        "linear": lambda i: F.linear(x[i // 3], matrices[i]),
+        "dense_gemv_rows": lambda i: kernels.dense_gemv_rows(x[i // 3], matrices[i]),
+    }
+    matrices = [w for three in zip(gate, up, wt_down, strict=True) for w in three]
+    for z in ZEROS[2:]:
+        calls[f"row_gemv_index {z}"] = lambda i, own=lists[z]: kernels.row_gemv_index(
+            x[i // 3], matrices[i], own[i // 3]
+        )
+    kept = {name: len(lists[int(name.split()[1])][0]) / neurons if " " in name else 1.0 for name in calls}
+    shape = (model, "rows", hidden, neurons, dtype_name)
+    return rows + timed(shape, calls, kept, ("dense_gemv_rows",), flat, 3 * copies, rounds)
+
+
+def some(n: int, zeros: int) -> Tensor:
+    """A random sorted list of all but `zeros` percent of n."""
+    return torch.randperm(n)[: n - round(n * zeros / 100)].sort().values.int()
+
+
+def limit_of(gate: Tensor, zeros: int) -> Tensor:
+    """The threshold on act(gate) that drops `zeros` percent."""
+    return F.silu(gate).float().abs().flatten().kthvalue(max(1, round(gate.numel() * zeros / 100))).values
+
+
+def timed(
+    shape: tuple[str, str, int, int, str],
+    calls: dict[str, Callable[[int], object]],
+    kept: dict[str, float],
+    dense: tuple[str, ...],
+    flat: Tensor,
+    copies: int,
+    rounds: int,
+    matrices: int = 1,
+) -> list[Row]:
+    """Interleave the calls over all copies in `flat`, round after round, after one of warm-up.
+
+    shape: (model, projection, inputs, outputs, dtype). kept: share of the weights that a call must read. dense: our own
+    dense calls, of which the faster is the baseline. matrices: of that shape in one call.
+    """
+    model, projection, k, n, dtype_name = shape
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     wall: dict[str, list[float]] = {name: [] for name in calls}
     bandwidth: list[float] = []
-    flat = pool[: copies * k * n]
     for turn in range(rounds + 1):
         seconds, _ = sweep(lambda _: stream(flat), 1)
         times = {name: sweep(call, copies) for name, call in calls.items()}
@@ -109,13 +185,12 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
                 cpu[name].append(c / copies)
                 wall[name].append(p / copies)
 
-    own = min(("dense_gemv", "dense_gemv_rows"), key=lambda name: median(cpu[name]))
+    own = min(dense, key=lambda name: median(cpu[name]))
     rows = []
     for name in calls:
         kernel, _, level = name.partition(" ")
         zeros = int(level or 0)
-        kept = used[zeros] / copies if level else k
-        floor = [kept * n * pool.element_size() / b for b in bandwidth]
+        floor = [kept[name] * matrices * k * n * flat.element_size() / b for b in bandwidth]
         rows.append(
             Row(
                 model,
@@ -198,6 +273,7 @@ def main() -> None:
         for model in args.models:
             for projection in ("up", "down"):
                 rows += measure(model, projection, pool, name, args.rounds)
+            rows += measure_mlp(model, pool, name, args.rounds)
     env["load_average_after"] = [round(v, 2) for v in os.getloadavg()]
     goals = verdicts(rows)
     print(f"{'':>14}{'kernel':>16} zeros        us  /linear  /dense   roof  wall")
