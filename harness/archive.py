@@ -32,7 +32,7 @@ from harness.collect import read_rows, read_table, relate, twin_key
 from harness.errors import ConfigError
 from harness.rows import COLUMNS, SCHEMA_VERSION
 from harness.store import Store, content_key, place_errors, write_atomic
-from harness.study import read_samples, stack
+from harness.study import TEXTS, read_samples, stack
 
 CELLS = ["cell_id", "status", "message", "started", "ended", "environment", "config"]
 ENDED = ("done", "failed", "oom", "unsupported")
@@ -101,7 +101,9 @@ def write(roots: Sequence[Path], to: Path) -> dict[str, Any]:
     configs = whole.cells.set_index("cell_id")["config"]
     rows = whole.rows.sort_values(["cell_id"], kind="stable", ignore_index=True)
     table = relate(rows, {str(name): twin_key(json.loads(config)) for name, config in configs.items()})
-    samples = whole.samples.sort_values(["cell_id"], kind="stable", ignore_index=True)
+    texts = {name: whole.samples[name].cat for name in TEXTS}
+    ordered = {name: text.reorder_categories(sorted(text.categories)) for name, text in texts.items()}
+    samples = whole.samples.assign(**ordered).sort_values("cell_id", kind="stable", ignore_index=True)
     lines = claims.verdicts(table, samples)
     plain = table[table["layer"].isna()].dropna(axis="columns", how="all").to_csv(index=False).encode()
     large = len(plain) > LARGE

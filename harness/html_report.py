@@ -21,6 +21,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from harness import claims, figures, published
@@ -211,7 +212,7 @@ def _environment(found: Path) -> str:
         f"<pre>{escape(text)}</pre></details>"
         for text, cells in blocks.items()
     ]
-    for path in sorted(found.glob("*.json")):  # of a committed study
+    for path in sorted(found.glob("*.json")):  # of an archived study
         parts.append(f"<details><summary>{path.name}</summary><pre>{escape(path.read_text())}</pre></details>")
     return f'<div class="card">{"".join(parts)}</div>' if parts else "<p>No environment lies beside these rows.</p>"
 
@@ -221,7 +222,10 @@ def _configs(found: Path, lines: pd.DataFrame) -> str:
     names = store.cells()
     if names:
         texts = {name: (store.view(name).path / "config.yaml").read_text() for name in names}
-    else:  # a committed study holds the rows alone: what they say of their cells
+    elif (found / "cells.parquet").exists():  # an archived study
+        cells = pd.read_parquet(found / "cells.parquet").set_index("cell_id")["config"]
+        texts = {str(name): yaml.safe_dump(json.loads(text), sort_keys=False) for name, text in cells.items()}
+    else:  # a table alone: what its rows say of their cells
         identity = lines.set_index("cell_id")[list(COLUMNS)[1:10]].astype("string").fillna("")
         texts = {str(n): "\n".join(f"{k}: {v}" for k, v in cell.items() if v) for n, cell in identity.iterrows()}
     parts = [
