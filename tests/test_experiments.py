@@ -110,7 +110,8 @@ def test_short_and_long_windows_cover_the_same_text(size):
 def test_full_is_the_study_that_was_promised():
     plain = run.composed(run.rewrite(["experiment=pitfalls", "size=full"], False))
     assert plain["tasks"]["limit"] >= 1000 and len(plain["tasks"]["names"]) >= 8
-    assert "lambada_openai" in plain["tasks"]["names"] and "gsm8k" in plain["grid"]["prompt_tasks"]
+    assert "lambada_openai" in plain["tasks"]["names"] and "triviaqa" in plain["grid"]["prompt_tasks"]
+    assert "gsm8k" in plain["grid"]["long_tasks"]
     assert len(plain["grid"]["models"].split(",")) >= 3 and len(plain["grid"]["sparsities"].split(",")) >= 6
 
 
