@@ -108,7 +108,7 @@ def _claims(verdicts: pd.DataFrame) -> str:
 def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
     parts = []
     for name, fig in drawn.items():
-        function = figures.FIGURES[name]
+        function = figures.draw.FIGURES[name]
         title = name.replace("_", " ").replace("kv", "KV").replace("kl", "KL")
         title = title[0].upper() + title[1:]
         image = base64.b64encode(svg(fig)).decode()

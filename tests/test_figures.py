@@ -309,7 +309,7 @@ def test_the_command_draws_what_the_rows_allow(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_only_a_table_without_whole_runs_is_drawn_under_the_mark(kernel: pd.DataFrame, monkeypatch) -> None:
-    monkeypatch.setattr(figures, "FIGURES", {"perplexity": figures.quality_against_sparsity})
+    monkeypatch.setattr(figures.draw, "FIGURES", {"perplexity": figures.quality_against_sparsity})
     smoke = kernel.assign(limited=True, cell_id=kernel["cell_id"] + "s")
     assert "LIMITED" in words(figures.draw_all(smoke)[0]["perplexity"])
     both = pd.concat([kernel, smoke])

@@ -54,7 +54,7 @@ def fewer_figures() -> Iterator[None]:
     some = published.load().groupby(["paper", "metric"]).head(10)
     some = some[some["paper"].str.contains("TEAL|CATS")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in FEW})
+        patch.setattr(figures.draw, "FIGURES", {name: figures.FIGURES[name] for name in FEW})
         patch.setattr(published, "load", lambda: some)
         yield
 

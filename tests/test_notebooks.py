@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from harness.collect import collect
+from harness import archive
 from harness.store import Store
 from tests import synthetic_study
 
@@ -30,12 +30,11 @@ def test_these_are_all_and_they_are_stored_without_outputs() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with nothing but a small made-up study: its table, without cells."""
-    root = tmp_path_factory.mktemp("made-up") / "results"
-    synthetic_study.fill(Store(root))
-    collect(root)
-    shutil.rmtree(root / "cells")
-    return root
+    """A results folder with nothing but a small made-up study, archived as the committed one is."""
+    root = tmp_path_factory.mktemp("made-up")
+    synthetic_study.fill(Store(root / "run"))
+    archive.write([root / "run"], root / "results" / "study")
+    return root / "results"
 
 
 @pytest.mark.parametrize("name", NAMES)

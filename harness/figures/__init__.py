@@ -6,6 +6,7 @@ phase policies never share a panel. Cells that differ in the seed alone are draw
 nothing to draw raises `ConfigError`.
 """
 
+from harness.figures import draw
 from harness.figures.cache import KV_MODES, KV_ZEROS, kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.draw import FIGURES, committed, draw_all, load, main, only_limited, save
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
@@ -32,6 +33,7 @@ __all__ = [
     "STYLE",
     "achieved_by_layer",
     "committed",
+    "draw",
     "draw_all",
     "experts_by_text",
     "flips",
