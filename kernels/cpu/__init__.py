@@ -7,8 +7,8 @@ Threads: a kernel uses as many threads as torch.get_num_threads() says, and one 
 parts are fixed by sizes, so results repeat bit for bit at a given number of threads. The threads are a pool of our own
 (csrc/pool.h) that sleeps when idle. torch's own operators use OpenMP, whose idle threads spin: on a machine that is
 shared, set OMP_WAIT_POLICY=PASSIVE before torch is imported. Even then a library call in every layer (attention) can
-cost more on two busy cores than all projections, so decode runs attention here too. One core nearly saturates the memory
-of a small machine, so one thread is the safe setting.
+cost more on two busy cores than all projections, so decode runs attention here too. One core nearly saturates the
+memory of a small machine, so one thread is the safe setting.
 
 Memory: rows that are skipped at random cost page walks. Transparent huge pages for the weights (THP_MEM_ALLOC_ENABLE=1
 before torch is imported, where the system allows it) make the kernels about a tenth faster on large models.
