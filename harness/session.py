@@ -23,7 +23,7 @@ from harness.calibration import Calibration
 from harness.checkpoints import merge_weights, read_checkpoint, swap_activation
 from harness.config import CellConfig
 from harness.errors import ConfigError
-from harness.families import View, prosparse, view_of
+from harness.families import View, config_of, view_of
 from harness.method import Method, State
 from harness.scratch import Scratch
 from harness.step import Policy
@@ -72,13 +72,13 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     place = pick_device(device)
     source, revision = _source(model_config)
     tokenizer = _tokenizer(model_json)
-    prosparse.register()
     adapter = model_config.get("adapter")
     wanted = pick_dtype(dtype, place)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
+            config=config_of(source, revision),
             dtype=torch.float32 if adapter else wanted,  # an adapter is merged before anything is rounded
             attn_implementation="sdpa",
             trust_remote_code=False,

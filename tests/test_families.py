@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from harness.errors import ConfigError, UnsupportedError
 from harness.families import ADAPTERS, view_of
@@ -19,6 +21,12 @@ from tests import tiny
 
 MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in Path("conf/model").glob("*.yaml")}
 STUDY = ("llama-2-7b", "llama-2-13b", "llama-3-8b", "mistral-7b", "opt-6.7b", "relullama-7b", "prosparse-7b")
+RELU = (
+    *(f"opt-{size}" for size in ("1.3b", "2.7b", "6.7b", "13b")),
+    *(f"{name}-{size}" for name in ("relullama", "prosparse") for size in ("7b", "13b")),
+    *("turbosparse-mistral-7b", "minicpm-s-1b"),
+    *(f"sparsing-law-{size}-{act}" for size in ("0.1b", "0.2b", "0.4b", "0.8b", "1.2b") for act in ("relu", "silu")),
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -28,13 +36,15 @@ def test_every_model_entry_has_the_keys(name: str) -> None:
     assert model["name"] == name
     if model["source"] == "hub":
         assert model["path"] is None and re.fullmatch(r"[\w.-]+/[\w.-]+", model["repo"])
-        assert re.fullmatch("[0-9a-f]{40}", model["revision"]), "a branch moves; numbers need a commit"
+        pinned = re.fullmatch("[0-9a-f]{40}", model["revision"])
+        text = Path(f"conf/model/{name}.yaml").read_text()
+        assert pinned or "# Not pinned" in text, "a branch moves; numbers need a commit, or a word that they lack it"
     else:
         assert model["repo"] is None and model["revision"] is None
 
 
 def test_the_models_of_the_study_are_there() -> None:
-    assert {name for name in STUDY if MODELS[name]["source"] == "hub"} == set(STUDY)
+    assert all(MODELS[name]["source"] == "hub" for name in (*STUDY, *RELU))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
@@ -154,6 +164,87 @@ def test_prosparse_loads_without_its_remote_code_and_keeps_its_threshold(tmp_pat
         kept = gates[0][gates[0] != 0]
         assert len(kept) > 0 and kept.min() > threshold
         assert torch.equal(logits, relu) == (threshold == 0)
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    """Change a folder's config as published checkpoints have it; None drops a key."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+CONSTANTS = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+
+
+@pytest.mark.parametrize("activation, tied", [("silu", True), ("relu", False), ("fatrelu", True)])
+@torch.no_grad()
+def test_minicpm_is_a_llama_with_its_constants_in_the_weights(
+    tmp_path: Path, tokenizer: Any, activation: str, tied: bool
+) -> None:
+    act = "relu" if activation == "fatrelu" else activation
+    folder = tiny.save_with_tokenizer(tmp_path / "minicpm", tokenizer, tie_word_embeddings=tied, hidden_act=act)
+    plain = tiny.view(
+        "llama", vocabulary=len(tokenizer), tie_word_embeddings=tied, hidden_act=act
+    )  # then the constants by hooks, each where the paper has it
+    branch = CONSTANTS["scale_depth"] / len(plain.blocks) ** 0.5
+    plain.model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out * CONSTANTS["scale_emb"])
+    plain.final_norm.register_forward_hook(lambda _m, _a, out: out * CONSTANTS["dim_model_base"] / plain.d_model)
+    for block in plain.blocks:
+        block.o.register_forward_hook(lambda _m, _a, out: out * branch)
+        block.down.register_forward_hook(lambda _m, _a, out: out * branch)
+        if activation == "fatrelu":
+            block.act.register_forward_hook(lambda _m, args, out: torch.where(args[0] > 0.3, out, 0))
+    tokens = tiny.tokens(2, 9)
+    wanted = plain.model(tokens).logits
+    rewrite_config(
+        folder,
+        **CONSTANTS,
+        architectures=["MiniCPMForCausalLM"],
+        auto_map={"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
+        hidden_act=activation,
+        hidden_act_param=0.3 if activation == "fatrelu" else None,
+        model_type="minicpm" if tied else None,  # MiniCPM-S leaves it out
+        tie_word_embeddings=None if tied else False,  # tied is the default of the published code
+    )
+    view = loaded(folder).view
+    assert (view.family, view.activation, view.d_ff) == ("llama", activation, plain.d_ff)
+    torch.testing.assert_close(view.model(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
+    view.model.save_pretrained(tmp_path / "saved")  # with the constants in the weights: not to be applied twice
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(again(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_minicpm_with_experts_or_latent_attention_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tiny.save_with_tokenizer(tmp_path, tokenizer)
+    rewrite_config(folder, model_type="minicpm", ffn_type="moe")
+    with pytest.raises(ConfigError, match="'moe' is no LLaMA"):
+        loaded(folder)
+
+
+@torch.no_grad()
+def test_turbosparse_is_a_mistral_with_relu_on_both_halves(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tiny.save_with_tokenizer(tmp_path, tokenizer, family="mistral", hidden_act="relu")
+    plain = tiny.view("mistral", vocabulary=len(tokenizer), hidden_act="relu")
+    for block in plain.blocks:
+        block.up.register_forward_hook(lambda _m, _a, out: out.clamp_min(0))
+    tokens = tiny.tokens(2, 9)
+    wanted = plain.model(tokens).logits
+    shard = folder / "model.safetensors"
+    save_file(
+        load_file(shard) | {"model.layers.0.mlp.predictor.fc1.weight": torch.zeros(2, 64)}, shard, {"format": "pt"}
+    )
+    rewrite_config(
+        folder,
+        model_type="bamboo",
+        architectures=["BambooForCausalLM"],
+        auto_map={"AutoConfig": "configuration_bamboo.BambooConfig"},
+    )
+    view = loaded(folder).view
+    assert (view.family, view.activation) == ("llama", "drelu")
+    hidden: list[torch.Tensor] = []
+    view.blocks[1].down.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
+    assert torch.equal(view.model(tokens).logits, wanted)
+    assert hidden[0].min() == 0 and 0.5 < (hidden[0] == 0).float().mean() < 1, "zeros of the product of two ReLUs"
 
 
 def test_other_remote_code_is_refused(tmp_path: Path, tokenizer: Any) -> None:

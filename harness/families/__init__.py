@@ -5,12 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from harness.errors import UnsupportedError
-from harness.families import llama, opt
+from harness.families import bamboo, llama, minicpm, opt, prosparse
 from harness.families.base import Block, View
 
-__all__ = ["Block", "View", "view_of"]
+__all__ = ["Block", "View", "config_of", "view_of"]
 
 ADAPTERS = (llama, opt)
+
+
+def config_of(source: str, revision: str | None) -> Any:
+    """The config of a folder or hub repository, None where transformers finds it by itself.
+
+    Makes the published architectures known that transformers lacks. Raises OSError where there is no config.
+    """
+    from transformers import PreTrainedConfig
+
+    prosparse.register()
+    bamboo.register()
+    minicpm_config = minicpm.register()
+    found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if "model_type" not in found and minicpm.ARCHITECTURE in found.get("architectures", ()):
+        return minicpm_config.from_pretrained(source, revision=revision)  # some MiniCPMs leave their type to their code
+    return None
 
 
 def view_of(model: Any, name: str = "model", fingerprint: str = "") -> View:

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.families.base import Block, View
 
-MODEL_TYPES = ("llama", "mistral", "sparsellama")
+MODEL_TYPES = ("llama", "mistral", "sparsellama", "bamboo", "minicpm")
 
 
 def view(model: Any) -> View:
