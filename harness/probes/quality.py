@@ -56,7 +56,8 @@ def perplexity(
     start = length // 2 if policy.phase == "decode" else 0
     hidden: list[Tensor] = []
     head = view.model.get_output_embeddings()
-    nll, divergence, agreement = [], [], []
+    losses: list[Tensor] = []
+    divergence, agreement = [], []
     # A GPU is idle most of the time on one window; a CPU gains nothing from several and needs the memory.
     several = WINDOWS_AT_ONCE if view.device.type == "cuda" else 1
     with attached(view, methods, policy):
@@ -71,7 +72,7 @@ def perplexity(
             handle.remove()
             for row, target in enumerate(ids[:, start + 1 :]):
                 log_p = F.log_softmax(logits[row, start:-1].float(), dim=-1)
-                nll.append(F.nll_loss(log_p, target, reduction="sum"))
+                losses.append(F.nll_loss(log_p, target, reduction="sum"))
                 if first + row >= kl_windows:
                     continue
                 if dense is None:
@@ -81,7 +82,7 @@ def perplexity(
                 log_q = F.log_softmax(reference, dim=-1)
                 divergence.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
-    nll = [value.item() for value in nll]
+    nll = torch.stack(losses).tolist()
     scored = (length - 1 - start) * len(windows)
     total = float(np.sum(nll))
     text_bytes = sum(len(tokenizer.decode(w[start + 1 :].tolist()).encode()) for w in windows)
