@@ -70,15 +70,15 @@ def perplexity(
             with view.tracker.hint(torch.ones_like(decode), decode):
                 logits = view.model(ids, use_cache=False).logits
             handle.remove()
-            for row, target in enumerate(ids[:, start + 1 :]):
-                log_p = F.log_softmax(logits[row, start:-1].float(), dim=-1)
+            for place, target in enumerate(ids[:, start + 1 :]):
+                log_p = F.log_softmax(logits[place, start:-1].float(), dim=-1)
                 losses.append(F.nll_loss(log_p, target, reduction="sum"))
-                if first + row >= kl_windows:
+                if first + place >= kl_windows:
                     continue
                 if dense is None:
-                    hidden.append(seen[0][row].cpu())
+                    hidden.append(seen[0][place].cpu())
                     continue
-                reference = view.logits(dense["hidden"][first + row][None].to(view.device))[0, start:-1].float()
+                reference = view.logits(dense["hidden"][first + place][None].to(view.device))[0, start:-1].float()
                 log_q = F.log_softmax(reference, dim=-1)
                 divergence.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
