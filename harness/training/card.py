@@ -106,7 +106,9 @@ def _as_trained(recipe: dict[str, Any]) -> str:
 def _loss(recipe: dict[str, Any]) -> str:
     """What was minimised beside the divergence, in words."""
     if not recipe.get("expert_size"):
-        return "KL only"
+        extra = ["a progressive L1 on the hidden vector"] if recipe["l1_peaks"] else []
+        extra += [f"a gate threshold steered to {recipe['zeros']:.0%} zeros"] if recipe["zeros"] else []
+        return f"KL and {' and '.join(extra)}" if extra else "KL only"
     return (
         f"in LTE's two stages: for the first {recipe['hard_from']:.0%} of the steps every expert runs, times its "
         f"router's score, and the loss is KL + {recipe['efficiency']} x mean score squared, while more than "
