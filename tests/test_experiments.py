@@ -12,7 +12,7 @@ from harness.cell import id_of
 from harness.config import CellConfig, check, options
 
 SIZES = ("smoke", "cpu", "full")
-STUDY = ("babel", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "universal")
+STUDY = ("babel", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "truncation", "universal")
 
 
 def sweeps(experiment: str, *overrides: str) -> list[list[str]]:
