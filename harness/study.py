@@ -18,7 +18,12 @@ SKIPS = 0.005  # least achieved sparsity of a cell that is more than a pretence
 EQUAL_SPARSITY = 0.02  # a counterpart may skip so much less and still count as equally sparse
 
 BASELINES = ("dense", "dense_slice", "random")
-COUNTERPARTS = {"relullama-7b": "llama-2-7b", "prosparse-7b": "llama-2-7b"}  # where the name does not say it
+COUNTERPARTS = {  # ReLU model -> the SwiGLU model that it comes from, where the name does not say it
+    **{f"{name}-{size}": f"llama-2-{size}" for name in ("relullama", "prosparse") for size in ("7b", "13b")},
+    **{f"sparsing-law-{size}-relu": f"sparsing-law-{size}-silu" for size in ("0.1b", "0.2b", "0.4b", "0.8b", "1.2b")},
+    "minicpm-s-1b": "minicpm-1b",
+    "turbosparse-mistral-7b": "mistral-7b",
+}
 POLICY = ["scope", "phase", "dense_prefix", "seed", "length"]  # in which compared cells are alike
 SAMPLES = {  # column -> dtype of the per-item table; millions of lines, so that texts are told once
     "cell_id": "category",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.errors import ConfigError, UnsupportedError
 from harness.families import ADAPTERS, view_of
+from harness.study import COUNTERPARTS
 from tests import tiny
 
 MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in Path("conf/model").glob("*.yaml")}
@@ -44,6 +45,7 @@ def test_every_model_entry_has_the_keys(name: str) -> None:
 
 
 def test_the_models_of_the_study_are_there() -> None:
+    assert set(COUNTERPARTS) <= set(RELU) | set(STUDY) and set(COUNTERPARTS.values()) <= set(MODELS)
     assert all(MODELS[name]["source"] == "hub" for name in (*STUDY, *RELU))
 
 
