@@ -90,7 +90,7 @@ def _claims(verdicts: pd.DataFrame) -> str:
         p = "" if pd.isna(line["p_holm"]) else f"{line['p_holm']:.2g}"
         n = f"{line['n']} {escape(line['over'])}" if line["n"] and not pd.isna(line["over"]) else ""
         note = "" if pd.isna(line["note"]) else escape(line["note"])
-        cells = [] if pd.isna(line["cells"]) else line["cells"].split("\n")
+        cells = [] if pd.isna(line["cells"]) else line["cells"].split()
         if cells:
             note += f"<details><summary>{len(cells)} cells</summary><pre>{escape(chr(10).join(cells))}</pre></details>"
         body.append(

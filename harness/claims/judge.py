@@ -104,7 +104,7 @@ def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
             line["verdict"] = "reproduced" if line["effect"] > 0 else "not reproduced"
     smoke = set(table.loc[table["limited"].fillna(False), "cell_id"])
     for line in lines:
-        line["limited"] = bool(smoke & set((line["cells"] or "").split("\n")))
+        line["limited"] = bool(smoke & set((line["cells"] or "").split()))
     return pd.DataFrame(lines, columns=list(COLUMNS)).astype(COLUMNS)
 
 
@@ -117,7 +117,7 @@ def _line(claim: Claim, study: Study) -> dict[str, Any]:
     except MissingEvidence as missing:
         return line | {"note": f"missing: {missing}{left_out}"}
     n = len(evidence.values)
-    line |= {"n": n, "over": evidence.over, "unit": evidence.unit, "cells": "\n".join(evidence.cells)}
+    line |= {"n": n, "over": evidence.over, "unit": evidence.unit, "cells": " ".join(evidence.cells)}
     if n < ENOUGH:
         return line | {"note": f"missing: more {evidence.over} ({n} of at least {ENOUGH})"}
     found = evidence.tested()
