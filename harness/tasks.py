@@ -353,8 +353,8 @@ def load_tasks(
     """Fresh lm-eval task objects for `simple_evaluate(tasks=..., task_manager=task_manager(data))`.
 
     `num_fewshot` None keeps each task's own default (gsm8k: 5, all others: 0); a mapping sets it for the tasks
-    that it names. Objects are not to be used for two evaluations: lm-eval writes shots and seeds into them. Raises ConfigError for an unknown name
-    or source, AssetError where the data can't be had.
+    that it names. Objects are not to be used for two evaluations: lm-eval writes shots and seeds into them. Raises
+    ConfigError for an unknown name or source, AssetError where the data can't be had.
     """
     if data not in DATA_SOURCES:
         raise ConfigError(f"data={data} is unknown: choose one of {', '.join(DATA_SOURCES)}")

@@ -115,6 +115,8 @@ def reuse_and_union(df: pd.DataFrame, sparsity: float | None = None, limited: bo
         asked, sparsity = select.at_one_request(asked, sparsity, "no rows of the affinity probe at this request")
         rows = pd.concat([rows[rows["method"] == "dense"], asked])
     share = rows["sparsity_requested"].map(lambda value: f" {value:.0%}" if value > 0 else "").astype("string")
+    budget = rows["variant"].astype("string").str.contains("cett=", regex=False).fillna(False)
+    share = share.mask(budget, "")  # a cell with an error budget ignores the request
     rows = rows.assign(
         name=(rows["model"] + " " + select.names(rows).mask(rows["method"] == "dense", "")).str.strip() + share
     )
