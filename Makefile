@@ -17,14 +17,15 @@ endif
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test test-slow test-gpu lint figures report study bench bench-gpu setup assets clean
+.PHONY: run test test-slow test-gpu lint figures report study archive bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
 	$(BIN)/python -m harness.figures
 
 test: setup assets
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --dist loadfile --durations 15
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
 test-slow: setup assets
@@ -45,11 +46,15 @@ figures: setup
 report: setup
 	$(BIN)/python -m harness.html_report
 
-# The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims.
+# The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims. `make archive` adds
+# the whole cells to results/study.
 size ?= cpu
 study: setup assets
 	$(BIN)/python run.py experiment=pitfalls size=$(size)
 	$(BIN)/python -m harness.claims --limited
+
+archive: setup
+	$(BIN)/python -m harness.archive results $(wildcard results/study) --to results/study
 
 bench: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_kernels --out results/bench/cpu_kernels.json

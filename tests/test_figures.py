@@ -381,7 +381,7 @@ def test_no_two_methods_look_alike() -> None:
     names = [f"method{number}" for number in range(20)]
     lines = pd.DataFrame({"method": names, "variant": pd.Series([pd.NA] * 20, dtype="string")})
     with mpl.rc_context(fname=figures.STYLE):
-        looks = figures._looks(lines)
+        looks = style.looks(lines)
     assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks.values()}) == 20
 
 

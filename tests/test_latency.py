@@ -90,6 +90,8 @@ def test_a_batch_takes_the_fallback_and_says_so(teal):
 
 def test_compiled_is_timed_beside_eager_and_compared_with_compiled(monkeypatch):
     """Four compiled twins of their own execution; nothing is compiled anew once the rounds have begun."""
+    torch._dynamo.reset()  # what other tests compiled is not counted
+    torch._dynamo.utils.counters.clear()
     view = tiny.view("llama", num_hidden_layers=1)
     fitted = [(Teal(0.5), Teal(0.5).fit(view, tiny.calibration(view)))]
     logits: dict[str, torch.Tensor] = {}

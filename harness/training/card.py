@@ -50,6 +50,7 @@ def write_card(record: dict[str, Any]) -> str:
             f"| {row['perplexity']:.2f} ({row['perplexity'] / base['perplexity']:.2f}) | {row['zeros']:.1%} |"
         )
     lines += [
+        *_tasks(figures.get("tasks")),
         "",
         "## Recipe",
         f"Distillation from the base, {_loss(recipe)}{_origin(record)}. {run['steps']:,} steps of {recipe['batch']} x "
@@ -88,6 +89,26 @@ def write_card(record: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tasks(tasks: dict[str, Any] | None) -> list[str]:
+    """Accuracies on lm-eval's tasks beside the base, paired by item."""
+    if not tasks:
+        return []
+    lines = [
+        "",
+        f"Accuracy on lm-eval's tasks, zero-shot (`python -m harness.training.scores`; {tasks['dtype']}, "
+        f"{tasks['device']}):",
+        "",
+        "| task | items | base | this student | difference, standard error |",
+        "|---|---|---|---|---|",
+    ]
+    for task, line in sorted(tasks["scores"].items()):
+        lines.append(
+            f"| {task} | {line['items']:,} | {line['base']:.1%} | {line['score']:.1%} "
+            f"| {100 * line['difference']:+.1f}, {100 * line['stderr']:.1f} points |"
+        )
+    return lines
 
 
 def _rank(recipe: dict[str, Any]) -> str:

@@ -1,0 +1,78 @@
+"""Task scores of the students beside the base, from finished cells into records and cards.
+
+`python -m harness.training.scores results` reads dense cells of the base and of `smollm2-135m-NAME` (of lte its `lte`
+cell), pairs them by item, and writes results/checkpoints/NAME/{adapter.json,README.md} anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.checkpoints import CHECKPOINTS
+from harness.collect import read_rows
+from harness.errors import ConfigError
+from harness.stats import standard_error
+from harness.store import Store, write_atomic
+from harness.study import read_samples
+from harness.training.card import write_card
+
+BASE = "smollm2-135m"
+
+
+def scores(root: Path, name: str) -> dict[str, Any]:
+    """By task: items, accuracy of base and student, paired difference and its standard error; device and dtype.
+
+    Only whole runs count (1,000 items, or all of a smaller task). Raises `ConfigError` where a cell is missing.
+    """
+    rows, _ = read_rows(Store(root))
+    rows = rows[(rows["probe"] == "quality") & (rows["limited"] != True)]  # noqa: E712 (a nullable column)
+    samples = read_samples(root)
+    samples = samples[samples["kind"] == "accuracy"]
+    both = {}
+    for model, method in ((BASE, "dense"), (f"{BASE}-{name}", "lte" if name == "lte" else "dense")):
+        cells = rows[(rows["model"] == model) & (rows["method"] == method)]
+        own = samples[samples["cell_id"].isin(cells["cell_id"]) & samples["task"].isin(cells["task"])]
+        if own.empty:
+            raise ConfigError(f"{root} has no whole {method} cell of {model} with tasks")
+        both[model] = own.drop_duplicates(["task", "item"]).set_index(["task", "item"])["value"].astype(float)
+        place = cells.iloc[0]
+    paired = pd.concat(both, axis=1, join="inner")
+    found = {}
+    for task, values in paired.groupby(level="task", observed=True):
+        base, student = values[BASE], values[f"{BASE}-{name}"]
+        gap = (student - base).to_numpy()
+        found[str(task)] = {
+            "items": len(values),
+            "base": float(base.mean()),
+            "score": float(student.mean()),
+            "difference": float(gap.mean()),
+            "stderr": float(standard_error(gap)),
+        }
+    return {"device": str(place["device"]), "dtype": str(place["dtype"]), "scores": found}
+
+
+def main(root: Path) -> None:
+    """Write the scores of every student that has cells."""
+    for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/adapter.json")):
+        record = json.loads((folder / "adapter.json").read_text())
+        try:
+            record["evaluation"]["tasks"] = scores(root, folder.name)
+        except ConfigError as error:
+            print(f"{folder.name}: {error}")
+            continue
+        write_atomic(folder / "adapter.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_atomic(folder / "README.md", write_card(record).encode())
+        print(folder.name, {k: f"{v['difference']:+.3f} ± {v['stderr']:.3f}" for k, v in _of(record).items()})
+
+
+def _of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return record["evaluation"]["tasks"]["scores"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))
