@@ -50,7 +50,6 @@ def test_a_notebook_runs_and_shows_what_it_says(name: str, results: Path, tmp_pa
     assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.skipif(not STUDY.exists(), reason="no committed study")
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_a_notebook_runs_on_the_committed_study(name: str, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()

@@ -11,6 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -370,3 +372,31 @@ def test_bad_input_ends_with_one_sentence(folders: tuple[Path, Path], change: st
     result = subprocess.run(command(folders, change), env=environment(folders), capture_output=True, text=True)
     assert result.returncode == 2
     assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_task_scores_are_paired_by_item_and_leave_smoke_runs_out(tmp_path, monkeypatch):
+    from harness.training import scores
+
+    models = {"base": "smollm2-135m", "student": "smollm2-135m-relu"}
+    facts = {"probe": "quality", "method": "dense", "device": "cpu", "dtype": "float32"}
+    rows = [
+        facts | {"cell_id": cell, "model": model, "task": task, "limited": task == "copa"}
+        for cell, model in models.items()
+        for task in ("piqa", "copa")
+    ]
+    right = {"base": [1, 1, 0, 1], "student": [1, 0, 0, 0, 1]}  # the last item is the student's alone
+    samples = [
+        {"cell_id": cell, "task": task, "item": f"{task}/{item}", "kind": "accuracy", "value": value}
+        for cell, values in right.items()
+        for task in ("piqa", "copa")
+        for item, value in enumerate(values)
+    ]
+    monkeypatch.setattr(scores, "read_rows", lambda store: (pd.DataFrame(rows), {}))
+    monkeypatch.setattr(scores, "read_samples", lambda root: pd.DataFrame(samples))
+    found = scores.scores(tmp_path, "relu")
+    assert list(found["scores"]) == ["piqa"]
+    line = found["scores"]["piqa"]
+    assert (line["items"], line["base"], line["score"], line["difference"]) == (4, 0.75, 0.25, -0.5)
+    assert line["stderr"] == pytest.approx(np.std([0, -1, 0, -1], ddof=1) / 2)
+    with pytest.raises(ConfigError, match="no whole dense cell of smollm2-135m-drelu"):
+        scores.scores(tmp_path, "drelu")
