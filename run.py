@@ -7,7 +7,6 @@ The same command again does only what is missing. `dry=true` prints the plan. Hy
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from harness.config import CONF, CellConfig, check, did_you_mean, options
+from harness.config import CONF, CellConfig, check, did_you_mean, options, whole
 from harness.errors import AssetError, ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +60,9 @@ def run(overrides: list[str], multirun: bool) -> int:
     """Check everything, say what will be done, do it, show the table. Returns the exit code."""
     overrides = rewrite(overrides, multirun)
     base = composed([o for o in overrides if not swept(o)])
+    whole(base["workers"], "workers")
+    if base["workers"] > 1 and any(o.startswith("hydra/launcher") for o in overrides):
+        raise ConfigError("workers=N starts processes of its own: give either workers or hydra/launcher")
     jobs = [(overrides, multirun)]
     if base["sweeps"]:
         jobs = [(overrides + [str(o) for o in sweep], True) for sweep in base["sweeps"]]
@@ -90,10 +92,15 @@ def run(overrides: list[str], multirun: bool) -> int:
     print_plan(plan, CONSOLE)
     if base["dry"]:
         return 0
-    group = base["logger"]["group"] or (f"sweep-{content_key(sorted(plan))[:8]}" if len(cells) > 1 else "null")
-    for job_overrides, many in jobs:
-        sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides, f"logger.group={group}"]
-        do_job()
+    group = base["logger"]["group"] or (f"sweep-{content_key(sorted(plan))[:8]}" if len(cells) > 1 else None)
+    if base["workers"] > 1:
+        from harness.workers import run_cells
+
+        run_cells(cells, store, base["logger"] | {"group": group}, base["workers"], base["retry"], CONSOLE)
+    else:
+        for job_overrides, many in jobs:
+            sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides, f"logger.group={group or 'null'}"]
+            do_job()
     collected = collect(store.root)
     print_table(collected[collected["cell_id"].isin(plan)], Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
     outcomes = {name: outcome(store.view(name)) for name in plan}
@@ -128,6 +135,7 @@ def job(cfg: DictConfig) -> None:
         return
     from harness.cell import run_cell
     from harness.errors import UnsupportedError
+    from harness.progress import quiet_libraries
     from harness.store import LockedError, Store
 
     quiet_libraries()
@@ -143,15 +151,6 @@ def job(cfg: DictConfig) -> None:
         FATAL.append(error)
     except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
         CONSOLE.print(f"  [red]failed:[/] {type(error).__name__}: {error}", soft_wrap=True)
-
-
-def quiet_libraries() -> None:
-    """What lm-eval and transformers say at every start is not news."""
-    import transformers
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------- overrides

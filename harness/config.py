@@ -24,7 +24,7 @@ CHECKPOINTS = CONF.parent / "results" / "checkpoints"
 PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity", "search", "frequency")
 OWN_KEYS = ("search", "frequency")  # keys of probe that only the probe of that name reads: no part of other cells
 # Read by the command line, not part of what is measured.
-RUN_KEYS = ("results", "logger", "dry", "retry", "sweeps", "experiment", "grid")
+RUN_KEYS = ("results", "logger", "dry", "retry", "workers", "sweeps", "experiment", "grid")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -74,7 +74,8 @@ def _number(value: Any, key: str) -> float:
     return float(value)
 
 
-def _whole(value: Any, key: str, at_least: int = 1) -> int:
+def whole(value: Any, key: str, at_least: int = 1) -> int:
+    """The value, if it is a whole number that is large enough; else `ConfigError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{key} must be a whole number of at least {at_least}, not {value!r}")
     return value
@@ -100,15 +101,15 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
     _choice(cfg["scope"], "scope", ("native", "model"))
     _choice(cfg["phase"], "phase", ("auto", "all", "decode"))
     _choice(cfg["dtype"], "dtype", ("auto", "float32", "bfloat16", "float16"))
-    _whole(cfg["dense_prefix"], "dense_prefix", at_least=0)
-    _whole(cfg["batch_size"], "batch_size")
-    _whole(cfg["seed"], "seed", at_least=0)
+    whole(cfg["dense_prefix"], "dense_prefix", at_least=0)
+    whole(cfg["batch_size"], "batch_size")
+    whole(cfg["seed"], "seed", at_least=0)
     if cfg["tasks"]["limit"] is not None:
-        _whole(cfg["tasks"]["limit"], "tasks.limit")
+        whole(cfg["tasks"]["limit"], "tasks.limit")
     shots = cfg["tasks"]["num_fewshot"]
     for name, count in (shots if isinstance(shots, dict) else {"": 0 if shots is None else shots}).items():
-        _whole(count, f"tasks.num_fewshot{name and '.'}{name}", at_least=0)
-    _whole(cfg["tasks"]["max_gen_toks"], "tasks.max_gen_toks")
+        whole(count, f"tasks.num_fewshot{name and '.'}{name}", at_least=0)
+    whole(cfg["tasks"]["max_gen_toks"], "tasks.max_gen_toks")
     device = str(cfg["device"])
     if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
@@ -116,8 +117,8 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
     _check_probe(cfg["probe"])
     calibration = cfg["calibration"]
     _file(calibration["path"], "calibration.path")
-    _whole(calibration["tokens"], "calibration.tokens")
-    _whole(calibration["window"], "calibration.window", at_least=2)
+    whole(calibration["tokens"], "calibration.tokens")
+    whole(calibration["window"], "calibration.window", at_least=2)
     if calibration["window"] > calibration["tokens"]:
         raise ConfigError("calibration.window is longer than calibration.tokens")
     from harness import tasks
@@ -159,13 +160,13 @@ def _check_probe(probe: Mapping[str, Any]) -> None:
     perplexity, latency = probe["perplexity"], probe["latency"]
     _file(perplexity["path"], "probe.perplexity.path")
     for key, low in (("windows", 1), ("window", 4), ("kl_windows", 0)):
-        _whole(perplexity[key], f"probe.perplexity.{key}", low)
-    _whole(probe["sparsity"]["windows"], "probe.sparsity.windows")
+        whole(perplexity[key], f"probe.perplexity.{key}", low)
+    whole(probe["sparsity"]["windows"], "probe.sparsity.windows")
     for key in ("batch", "context"):
         for value in latency[key]:
-            _whole(value, f"probe.latency.{key}")
-    _whole(latency["new_tokens"], "probe.latency.new_tokens", at_least=2)
-    _whole(latency["repeats"], "probe.latency.repeats")
+            whole(value, f"probe.latency.{key}")
+    whole(latency["new_tokens"], "probe.latency.new_tokens", at_least=2)
+    whole(latency["repeats"], "probe.latency.repeats")
     _choice(latency["execution"], "probe.latency.execution", ("auto", "masked", "kernel"))
     if not isinstance(latency["compile"], bool):
         raise ConfigError(f"probe.latency.compile must be true or false, not {latency['compile']!r}")
@@ -193,8 +194,8 @@ def _check_search(settings: Mapping[str, Any]) -> None:
 def _check_frequency(settings: Mapping[str, Any]) -> None:
     for name in _listed(settings["texts"], "probe.frequency.texts"):
         _choice(name, "probe.frequency.texts", CALIBRATION_TEXTS)
-    _whole(settings["tokens"], "probe.frequency.tokens")
-    _whole(settings["window"], "probe.frequency.window", at_least=2)
+    whole(settings["tokens"], "probe.frequency.tokens")
+    whole(settings["window"], "probe.frequency.window", at_least=2)
     if settings["window"] > settings["tokens"]:
         raise ConfigError("probe.frequency.window is longer than probe.frequency.tokens")
 

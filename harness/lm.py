@@ -52,6 +52,16 @@ class HarnessLM(HFLM):
         """As in HFLM, without its bar over the tokenizer: scoring shows its own."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in HFLM, with our bar in place of its own, which shows in files and pipes too."""
+        with counting(len(requests), "generating") as self._generated:
+            return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answers = super()._model_generate(context, *args, **kwargs)
+        self._generated(len(context))
+        return answers
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

@@ -1,7 +1,11 @@
-"""Progress bars on stderr for whatever takes longer than two seconds; silent where stderr is no terminal."""
+"""Progress bars on stderr for whatever takes longer than two seconds; silent where stderr is no terminal.
+
+The libraries' own words are held back.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -41,3 +45,12 @@ class Callback:
     def __call__(self, more: int = 1) -> None:
         """So many more are done."""
         self._progress.advance(self._task, more)
+
+
+def quiet_libraries() -> None:
+    """What lm-eval and transformers say at every start is not news."""
+    import transformers
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -138,6 +138,8 @@ BAD = {
     "calibration": (["calibration.tokens=100000000"], "calibration asks for 100000000 tokens but the text has only"),
     "perplexity": (["probe.perplexity.windows=1000000"], "perplexity asks for"),
     "key": (["sparsty=0.4"], "sparsty"),
+    "workers": (["workers=0"], "workers must be a whole number of at least 1, not 0"),
+    "workers-and-launcher": (["workers=2", "hydra/launcher=basic"], "give either workers or hydra/launcher"),
     "no-value": (["sparsity"], "'sparsity' is not an override: write key=value"),
 }
 
@@ -358,3 +360,36 @@ def test_an_unsupported_pair_is_a_status_and_no_failure(tmp_path: Path, tokenize
     assert {status["status"] for status in statuses.values()} == {"unsupported"}
     assert all(sentence in statuses[method]["message"] for method, sentence in UNSUPPORTED.items())
     assert "unsupported" in err and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------ side by side
+
+
+@pytest.fixture(scope="module")
+def beside(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """The same sweep by three processes: stopped by Ctrl-C as soon as something is committed, then finished."""
+    runner = Runner(tiny_folder, tmp_path_factory.mktemp("beside"))
+    runner.env["OMP_NUM_THREADS"] = "1"
+    runner.stopped = runner.interrupt(lambda: len(runner.commits()) >= 1, signal.SIGINT, *SWEEP, "workers=3")
+    runner.after_stop = [state(runner.store.view(cell)) for cell in runner.store.cells()]
+    runner.kept = runner.commits()
+    runner.out, runner.err = runner.run(*SWEEP, "workers=3")
+    return runner
+
+
+def test_ctrl_c_stops_every_worker_and_nothing_is_lost(beside: Runner) -> None:
+    assert beside.stopped == 130
+    assert not any(cell["locked"] or cell["drafts"] for cell in beside.after_stop)
+    assert beside.kept and beside.kept.items() <= beside.commits().items()
+
+
+def test_workers_leave_what_one_process_leaves(sweep: Runner, beside: Runner) -> None:
+    assert "5 of 5 cells have results" in beside.err and "[1/" in beside.err
+    assert_frame_equal(measured(sweep.table()), measured(beside.table()))
+    assert len(beside.store.fits_made()) == 1, "who wants a fit that another makes waits for it"
+
+
+def test_a_cell_without_results_does_not_stop_the_others_side_by_side(runner: Runner) -> None:
+    _, err = runner.run("-m", "method=teal,moefication", "sparsity=0.5", "method.moefication.expert_size=7",
+                        "tasks.names=[]", "workers=2")  # fmt: skip
+    assert "2 of 3 cells have results" in err and "experts of 7 neurons do not divide" in err
