@@ -103,8 +103,8 @@ void split(int64_t items, int64_t bytes, F f) {
   Pool::get().run(parts, [&](int64_t p) { f(p * items / parts, (p + 1) * items / parts); });
 }
 
-// The channels that take part in a product: m of them, listed in idx (nullptr: 0 ... m - 1), and their values in each of
-// B rows of x, ld apart.
+// The channels that take part in a product: m of them, listed in idx (nullptr: 0 ... m - 1, of one row), and their values
+// in each of B rows of x, ld apart.
 struct Channels {
   const int32_t* idx;
   const float* val;
@@ -117,9 +117,8 @@ void add_rows(const T* wt, int64_t N, const Channels& c, float* y) {
   int64_t parts = parts_for(c.m, c.m * N * static_cast<int64_t>(sizeof(T)));
   const auto& k = kernels<T>();
   auto add = [&](int64_t from, int64_t to, float* sum) {
-    const int32_t* idx = c.idx ? c.idx + from : nullptr;
-    if (c.B == 1) return k.axpy_rows(wt, N, idx, from, c.val + from, to - from, sum);
-    k.axpy_batch(wt, N, idx, from, c.val + from, c.ld, to - from, c.B, sum);
+    if (c.B > 1) return k.axpy_batch(wt, N, c.idx + from, c.val + from, c.ld, to - from, c.B, sum);
+    k.axpy_rows(wt, N, c.idx ? c.idx + from : nullptr, c.idx ? 0 : from, c.val + from, to - from, sum);
   };
   if (parts == 1) return add(0, c.m, y);
   int64_t size = c.B * N;
@@ -243,18 +242,20 @@ Tensor sum_rows(const Tensor& x, const Tensor& wt, const Channels& c, const OptT
   });
 }
 
-// The channels of x [B, K] that a threshold keeps, in any row.
-Channels select(const float* x, const Tensor& t, int64_t K, int64_t B = 1) {
+// The channels of x [B, K] that one threshold (stride 0) or one for each (1) keeps in any row.
+Channels select(const float* x, const float* t, int64_t t_stride, int64_t K, int64_t B) {
   auto& s = scratch();
-  Tensor limits = t.contiguous();
-  int64_t ld = K + 16, m = 0;
+  int64_t ld = K + 16;
   int32_t* idx = room(s.idx, ld);
   float* val = room(s.val, B * ld);
-  if (B == 1)
-    m = table()->compact(x, data<float>(limits), limits.dim(), K, idx, val);
-  else
-    m = table()->compact_batch(x, data<float>(limits), limits.dim(), K, B, idx, val);
+  int64_t m = B == 1 ? table()->compact(x, t, t_stride, K, idx, val)
+                     : table()->compact_batch(x, t, t_stride, K, B, idx, val);
   return {idx, val, m, B, ld};
+}
+
+Channels select(const float* x, const Tensor& t, int64_t K, int64_t B = 1) {
+  Tensor limits = t.contiguous();
+  return select(x, data<float>(limits), limits.dim(), K, B);
 }
 
 // ---- operators -----------------------------------------------------------------------------------------------------
@@ -318,8 +319,11 @@ Tensor dense_gemv(const Tensor& x, const Tensor& wt, const OptTensor& bias) {
     return op.call(x, wt, bias);
   }
   Tensor held;
-  int64_t K = wt.size(0);
-  return sum_rows(x, wt, {nullptr, floats(x, scratch().x, held), K, rows_of(x), K}, bias);
+  const float* xf = floats(x, scratch().x, held);
+  int64_t K = wt.size(0), B = rows_of(x);
+  if (B == 1) return sum_rows(x, wt, {nullptr, xf, K}, bias);
+  const float everything = -1.0f;
+  return sum_rows(x, wt, select(xf, &everything, 0, K, B), bias);
 }
 
 Tensor dense_gemv_rows(const Tensor& x, const Tensor& w, const OptTensor& bias) {

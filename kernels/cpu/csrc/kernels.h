@@ -17,10 +17,10 @@ template <typename T>
 struct Kernels {
   // y[n] += sum_j val[j] * w[row_j][n] for 0 <= n < N; row_j = idx ? idx[j] : first + j.
   void (*axpy_rows)(const T* w, int64_t N, const int32_t* idx, int64_t first, const float* val, int64_t m, float* y);
-  // y[b][n] += sum_j val[b][j] * w[row_j][n] for b < B: a weight is read once for all rows of the batch, 2 <= B <= 16.
-  // Rows of val are ld apart, those of y N.
-  void (*axpy_batch)(const T* w, int64_t N, const int32_t* idx, int64_t first, const float* val, int64_t ld, int64_t m,
-                     int64_t B, float* y);
+  // y[b][n] += sum_j val[b][j] * w[idx[j]][n] for b < B: a weight is read once for all rows of the batch, 2 <= B <= 16.
+  // Rows of val are ld apart (no multiple of 4 KiB, or they share a set of the cache), those of y N.
+  void (*axpy_batch)(const T* w, int64_t N, const int32_t* idx, const float* val, int64_t ld, int64_t m, int64_t B,
+                     float* y);
   // out[j] = sum_k w[row_j][k] * x[k]; row_j = idx ? idx[j] : first + j.
   void (*dot_rows)(const T* w, int64_t K, const int32_t* idx, int64_t first, int64_t m, const float* x, float* out);
   // Both products of a gated MLP, two weight matrices read side by side.

@@ -83,10 +83,11 @@ void axpy_rows(const T* w, int64_t N, const int32_t* idx, int64_t first, const f
   axpy_groups<1>(w, N, idx, first, val, j, m, y);
 }
 
-// y[b] += sum over R rows, for each b of a batch: the rows' weights stay in registers, the values of x come by broadcast.
+// y[b] += sum over R rows, for each b of a batch, rows of y `ly` apart: the weights stay in registers, the values of x
+// come by broadcast.
 template <int R, typename T>
 inline void batch_group(const T* const* row, const T* const* next, const float* val, int64_t ld, int64_t n, int64_t B,
-                        float* y, int64_t N) {
+                        float* y, int64_t ly) {
   int64_t i = walk<R>(row, next, n, [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int u = 0; u < LINE<T>; u += W) {
@@ -94,7 +95,7 @@ inline void batch_group(const T* const* row, const T* const* next, const float* 
       for (int r = 0; r < R; ++r) w[r] = load(row[r] + i + u);
       for (int64_t b = 0; b < B; ++b) {
         const float* v = val + b * ld;
-        float* to = y + b * N + i + u;
+        float* to = y + b * ly + i + u;
         Vec s = set(v[0]) * w[0];
 #pragma GCC unroll 8
         for (int r = 1; r < R; ++r) s = fma(set(v[r]), w[r], s);
@@ -106,7 +107,7 @@ inline void batch_group(const T* const* row, const T* const* next, const float* 
     int64_t left = std::min<int64_t>(W, n - i);
     for (int64_t b = 0; b < B; ++b) {
       const float* v = val + b * ld;
-      float* to = y + b * N + i;
+      float* to = y + b * ly + i;
       Vec s = set(v[0]) * load(row[0] + i, left);
       for (int r = 1; r < R; ++r) s = fma(set(v[r]), load(row[r] + i, left), s);
       store(to, load(to, left) + s, left);
@@ -114,25 +115,29 @@ inline void batch_group(const T* const* row, const T* const* next, const float* 
   }
 }
 
-template <int R, typename T>
-inline int64_t batch_groups(const T* w, int64_t N, const int32_t* idx, int64_t first, const float* val, int64_t ld,
-                            int64_t j, int64_t m, int64_t n, int64_t B, float* y) {
-  auto at = [&](int64_t i) { return w + (idx ? idx[i] : first + i) * N; };
-  auto group = [&](const T* const* row, const T* const* next, int64_t i) {
-    batch_group<R>(row, next, val + i, ld, n, B, y, N);
-  };
-  return by_groups<R, T>(j, m, at, group);
-}
-
 template <typename T>
-void axpy_batch(const T* w, int64_t N, const int32_t* idx, int64_t first, const float* val, int64_t ld, int64_t m,
-                int64_t B, float* y) {
-  const int64_t strip = 8192 / B / LINE<T> * LINE<T>;  // of y: 32 KiB, so that it stays in cache
+void axpy_batch(const T* w, int64_t N, const int32_t* idx, const float* val, int64_t ld, int64_t m, int64_t B,
+                float* y) {
+  // A strip of the outputs at a time, summed in the first-level cache. Its rows are a line more than a power of two
+  // apart: at N = 4096 those of y itself would all fall into one set of the cache.
+  constexpr int64_t SIZE = 8192, PAD = 16;
+  alignas(64) float sums[SIZE + kMaxRows * PAD];
+  const int64_t strip = SIZE / B / LINE<T> * LINE<T>, ly = strip + PAD;
   for (int64_t n = 0; n < N; n += strip) {
-    int64_t width = std::min(strip, N - n);
-    int64_t j = batch_groups<8>(w + n, N, idx, first, val, ld, 0, m, width, B, y + n);
-    j = batch_groups<4>(w + n, N, idx, first, val, ld, j, m, width, B, y + n);
-    batch_groups<1>(w + n, N, idx, first, val, ld, j, m, width, B, y + n);
+    const int64_t width = std::min(strip, N - n);
+    std::fill(sums, sums + B * ly, 0.0f);
+    auto at = [&](int64_t i) { return w + n + idx[i] * N; };
+    auto group = [&](auto rows) {
+      constexpr int R = decltype(rows)::value;
+      return [&](const T* const* row, const T* const* next, int64_t i) {
+        batch_group<R>(row, next, val + i, ld, width, B, sums, ly);
+      };
+    };
+    int64_t j = by_groups<8, T>(0, m, at, group(std::integral_constant<int, 8>()));
+    j = by_groups<4, T>(j, m, at, group(std::integral_constant<int, 4>()));
+    by_groups<1, T>(j, m, at, group(std::integral_constant<int, 1>()));
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t i = 0; i < width; ++i) y[b * N + n + i] += sums[b * ly + i];
   }
 }
 
