@@ -339,11 +339,37 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     fitted = [(method, method.fit(view, Calibration(view, tokens.split(2))))]
     variants = latency.variants(view, fitted, Policy(), 0.5, CHOICE, tokens)
     assert [v.graph for v in variants] == [True] * 4
-    rows = latency.measure(view, variants, tokens, CONFIG | {"context": [128], "new_tokens": 16, "repeats": 5})
+    config = CONFIG | {"batch": [1, 2, 16], "context": [128], "new_tokens": 16, "repeats": 5}
+    rows = latency.measure(view, variants, tokens, config)
     times = {
-        (r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
+        (r["batch"], r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
         for r in rows
         if r["metric"] == "tpot_median"
     }
     print(times)
-    assert len(times) == 4
+    assert len(times) == 12
+    for batch in config["batch"]:
+        assert executions(rows, batch) == ["dense", "dense", "kernel", "kernel"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_captured_batch_decodes_what_masks_decode():
+    """Fixed thresholds above batch 1 on a GPU: the module's own step in a CUDA graph, replayed."""
+    view = tiny.view("llama")
+    view.model.to("cuda")
+    method = Teal(0.5)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    limits = latency.static_thresholds(view, fitted)
+    prompt = tiny.tokens(3, 16).to("cuda")
+
+    def steps(captured):
+        cache = latency.StaticCache(config=view.model.config, max_cache_len=16 + 5)
+        token = view.model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        loop = latency.DecodeLoop(view, cache, token, graph=captured)
+        return torch.cat([loop.step().clone() for _ in range(4)], 1)
+
+    with attached(view, fitted, Policy("decode")):
+        masked = steps(False)
+    with own_gemv(view, limits):
+        torch.testing.assert_close(steps(True), masked, rtol=1e-3, atol=1e-3)
