@@ -110,7 +110,7 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
 
 
 def measure_batches(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: int) -> list[Row]:
-    """The column kernel at 50 % zeros for two rows to sixteen, beside F.linear and our own dense product of the same."""
+    """The column kernel on 2 to 16 rows with 50 % zeros each, beside F.linear and our own dense product."""
     hidden, intermediate = HIDDEN[model]
     k, n = (hidden, intermediate) if projection == "up" else (intermediate, hidden)
     copies = pool.numel() // (k * n)
