@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kernels
 from harness.attach import attached
 from harness.calibration import Calibration
+from harness.claims.hardware import batch_slows
 from harness.collect import headline, relate
 from harness.execute import own_gemv
 from harness.families import view_of
@@ -126,6 +128,17 @@ def test_the_union_of_a_batch_is_counted_and_is_what_its_step_reads(teal):
         latency.step_bytes(view, 1.0, 4, 16),
         pytest.approx(latency.step_bytes(view, shares[4], 4, 16)),
     ]
+
+
+def test_a_batch_feeds_the_claim_about_batches(teal):
+    """Its kernel rows stand beside those of batch 1; the repeats at 0 % do not count."""
+    view, fitted = teal
+    rows = latency.measure(view, found(view, fitted), tiny.tokens(2, 64), CONFIG | {"batch": [1, 4, 17], "repeats": 1})
+    table = to_frame([make_row(**({"cell_id": "c", "sparsity_requested": 0.5} | row)) for row in rows])
+    evidence = batch_slows(SimpleNamespace(rows=relate(table, {}), counted={"c"}))
+    own = [r["value"] for r in rows if r["metric"] == "time_ratio" and r["execution"] == "kernel"]
+    assert (evidence.values, evidence.reference) == ([own[1]], [own[3]])
+    assert "at batch 4" in evidence.note, "17 rows are masked"
 
 
 def test_a_batch_that_kernels_take_in_part_is_masked_and_says_which():
