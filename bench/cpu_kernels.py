@@ -8,6 +8,8 @@ pool take their turn; ratios are taken within a round, and the figures are media
 the thread's CPU time: with one thread it is the wall time less what a neighbour took (`wall_over_cpu` tells
 how much that was).
 
+Batches of 2 to 16 rows with 50 % zeros each read the union of their channels: its size is `read_share`.
+
 Rows of the projection "mlp" are a whole gated MLP: neurons from a list, or CATS (its gate stays dense). Those of "rows"
 are listed rows of one matrix. Both stand against F.linear and the dense kernels for the same work.
 """
@@ -32,6 +34,7 @@ from kernels.cpu import instruction_set, stream
 
 HIDDEN = {"135M": (576, 1536), "360M": (960, 2560), "1.1B": (2048, 5632), "7B": (4096, 11008)}
 ZEROS = (0, 25, 40, 50, 65, 80, 90)
+BATCHES = (2, 4, 8, 16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 POOL_BYTES = 2**29 + 2**26
 # at 50 % zeros: over F.linear, over own dense, share of the byte roofline by model
@@ -50,8 +53,10 @@ class Row:
     inputs: int
     outputs: int
     dtype: str
+    batch: int
     kernel: str
-    zeros_percent: int
+    zeros_percent: int  # of each row
+    read_share: float  # of the weights, that the call must read; of a batch, by any of its rows
     microseconds: float
     over_linear: float
     over_own_dense: float
@@ -102,6 +107,29 @@ def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: 
     kept = {name: used[int(name.split()[1])] / copies / k if " " in name else 1.0 for name in calls}
     own = ("dense_gemv", "dense_gemv_rows")
     return timed((model, projection, k, n, dtype_name), calls, kept, own, pool[: copies * k * n], copies, rounds)
+
+
+def measure_batches(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: int) -> list[Row]:
+    """The column kernel on 2 to 16 rows with 50 % zeros each, beside F.linear and our own dense product."""
+    hidden, intermediate = HIDDEN[model]
+    k, n = (hidden, intermediate) if projection == "up" else (intermediate, hidden)
+    copies = pool.numel() // (k * n)
+    flat = pool[: copies * k * n]
+    wt = [m.view(k, n) for m in flat.view(copies, -1)]
+    t = torch.tensor(1.0)
+    rows: list[Row] = []
+    for batch in BATCHES:
+        x = [torch.cat([scaled_input(k, 50, DTYPES[dtype_name]) for _ in range(batch)]) for _ in range(copies)]
+        calls: dict[str, Callable[[int], object]] = {
+            "linear": lambda i, x=x: F.linear(x[i], wt[i].view(n, k)),
+            "dense_gemv": lambda i, x=x: kernels.dense_gemv(x[i], wt[i]),
+            "column_gemv 50": lambda i, x=x: kernels.column_gemv(x[i], wt[i], t),
+        }
+        union = sum(int((own.abs() > t).any(0).sum()) for own in x) / copies / k
+        kept = {"linear": 1.0, "dense_gemv": 1.0, "column_gemv 50": union}
+        shape = (model, projection, k, n, dtype_name)
+        rows += timed(shape, calls, kept, ("dense_gemv",), flat, copies, rounds, batch=batch)
+    return rows
 
 
 def measure_mlp(model: str, pool: Tensor, dtype_name: str, rounds: int) -> list[Row]:
@@ -166,11 +194,12 @@ def timed(
     copies: int,
     rounds: int,
     matrices: int = 1,
+    batch: int = 1,
 ) -> list[Row]:
     """Interleave the calls over all copies in `flat`, round after round, after one of warm-up.
 
     shape: (model, projection, inputs, outputs, dtype). kept: share of the weights that a call must read. dense: our own
-    dense calls, of which the faster is the baseline. matrices: of that shape in one call.
+    dense calls, of which the faster is the baseline. matrices: of that shape in one call. batch: rows of x in one call.
     """
     model, projection, k, n, dtype_name = shape
     cpu: dict[str, list[float]] = {name: [] for name in calls}
@@ -198,8 +227,10 @@ def timed(
                 k,
                 n,
                 dtype_name,
+                batch,
                 kernel,
                 zeros,
+                read_share=round(kept[name], 4),
                 microseconds=round(median(cpu[name]) * 1e6, 2),
                 over_linear=ratio(cpu["linear"], cpu[name]),
                 over_own_dense=ratio(cpu[own], cpu[name]),
@@ -208,7 +239,9 @@ def timed(
                 read_bytes_per_s=round(median(bandwidth)),
             )
         )
-    print(f"{model} {projection} {dtype_name}: {median(bandwidth) / 1e9:.1f} GB/s, own dense: {own}", flush=True)
+    print(
+        f"{model} {projection} {dtype_name} x {batch}: {median(bandwidth) / 1e9:.1f} GB/s, own dense: {own}", flush=True
+    )
     return rows
 
 
@@ -238,7 +271,7 @@ def verdicts(rows: list[Row]) -> list[dict[str, object]]:
     """Each goal at 50 % zeros against the worst shape it covers."""
     found: list[dict[str, object]] = []
     for dtype, (linear, own, shares) in GOALS.items():
-        half = [r for r in rows if r.dtype == dtype and r.kernel == "column_gemv" and r.zeros_percent == 50]
+        half = [r for r in rows if (r.dtype, r.batch, r.kernel, r.zeros_percent) == (dtype, 1, "column_gemv", 50)]
         checks = [("over_linear", linear, half), ("over_own_dense", own, half)]
         checks += [("roofline_share", s, [r for r in half if r.model == m]) for m, s in shares.items()]
         for field, goal, covered in checks:
@@ -273,13 +306,15 @@ def main() -> None:
         for model in args.models:
             for projection in ("up", "down"):
                 rows += measure(model, projection, pool, name, args.rounds)
+                rows += measure_batches(model, projection, pool, name, args.rounds)
             rows += measure_mlp(model, pool, name, args.rounds)
     env["load_average_after"] = [round(v, 2) for v in os.getloadavg()]
     goals = verdicts(rows)
-    print(f"{'':>14}{'kernel':>16} zeros        us  /linear  /dense   roof  wall")
+    print(f"{'':>14}  batch{'kernel':>16} zeros  read        us  /linear  /dense   roof  wall")
     for r in rows:
         print(
-            f"{r.model:>4} {r.projection:<4} {r.dtype}{r.kernel:>16} {r.zeros_percent:>4}% {r.microseconds:>9.1f} "
+            f"{r.model:>4} {r.projection:<4} {r.dtype} {r.batch:>6}{r.kernel:>16} {r.zeros_percent:>4}% "
+            f"{r.read_share:>5.2f} {r.microseconds:>9.1f} "
             f"{r.over_linear:>8.2f} {r.over_own_dense:>7.2f} {r.roofline_share:>6.2f} {r.wall_over_cpu:>5.2f}"
         )
     for g in goals:

@@ -256,7 +256,8 @@ def fast_decode(
 
     linear: "columns" honours `thresholds` (the others ignore them: they are the dense baselines, tuned and library).
     expected_sparsity: chooses the form of the column kernel, never the result. Steps of more than one token, or batch
-    above one, take the module's own path. Raises UnsupportedError where the fused step does not fit the model.
+    above one, take the module's own path, without thresholds (`harness.execute.own_gemv` has them for a batch).
+    Raises UnsupportedError where the fused step does not fit the model.
     """
     reason = unfit(view)
     if reason is not None:
@@ -344,14 +345,14 @@ def advance(layer: Any) -> None:
 
 
 class DecodeLoop:
-    """Greedy decode of one sequence with a static cache: a captured CUDA graph on a GPU, the eager module elsewhere.
+    """Greedy decode of sequences with a static cache: a captured CUDA graph on a GPU, the eager module elsewhere.
 
     The step reads its token and its position from the device and writes the next ones there, so a replay needs nothing
     from the host. With fused blocks the cache's layers share one count from here on, which only this loop may advance.
     """
 
     def __init__(self, view: View, cache: StaticCache, token: Tensor, graph: bool = True) -> None:
-        """cache: filled by a prefill. token: int64 [1, 1], the next token to feed."""
+        """cache: filled by a prefill. token: int64 [batch, 1], the next token of each sequence."""
         self.model, self.cache = view.model, cache
         self.token = token.clone()
         self.length = cache.layers[0].cumulative_length
@@ -397,13 +398,13 @@ class DecodeLoop:
             self._body()
 
     def rewind(self, length: int, token: Tensor) -> None:
-        """Go back to a cache of `length` tokens, with `token` [1, 1] to feed next."""
+        """Go back to a cache of `length` tokens, with `token` [batch, 1] to feed next."""
         self._set_length(length)
         self.token.copy_(token)
         self.filled = length
 
     def step(self) -> Tensor:
-        """Feed the token; returns the logits [1, 1, vocabulary] (overwritten by the next step).
+        """Feed the tokens; returns the logits [batch, 1, vocabulary] (overwritten by the next step).
 
         Raises RuntimeError when the cache is full.
         """

@@ -2,14 +2,18 @@
 
 Every projection that a selection touches gets a forward of its own on the same weights, stored so that what is skipped
 is contiguous: input channels of a transposed weight, rows of a plain one. There is one weight copy; `nn.Linear.weight`
-is a view of it meanwhile. One token of one sequence takes the kernels; anything larger (a prompt, a batch) is masked
-and takes the library's matmul on that same weight.
+is a view of it meanwhile. One token of one sequence takes the kernels.
+
+One token each of 2 to 16 sequences takes those for input channels, which read what any of the sequences keeps: where
+thresholds decide, and where dropped neurons or heads left zeros. Lists of channels, neurons and heads are for one token
+only: those of a batch, prompts and larger batches are masked and take the library's matmul on that same weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,6 +61,8 @@ class KernelInstallation(Installation):
         self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
         # By (layer, projection) the last thresholds and their tensor: most methods give the same ones for every token.
         self.limits: dict[tuple[int, str], tuple[Thresholds, Tensor]] = {}
+        self.touched: set[str] = set()  # projections that have kernels
+        self.taken: set[str] = set()  # of these, the ones that a kernel has run
 
     def remove(self) -> None:
         """Put forwards and weights back."""
@@ -65,10 +71,17 @@ class KernelInstallation(Installation):
         self.index.clear()
         self.limits.clear()
 
+    def _all_sparse(self) -> bool:
+        sparse = self.step.sparse
+        return sparse is None or bool(sparse.all())
+
     def _single(self, x: Tensor) -> bool:
         """One token of one sequence, and the method may touch it."""
-        sparse = self.step.sparse
-        return x.numel() == x.shape[-1] and (sparse is None or bool(sparse.all()))
+        return x.numel() == x.shape[-1] and self._all_sparse()
+
+    def _batch(self, x: Tensor, weight: Tensor) -> bool:
+        """One token each of several sequences, that a kernel takes together and the method may touch."""
+        return self.step.valid.shape[1] == 1 and kernels.batch_path(x, weight) and self._all_sparse()
 
     def _install_channels(self, site: str, layer: int) -> None:
         block = self.view.blocks[layer]
@@ -79,16 +92,20 @@ class KernelInstallation(Installation):
             weight = self.stack.enter_context(transposed(module))
 
             def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, p: str = projection) -> Tensor:
-                if not self._single(x):
-                    masked = self._channels(site, layer, p, x)
-                    return F.linear(x if masked is None else masked, m.weight, m.bias)
-                selection = self._decision(site, layer, p, x)
-                if selection is None:
-                    return kernels.dense_gemv(x, wt, m.bias)
-                if isinstance(selection, Thresholds):
-                    return kernels.column_gemv(x, wt, self._limit(layer, p, selection, x.device), m.bias)
-                return kernels.column_gemv_index(x, wt, indices(selection), m.bias)
+                single = self._single(x)
+                if single or self._batch(x, wt):
+                    selection = self._decision(site, layer, p, x)
+                    if single or selection is None or isinstance(selection, Thresholds):
+                        self.taken.add(p)
+                        if selection is None:
+                            return kernels.dense_gemv(x, wt, m.bias)
+                        if isinstance(selection, Thresholds):
+                            return kernels.column_gemv(x, wt, self._limit(layer, p, selection, x.device), m.bias)
+                        return kernels.column_gemv_index(x, wt, indices(selection), m.bias)
+                masked = self._channels(site, layer, p, x)
+                return F.linear(x if masked is None else masked, m.weight, m.bias)
 
+            self.touched.add(projection)
             self.stack.enter_context(replaced(module, forward))
 
     def _decision(self, site: str, layer: int, projection: str, x: Tensor) -> Selection | None:
@@ -117,21 +134,21 @@ class KernelInstallation(Installation):
     def _install_neurons(self, layer: int, sees: str) -> None:
         super()._install_neurons(layer, sees)
         block = self.view.blocks[layer]
-        rows = {"gate": (block.up,), "output": ()}.get(sees, (block.gate, block.up))
-        for module in rows:
-            if module is not None:
-                self._rows(module, "neurons", layer, 1)
-        self._skip_zeros(block.down)
+        rows = {"gate": ("up",), "output": ()}.get(sees, ("gate", "up"))
+        for projection in rows:
+            if getattr(block, projection) is not None:
+                self._rows(projection, "neurons", layer, 1)
+        self._skip_zeros("down", layer)
 
     def _install_heads(self, layer: int, sees: str) -> None:
         super()._install_heads(layer, sees)
-        block = self.view.blocks[layer]
         if sees != "output":
-            self._rows(block.q, "heads", layer, self.view.head_dim)
-        self._skip_zeros(block.o)
+            self._rows("q", "heads", layer, self.view.head_dim)
+        self._skip_zeros("o", layer)
 
-    def _rows(self, module: nn.Linear, site: str, layer: int, width: int) -> None:
+    def _rows(self, projection: str, site: str, layer: int, width: int) -> None:
         """Compute the kept rows of a projection only; the others are zero and are dropped later."""
+        module = getattr(self.view.blocks[layer], projection)
 
         def forward(x: Tensor) -> Tensor:
             index = self.index.get((site, layer))
@@ -140,20 +157,25 @@ class KernelInstallation(Installation):
             if width > 1:
                 within = torch.arange(width, dtype=torch.int32, device=x.device)
                 index = (index[:, None] * width + within).flatten()
+            self.taken.add(projection)
             return kernels.row_gemv_index(x, module.weight, index, module.bias)
 
+        self.touched.add(projection)
         self.stack.enter_context(replaced(module, forward))
 
-    def _skip_zeros(self, module: nn.Linear) -> None:
-        """Skip the input channels that dropped neurons or heads left at zero."""
+    def _skip_zeros(self, projection: str, layer: int) -> None:
+        """Skip the input channels that dropped neurons or heads left at zero, in every row of a batch."""
+        module = getattr(self.view.blocks[layer], projection)
         weight = self.stack.enter_context(transposed(module))
         zero = torch.zeros((), device=weight.device)
 
         def forward(x: Tensor) -> Tensor:
-            if not self._single(x):
+            if not self._single(x) and not self._batch(x, weight):
                 return F.linear(x, module.weight, module.bias)
+            self.taken.add(projection)
             return kernels.column_gemv(x, weight, zero, module.bias)
 
+        self.touched.add(projection)
         self.stack.enter_context(replaced(module, forward))
 
 
@@ -266,7 +288,8 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
     """Every projection on the kernels' own layout, with nothing decided at run time (torch.compile sees it whole).
 
     limits: threshold by (projection, layer) for the column kernel, -1 where missing. None: the tuned dense GEMV. With
-    empty limits it is the column kernel that drops nothing: what the kernel alone is worth.
+    empty limits it is the column kernel that drops nothing: what the kernel alone is worth. Prompts are dense, by the
+    library, but where a family flattens batch and tokens: there up to 16 tokens pass for a batch.
     """
     with ExitStack() as stack:
         stack.enter_context(tuned_rest(view))
@@ -278,7 +301,9 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
                     limit = torch.as_tensor(limits.get((name, layer), -1.0), dtype=torch.float32, device=view.device)
 
                 def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, t: Tensor | None = limit) -> Tensor:
-                    if x.numel() != x.shape[-1]:
+                    if x.numel() != x.shape[-1] and not (
+                        (x.dim() == 2 or x.shape[1] == 1) and kernels.batch_path(x, wt)
+                    ):
                         return F.linear(x, m.weight, m.bias)
                     return kernels.dense_gemv(x, wt, m.bias) if t is None else kernels.column_gemv(x, wt, t, m.bias)
 
@@ -305,14 +330,27 @@ def sliced(view: View, sparsity: float) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Check:
+    """What a comparison of kernels with masked execution found.
+
+    error: largest relative L2 error. kernels: the projections that a kernel took. masked: those that have a kernel, but
+    none for this batch.
+    """
+
+    error: float
+    kernels: frozenset[str]
+    masked: frozenset[str]
+
+
 @torch.no_grad()
-def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
+def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> Check:
     """Compare kernels with masked execution, projection by projection, on one decode step's own inputs and masks.
 
     Deep logits of a thresholded model amplify rounding (a flip near a threshold breeds flips), so each projection is
     shown the input that masked execution showed it. Where heads are dropped, so is each attention as a whole, over the
-    cache of the prompt. prompt: int64 [1, tokens]. Returns the largest relative L2 error;
-    raises `KernelMismatchError` above the dtype's tolerance.
+    cache of the prompt. prompt: int64 [batch, tokens], its last token is decoded.
+    Raises `KernelMismatchError` where the relative L2 error is above the dtype's tolerance.
     """
     from harness.attach import attached
 
@@ -347,7 +385,7 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
             for handle in handles:
                 handle.remove()
         step = view.tracker.step
-    needed = {(layer, name): x.flatten() != 0 for layer, name, x, _ in seen if name in ("o", "down")}
+    needed = {(layer, name): x.flatten(0, -2) != 0 for layer, name, x, _ in seen if name in ("o", "down")}  # [batch, K]
     # K and V of groups that no kept head uses need not exist where a method leaves holes in the cache.
     holes = any(method.own_kernels for method, _ in methods)
     worst = 0.0
@@ -377,12 +415,16 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> float:
             if name == "q" and "heads" in sites:
                 rows = needed[layer, "o"]
             elif name in ("k", "v") and holes:
-                groups = needed[layer, "o"].view(view.n_kv_heads, -1).any(-1)
-                rows = groups.repeat_interleave(view.head_dim)
+                groups = needed[layer, "o"].unflatten(-1, (view.n_kv_heads, -1)).any(-1)
+                rows = groups.repeat_interleave(view.head_dim, -1)
             elif name in ("gate", "up") and "neurons" in sites:
                 rows = needed[layer, "down"]
-            compare(f"layer {layer} {name}", y.flatten()[rows], expected.flatten()[rows])
+            compare(f"layer {layer} {name}", y.flatten(0, -2)[rows], expected.flatten(0, -2)[rows])
         for block, (layer, (args, kwargs, expected)) in zip(view.blocks, enumerate(attended), strict=False):
             y = block.attn(*args, **(kwargs | {"past_key_values": out.past_key_values}))[0]
             compare(f"layer {layer} attention", y, expected)
-    return worst
+        touched, taken = (
+            frozenset().union(*(getattr(installation, of) for installation in installations))
+            for of in ("touched", "taken")
+        )
+    return Check(worst, taken, touched - taken)

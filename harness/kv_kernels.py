@@ -39,9 +39,12 @@ def skipping(view: View, sees: str, decide: Decide, kv_: str, dropped: str = "ex
 class KernelHeads(Heads):
     """The hooks of masked execution, with projections and attention replaced for single tokens."""
 
+    touched = frozenset({"q", "k", "v", "o"})  # projections that have kernels
+
     def __init__(self, view: View, sees: str, decide: Decide, kv_: str, dropped: str) -> None:
         super().__init__(view, sees, decide, kv_, dropped)
         self.stack = ExitStack()
+        self.taken: set[str] = set()  # of these, the ones that a kernel has run
         # By layer what one step keeps: that step, bool [1, 1, heads], rows of q, rows of k and v (int32).
         self.chosen: dict[int, tuple[Step, Tensor, Tensor, Tensor]] = {}
         self.unfit: dict[int, Step] = {}  # by layer, a step whose token does not see every other one in the cache
@@ -102,6 +105,7 @@ class KernelHeads(Heads):
     def _rows(self, layer: int, name: str, module: nn.Linear, x: Tensor) -> Tensor:
         if not self._single(layer, x):
             return F.linear(x, module.weight, module.bias)
+        self.taken.add(name)
         _, _, heads, groups = self._choose(layer, x)
         if name != "q" and self.kv == "mask_output":
             return kernels.dense_gemv_rows(x, module.weight, module.bias)
@@ -110,6 +114,7 @@ class KernelHeads(Heads):
     def _columns(self, layer: int, module: nn.Linear, weight: Tensor, zero: Tensor, x: Tensor) -> Tensor:
         if not self._single(layer, x):
             return F.linear(x, module.weight, module.bias)
+        self.taken.add("o")
         return kernels.column_gemv(x, weight, zero, module.bias)
 
     def attend(

@@ -2,10 +2,13 @@
 
 The public functions are in kernels.ops; kernels.reference defines each in plain torch. Weights are stored
 once: `wt` = W^T, contiguous [K, N] (nn.Linear.weight is then the view wt.t()), or row-major `w`, [N, K].
-The fast path is one row (batch 1, sequence 1); `fast_path` tells whether a call takes it.
+Every kernel takes one row (batch 1, sequence 1): `fast_path` tells whether a call is one. The column kernels take
+2 to 16 rows too and read the union of their channels: `batch_path`.
 """
 
 from kernels.ops import (
+    MAX_ROWS,
+    batch_path,
     cats_mlp,
     column_gemv,
     column_gemv_glu,
@@ -21,6 +24,8 @@ from kernels.ops import (
 )
 
 __all__ = [
+    "MAX_ROWS",
+    "batch_path",
     "cats_mlp",
     "column_gemv",
     "column_gemv_glu",

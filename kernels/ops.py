@@ -21,6 +21,8 @@ from kernels import reference
 from kernels.cpu import fallback, stream
 from kernels.cpu.build import load_extension
 
+MAX_ROWS = 16  # of a batch that the column kernels take; kMaxRows in cpu/csrc/kernels.h
+
 _COLUMN = "Tensor x, Tensor wt, "
 _ROW = "Tensor x, Tensor w, "
 _SCHEMAS = {
@@ -109,7 +111,7 @@ def _ready(x: Tensor) -> None:
 
 
 def column_gemv(x: Tensor, wt: Tensor, t: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Sum x_i wt[i] over the channels with |x_i| > t_i, plus bias."""
+    """Sum x_i wt[i] over the channels with |x_i| > t_i, plus bias; 2 to 16 rows read the union of their channels."""
     _ready(x)
     return torch.ops.dynact.column_gemv.default(x, wt, t, bias)
 
@@ -129,7 +131,7 @@ def column_gemv_glu(
 
 
 def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ wt + bias, every channel read: the tuned dense baseline on the layout of column_gemv."""
+    """Return x @ wt + bias, every channel read: the tuned dense baseline on the layout of column_gemv, 1 to 16 rows."""
     _ready(x)
     return torch.ops.dynact.dense_gemv.default(x, wt, bias)
 
@@ -187,14 +189,27 @@ def decode_attention(
 def fast_path(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether a kernel that skips bytes takes this call; if not, torch's dense operators do (zeroed inputs).
 
-    x: [..., K], the first argument of any kernel but decode_attention; weights: all its weight matrices (None: absent).
+    x: [..., K], one row, the first argument of any kernel but decode_attention; weights: all its weight matrices
+    (None: absent).
     """
+    return _taken("fast_path", x, weights, x.numel() == x.shape[-1])
+
+
+def batch_path(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether a kernel takes x [..., K] of 2 to 16 rows in `column_gemv`, `column_gemv_glu` and `dense_gemv`.
+
+    It reads the union of the channels that the rows keep, once for all of them. The other kernels take one row.
+    """
+    return _taken("batch_path", x, weights, x.shape[-1] > 0 and 2 <= x.numel() // x.shape[-1] <= MAX_ROWS)
+
+
+def _taken(name: str, x: Tensor, weights: tuple[Tensor | None, ...], fits: bool) -> bool:
     if x.is_cuda:
-        on_cuda = _cuda_function("fast_path")
+        on_cuda = _cuda_function(name)
         return on_cuda is not None and on_cuda(x, *weights)
     return (
-        x.is_cpu
-        and x.numel() == x.shape[-1]
+        fits
+        and x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
         and all(w is None or (w.is_contiguous() and w.dtype == x.dtype) for w in weights)
         and cpu_extension()

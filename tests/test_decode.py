@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
 from harness.decode import DecodeLoop, decode_attention
+from harness.execute import own_gemv
 from harness.families import view_of
 
 
@@ -93,3 +94,18 @@ def test_loop_decodes_greedily_and_rewinds():
             got = torch.cat([loop.step().clone() for _ in range(5)], 1)
             torch.testing.assert_close(got, want[:, 1:], rtol=1e-4, atol=1e-4)
             loop.rewind(9, token)
+
+
+@torch.no_grad()
+def test_loop_decodes_a_batch_on_the_kernels_layout():
+    """What a GPU captures above batch 1."""
+    model = tiny("llama")
+    ids = torch.randint(3, 64, (3, 9))
+    want = logits(model, ids, True)
+    cache = cache_of(model, True)
+    view = view_of(model)
+    with own_gemv(view, limits={}):
+        token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        loop = DecodeLoop(view, cache, token)
+        got = torch.cat([loop.step().clone() for _ in range(5)], 1)
+    torch.testing.assert_close(got, want[:, 1:], rtol=1e-4, atol=1e-4)

@@ -177,6 +177,33 @@ def test_rows_and_strides(rows):
         assert y.shape == (rows, 48)
         assert error(y, thresholded(x, t) @ wt.double() + bias.double()) <= 2 * ROUNDING[x.dtype]
     assert kc.fast_path(x, wt) == (rows == 1)
+    assert kc.batch_path(x, wt) == (2 <= rows <= 16)
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_batch_keeps_nan_and_inf_in_their_row(bad):
+    x, wt, t = randn(3, 100, dtype=torch.float16), randn(100, 48, dtype=torch.float16), torch.tensor(0.5)
+    x[:, 7] = 0
+    before = kc.column_gemv(x, wt, t)
+    x[1, 7] = bad
+    y = kc.column_gemv(x, wt, t)
+    assert not y[1].isfinite().any() and torch.equal(y[1].isnan(), torch.full((48,), bad).mul(wt[7]).isnan())
+    assert torch.equal(y[[0, 2]], before[[0, 2]])
+
+
+@interpreted
+def test_a_batch_at_the_edges_of_thresholds():
+    """Zero drops what is zero in all rows, below zero nothing; what all rows drop is not read."""
+    x, wt, bias = (randn(*shape, dtype=torch.float16) for shape in ((4, 90), (90, 50), (50,)))
+    x[:, ::3] = 0
+    bad = wt.clone()
+    bad[::3] = torch.nan
+    dense = kc.dense_gemv(x, wt, bias)
+    assert error(dense, x.double() @ wt.double() + bias.double()) <= ROUNDING[x.dtype]
+    assert torch.equal(kc.column_gemv(x, bad, torch.tensor(0.0), bias), kc.column_gemv(x, wt, torch.tensor(0.0), bias))
+    assert error(kc.column_gemv(x, wt, torch.tensor(-1.0), bias), dense.double()) <= ROUNDING[x.dtype]
+    assert torch.equal(kc.column_gemv(x, wt, torch.tensor(1e9), bias), bias.expand(4, 50))
 
 
 @interpreted
@@ -231,19 +258,16 @@ def test_dense_reads_everything():
 
 @interpreted
 def test_repeatable_mode_is_right():
-    x, wt, bias = (
-        randn(700, dtype=torch.float16),
-        randn(700, 70, dtype=torch.float16),
-        randn(70, dtype=torch.float16),
-    )
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = [kc.column_gemv(x, wt, torch.tensor(0.5), bias, form) for form in (0.5, 0.5, 0.9)]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    want = thresholded(x, torch.tensor(0.5)) @ wt.double() + bias.double()
-    assert torch.equal(runs[0], runs[1])
-    assert all(error(y, want) <= ROUNDING[x.dtype] for y in runs)
+    wt, bias = randn(700, 70, dtype=torch.float16), randn(70, dtype=torch.float16)
+    for x in (randn(700, dtype=torch.float16), randn(3, 700, dtype=torch.float16)):
+        torch.use_deterministic_algorithms(True)
+        try:
+            runs = [kc.column_gemv(x, wt, torch.tensor(0.5), bias, form) for form in (0.5, 0.5, 0.9)]
+        finally:
+            torch.use_deterministic_algorithms(False)
+        want = thresholded(x, torch.tensor(0.5)) @ wt.double() + bias.double()
+        assert torch.equal(runs[0], runs[1])
+        assert all(error(y, want) <= ROUNDING[x.dtype] for y in runs)
 
 
 # --- row kernels and MLPs -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,13 +12,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels
+from harness.attach import attached
 from harness.calibration import Calibration
+from harness.claims.hardware import batch_slows
 from harness.collect import headline, relate
+from harness.execute import own_gemv
 from harness.families import view_of
 from harness.probes import latency
 from harness.rows import make_row, to_frame
 from harness.step import Policy
 from methods.dense import Dense
+from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
 from methods.random import Random
 from methods.teal import Teal
@@ -34,9 +39,9 @@ def teal():
     return view, [(method, method.fit(view, tiny.calibration(view)))]
 
 
-def found(view, fitted, execution="auto", **options):
+def found(view, fitted, execution="auto", phase="all", **options):
     config = CHOICE | {"execution": execution} | options
-    return latency.variants(view, fitted, Policy(), 0.5, config, tiny.tokens(2, 96))
+    return latency.variants(view, fitted, Policy(phase), 0.5, config, tiny.tokens(2, 96))
 
 
 def test_a_kernel_method_is_timed_beside_its_fair_baselines(teal):
@@ -79,13 +84,99 @@ def test_every_variant_is_timed_in_every_round(teal, monkeypatch):
     assert all(r["value"] > 0 for r in complete)
 
 
-def test_a_batch_takes_the_fallback_and_says_so(teal):
+def executions(rows, batch):
+    """In the order of the variants: dense, its tuned GEMV, the kernel at 0 %, the method, the slice."""
+    return [r["execution"] for r in rows if r["metric"] == "tpot_median" and r["batch"] == batch]
+
+
+def test_a_batch_runs_through_kernels_up_to_16_and_then_says_so(teal):
     view, fitted = teal
-    rows = latency.measure(view, found(view, fitted), tiny.tokens(2, 64), CONFIG | {"batch": [1, 2]})
-    timed = [r for r in rows if r["metric"] == "tpot_median"]
-    assert {r["execution"] for r in timed if r["batch"] == 1} == {"dense", "kernel", "dense_slice"}
-    assert {r["execution"] for r in timed if r["batch"] == 2} == {"dense", "masked"}
-    assert all("no kernel" in r["message"] for r in timed if r["execution"] == "masked")
+    config = CONFIG | {"batch": [1, 2, 16, 17], "repeats": 1}
+    rows = latency.measure(view, found(view, fitted), tiny.tokens(2, 64), config)
+    assert executions(rows, 1) == ["dense", "dense", "kernel", "kernel", "dense_slice"]
+    assert executions(rows, 2) == executions(rows, 16) == ["dense", "dense", "kernel", "kernel", "masked"]
+    assert executions(rows, 17) == ["dense", "dense", "masked", "masked", "masked"]
+    said = [r["message"] for r in rows if r["metric"] == "tpot_median" and r["execution"] == "masked"]
+    assert ["above batch 16:" in message for message in said] == [False, False, True, True, False]
+    assert all("no kernel above batch" in message for message in said)
+    assert all("no kernel" not in (r.get("message") or "") for r in rows if r["execution"] == "kernel")
+
+
+def test_the_union_of_a_batch_is_counted_and_is_what_its_step_reads(teal):
+    """A batch of one prompt repeated touches what one sequence does; of different ones more, and its bytes follow."""
+    view, fitted = teal
+    taken = frozenset(view.projection_names())
+    prompt = tiny.tokens(4, 16)
+
+    def union(p):
+        return latency.union_touched(view, fitted, Policy(), taken, p)
+
+    one, n = union(prompt[:1])
+    assert one == pytest.approx(0.5, abs=0.1) and n == 4
+    assert union(prompt[:1].repeat(3, 1)) == (pytest.approx(one), 12)
+    assert one < union(prompt[:2])[0] < union(prompt)[0] < 1
+    partly = latency.union_touched(view, fitted, Policy(), frozenset({"down"}), prompt[:1])[0]
+    assert 1 > partly > one, "what no kernel takes is read whole"
+
+    rows = latency.measure(view, found(view, fitted), tiny.tokens(2, 64), CONFIG | {"batch": [1, 4], "repeats": 1})
+    complete = [make_row(cell_id="c", **row) for row in rows]
+    shares = {r["batch"]: r["value"] for r in complete if r["metric"] == "union_touched"}
+    assert {r["execution"] for r in complete if r["metric"] == "union_touched"} == {"kernel"}
+    assert shares[1] < shares[4] < 1
+    asked = [r for r in rows if r["metric"] == "step_bytes" and r["batch"] == 4 and r["execution"] == "kernel"]
+    assert [r["value"] for r in asked] == [
+        latency.step_bytes(view, 1.0, 4, 16),
+        pytest.approx(latency.step_bytes(view, shares[4], 4, 16)),
+    ]
+
+
+def test_a_batch_feeds_the_claim_about_batches(teal):
+    """Its kernel rows stand beside those of batch 1; the repeats at 0 % do not count."""
+    view, fitted = teal
+    rows = latency.measure(view, found(view, fitted), tiny.tokens(2, 64), CONFIG | {"batch": [1, 4, 17], "repeats": 1})
+    table = to_frame([make_row(**({"cell_id": "c", "sparsity_requested": 0.5} | row)) for row in rows])
+    evidence = batch_slows(SimpleNamespace(rows=relate(table, {}), counted={"c"}))
+    own = [r["value"] for r in rows if r["metric"] == "time_ratio" and r["execution"] == "kernel"]
+    assert (evidence.values, evidence.reference) == ([own[1]], [own[3]])
+    assert "at batch 4" in evidence.note, "17 rows are masked"
+
+
+def test_a_batch_that_kernels_take_in_part_is_masked_and_says_which():
+    view = tiny.view("llama")
+    method = Griffin(0.5)
+    rows = latency.measure(
+        view,
+        found(view, [(method, {})], policy=Policy("decode")),
+        tiny.tokens(2, 64),
+        CONFIG | {"batch": [1, 2], "repeats": 1},
+    )
+    assert executions(rows, 1)[3] == "kernel" and executions(rows, 2)[2:] == ["kernel", "masked", "masked"]
+    own = [r for r in rows if r["metric"] == "tpot_median" and r["batch"] == 2][3]
+    assert "no kernel for a batch of gate, up; only down skip" in own["message"]
+    whole = next(r for r in rows if r["metric"] == "step_bytes" and r["batch"] == 2 and r["execution"] == "dense")
+    assert all(r["value"] == whole["value"] for r in rows if r["metric"] == "step_bytes" and r["batch"] == 2)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_own_gemv_decodes_a_batch_as_masks_do(teal, batch):
+    """What is captured on a GPU above batch 1: fixed thresholds through the batch kernel, in the module itself."""
+    view, fitted = teal
+    limits = latency.static_thresholds(view, fitted)
+    prompt, tokens = tiny.tokens(batch, 16), tiny.tokens(batch, 4, seed=5)
+
+    @torch.no_grad()
+    def steps():
+        out = view.model(prompt, use_cache=True)
+        logits = []
+        for token in tokens.split(1, 1):
+            out = view.model(token, past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits)
+        return torch.cat(logits, 1)
+
+    with attached(view, fitted, Policy("decode")):  # the prompt of own_gemv is dense
+        masked = steps()
+    with own_gemv(view, limits):
+        torch.testing.assert_close(steps(), masked, rtol=1e-3, atol=1e-3)
 
 
 def test_compiled_is_timed_beside_eager_and_compared_with_compiled(monkeypatch):
@@ -261,11 +352,37 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     fitted = [(method, method.fit(view, Calibration(view, tokens.split(2))))]
     variants = latency.variants(view, fitted, Policy(), 0.5, CHOICE, tokens)
     assert [v.graph for v in variants] == [True] * 4
-    rows = latency.measure(view, variants, tokens, CONFIG | {"context": [128], "new_tokens": 16, "repeats": 5})
+    config = CONFIG | {"batch": [1, 2, 16], "context": [128], "new_tokens": 16, "repeats": 5}
+    rows = latency.measure(view, variants, tokens, config)
     times = {
-        (r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
+        (r["batch"], r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
         for r in rows
         if r["metric"] == "tpot_median"
     }
     print(times)
-    assert len(times) == 4
+    assert len(times) == 12
+    for batch in config["batch"]:
+        assert executions(rows, batch) == ["dense", "dense", "kernel", "kernel"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_captured_batch_decodes_what_masks_decode():
+    """Fixed thresholds above batch 1 on a GPU: the module's own step in a CUDA graph, replayed."""
+    view = tiny.view("llama")
+    view.model.to("cuda")
+    method = Teal(0.5)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    limits = latency.static_thresholds(view, fitted)
+    prompt = tiny.tokens(3, 16).to("cuda")
+
+    def steps(captured):
+        cache = latency.StaticCache(config=view.model.config, max_cache_len=16 + 5)
+        token = view.model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        loop = latency.DecodeLoop(view, cache, token, graph=captured)
+        return torch.cat([loop.step().clone() for _ in range(4)], 1)
+
+    with attached(view, fitted, Policy("decode")):
+        masked = steps(False)
+    with own_gemv(view, limits):
+        torch.testing.assert_close(steps(True), masked, rtol=1e-3, atol=1e-3)

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 import kernels
 from harness.attach import attached, overhead
-from harness.execute import KernelMismatchError, check_kernels, has_kernels
+from harness.execute import KernelMismatchError, check_kernels, has_kernels, kernel_execution
 from harness.ledger import Ledger
 from harness.probes.sparsity import measure
 from harness.step import Policy
@@ -190,15 +190,65 @@ def test_kernel_equals_masked(name, family):
     if method.unsupported(view) or not has_kernels(method):
         return
     state = method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {}
-    ids = tiny.tokens(1, 20)
+    ids = tiny.tokens(3, 20)
     with torch.no_grad():
         before = view.model(ids).logits
-    assert check_kernels(view, [(method, state)], ids) <= 1e-6
+    assert check_kernels(view, [(method, state)], ids[:1]).error <= 1e-6
+    assert check_kernels(view, [(method, state)], ids).error <= 1e-6
     with torch.no_grad():
         assert torch.equal(view.model(ids).logits, before)
 
 
-def test_a_wrong_kernel_is_caught(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "family", "taken", "masked"),
+    [
+        ("teal", "llama", {"q", "k", "v", "o", "gate", "up", "down"}, set()),
+        ("teal", "opt", {"q", "k", "v", "o", "up", "down"}, set()),
+        ("cett", "llama", {"down"}, set()),
+        ("dejavu", "llama", {"o", "down"}, {"q", "gate", "up"}),
+        ("griffin", "llama", {"down"}, {"gate", "up"}),
+        ("cats", "llama", {"down"}, {"up"}),
+        ("random", "llama", set(), {"q", "k", "v", "o", "gate", "up", "down"}),
+        ("kv_skip_zeros", "llama", set(), {"q", "k", "v", "o"}),
+    ],
+)
+def test_kernels_take_a_batch_where_it_has_a_union(name, family, taken, masked):
+    """Thresholds and zeros that dropped neurons and heads left; lists stay masked. More than 16 rows do too."""
+    view = tiny.view(family)
+    method = CASES[name].make(0.5)
+    fitted = [(method, method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {})]
+    check = check_kernels(view, fitted, tiny.tokens(2, 20))
+    assert (check.kernels, check.masked) == (taken, masked)
+    many = check_kernels(view, fitted, tiny.tokens(17, 8))
+    assert (many.kernels, many.masked) == (set(), taken | masked)
+    one = check_kernels(view, fitted, tiny.tokens(1, 20))
+    assert (one.kernels, one.masked) == (taken | masked, set())
+
+
+def test_a_batch_that_is_sparse_in_part_is_masked():
+    """A dense prefix longer than one of the two sequences: kernels see no token that must stay dense."""
+    view = tiny.view("llama")
+    method = CASES["teal"].make(0.5)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    ids, mask = tiny.tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[0, :4] = 0  # the first sequence is 8 tokens long, the second 12
+    policy = Policy("all", dense_prefix=10)
+
+    @torch.no_grad()
+    def step() -> torch.Tensor:
+        out = view.model(ids[:, :12], attention_mask=mask[:, :12], use_cache=True)
+        token = {"attention_mask": mask, "past_key_values": out.past_key_values, "use_cache": True}
+        return view.model(ids[:, 12:], **token).logits
+
+    with attached(view, fitted, policy):
+        expected = step()
+    with kernel_execution(view, fitted, policy) as (installation,):
+        torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
+    assert not installation.taken
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_wrong_kernel_is_caught(monkeypatch, batch):
     """A kernel that drops one channel too many is a failed check, not a timing."""
     view = tiny.view("llama")
     method = CASES["teal"].make(0.5)
@@ -210,4 +260,4 @@ def test_a_wrong_kernel_is_caught(monkeypatch):
 
     monkeypatch.setattr(kernels, "column_gemv", wrong)
     with pytest.raises(KernelMismatchError, match="layer 0"):
-        check_kernels(view, [(method, state)], tiny.tokens(1, 20))
+        check_kernels(view, [(method, state)], tiny.tokens(batch, 20))

@@ -4,6 +4,10 @@ Every round times every variant once, so that drift hits all of them; the first 
 are compared with masked execution before anything is timed. Masked execution is timed only to show what it costs: it
 skips no bytes, and no figure draws a speed-up from it.
 
+Above batch 1 a step reads each channel that any of its sequences keeps: `union_touched` says how much that is, counted
+over the masks of the same prompts. Kernels take batches of up to 16 where thresholds decide. Where they take only some
+of a method's projections, its rows are masked and say which.
+
 On a GPU the step is a CUDA graph where it can be. On a CPU it is the eager module; with `compile` a torch.compile of
 the step is timed beside it, under an execution of its own (`dense_compiled`, `kernel_compiled`), whose baselines are
 compiled too.
@@ -20,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -30,7 +35,7 @@ from transformers import StaticCache
 import kernels
 from harness.attach import Fitted, attached
 from harness.decode import DecodeLoop, Linear, ThresholdOf, fast_decode, unfit
-from harness.execute import check_kernels, has_kernels, kernel_execution, own_gemv, sliced
+from harness.execute import Check, check_kernels, has_kernels, kernel_execution, own_gemv, sliced
 from harness.families import View, view_of
 from harness.method import Method
 from harness.probes.sparsity import measure as sparsity_rows
@@ -38,6 +43,7 @@ from harness.selection import PROJECTIONS, Thresholds
 from harness.step import Policy, Step
 
 Row = dict[str, Any]
+NO_BATCH = "no kernel above batch 1 on this machine"
 
 
 @dataclass
@@ -46,6 +52,8 @@ class Variant:
 
     attach: a context in which the view's model decodes that way. columns: row columns that set this variant apart from
     the others of the cell. touched: share of the block weights that a step reads. graph: capture the step (GPU).
+    unbatched: what keeps it masked above batch 1, in words; None where kernels take batches of up to 16. union: of
+    a prompt [batch, context], the share of the block weights that a step after it reads, and the tokens counted.
     decoder: a model of this variant's own whose step is compiled; None decodes the view's, eagerly.
     """
 
@@ -54,6 +62,9 @@ class Variant:
     columns: Row = field(default_factory=dict)
     touched: float = 1.0
     cache: float = 1.0  # share of the KV cache that a step reads for sure
+    above: Callable[[], AbstractContextManager[Any]] | None = None  # attach above batch 1, where that is another one
+    unbatched: str | None = "no kernel above batch 1"
+    union: Callable[[Tensor], tuple[float, int]] | None = None
     graph: bool = False
     decoder: nn.Module | None = None
     held: ExitStack = field(default_factory=ExitStack)  # what the decoder's forwards live in
@@ -81,14 +92,18 @@ def variants(
     kernel = execution == "kernel" or (execution == "auto" and any(has_kernels(m) for m, _ in methods))
     if not kernel:
         return [*found, Variant("masked", lambda: attached(view, methods, policy), no_kernel(methods))]
-    error = check_kernels(view, methods, windows[:1, :64].to(view.device))
+    error = check_kernels(view, methods, windows[:1, :64].to(view.device)).error
+    batch = check_kernels(view, methods, prompts(windows, 2, 64).to(view.device))
     counted = sparsity_rows(view, methods, policy, windows[:1])
     share = next(
         r["value"]
         for r in counted
         if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", "decode", None)
     )
-    checked = {"message": f"kernel equals masked within {error:.1e}"}
+    checked = {"message": f"kernel equals masked within {max(error, batch.error):.1e}"}
+    nothing = None if kernels.batch_path(torch.zeros(2, 1, dtype=view.dtype, device=view.device)) else NO_BATCH
+    unbatched = nothing or left_masked(batch)
+    union = None if unbatched else partial(union_touched, view, methods, policy, batch.kernels)
     thresholds = static_thresholds(view, methods)
     if graph and unfit(view) is None and thresholds is not None:
 
@@ -98,21 +113,66 @@ def variants(
         return [
             Variant("dense", fast("library"), graph=True),
             Variant("dense", fast("rows"), {"variant": "tuned GEMV"}, graph=True),
-            Variant("kernel", fast("columns"), {"sparsity_requested": 0.0}, graph=True),
-            Variant("kernel", fast("columns", thresholds), checked, 1 - share, graph=True),
-        ]
+            Variant(
+                "kernel", fast("columns"), {"sparsity_requested": 0.0}, graph=True,
+                above=lambda: own_gemv(view, limits={}), unbatched=nothing,
+            ),
+            Variant(
+                "kernel", fast("columns", thresholds), checked, 1 - share, graph=True,
+                above=lambda: own_gemv(view, thresholds), unbatched=unbatched, union=union,
+            ),
+        ]  # fmt: skip
     cache = 0.0 if any(method.own_kernels for method, _ in methods) else 1.0  # how much of it is skipped is not counted
     found += [
         Variant("dense", lambda: own_gemv(view), {"variant": "tuned GEMV"}),
-        Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}),
-        Variant("kernel", lambda: kernel_execution(view, methods, policy), checked, 1 - share, cache),
+        Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}, unbatched=nothing),
+        Variant(
+            "kernel", lambda: kernel_execution(view, methods, policy), checked, 1 - share, cache,
+            unbatched=unbatched, union=union,
+        ),
         Variant("dense_slice", lambda: sliced(view, sparsity), {}, 1 - sparsity),
-    ]
+    ]  # fmt: skip
     if compiles and thresholds is None:
         checked["message"] += "; not compiled: the method decides more at run time than fixed thresholds"
     elif compiles:
         found += compiled(view, thresholds, checked, 1 - share)
     return found
+
+
+def left_masked(check: Check) -> str | None:
+    """Which projections kernels leave masked in a batch, in words, or None."""
+    if not check.masked:
+        return None
+    kept = f"; only {', '.join(sorted(check.kernels))} skip in a batch" if check.kernels else ""
+    return f"no kernel for a batch of {', '.join(sorted(check.masked))}{kept}"
+
+
+@torch.no_grad()
+def union_touched(
+    view: View, methods: Fitted, policy: Policy, projections: frozenset[str], prompt: Tensor, steps: int = 4
+) -> tuple[float, int]:
+    """Share of the block weights that a step of the batch touches, a mean over decode steps, and tokens counted.
+
+    In `projections` that is every channel that any sequence keeps, elsewhere all. Counted in masked execution of the
+    prompt [batch, context] and greedy steps after it: what a mask leaves at zero is dropped.
+    """
+    dropped: list[Tensor] = []
+
+    def see(module: nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> None:
+        x = args[0]
+        dropped.append((x.reshape(-1, x.shape[-1]) == 0).all(0).sum() * module.out_features)
+
+    with attached(view, methods, policy), ExitStack() as stack:
+        out = view.model(prompt, use_cache=True, logits_to_keep=1)
+        for block in view.blocks:
+            for name, module in block.projections():
+                if name in projections:
+                    stack.callback(module.register_forward_hook(see).remove)
+        for _ in range(steps):
+            token = out.logits[:, -1:].argmax(-1)
+            out = view.model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+    total = steps * view.block_weights * view.n_layers
+    return 1 - int(sum(dropped)) / total, steps * len(prompt)
 
 
 def no_kernel(methods: Fitted) -> Row:
@@ -156,7 +216,7 @@ def measure(view: View, found: Sequence[Variant], windows: Tensor, config: dict[
     for batch in config["batch"]:
         for context in config["context"]:
             prompt = prompts(windows, batch, context).to(view.device)
-            # No kernel takes a batch, so there is nothing to compile.
+            # Compiled at batch 1 only: each shape of each variant takes a minute or more.
             timed = [variant for variant in found if variant.decoder is None or batch == 1]
             for variant in timed:
                 variant.first, variant.each, variant.rounds = [], [], []
@@ -168,7 +228,8 @@ def measure(view: View, found: Sequence[Variant], windows: Tensor, config: dict[
                 # compared with eager, compiled with compiled.
                 dense = [v for v in timed if v.execution == ("dense_compiled" if variant.decoder else "dense")]
                 strongest = min(dense, key=lambda v: statistics.median(v.each))
-                rows += rows_of(view, variant, strongest, batch, context, said, bandwidth)
+                union = variant.union(prompt) if variant.union is not None and batch <= kernels.MAX_ROWS else None
+                rows += rows_of(view, variant, strongest, batch, context, said, bandwidth, union)
                 over = {"time_ratio_library": dense[0]} | ({"time_ratio_eager": found[0]} if variant.decoder else {})
                 for metric, baseline in over.items():
                     rows.append(rows[-1] | {"metric": metric, "value": ratio(baseline, variant), "unit": "ratio"})
@@ -215,7 +276,7 @@ def interleave(
     try:
         while done < repeats or spent / len(found) < min_seconds:
             for variant in found:
-                with variant.attach():
+                with (variant.attach if len(prompt) == 1 else variant.above or variant.attach)():
                     first, steps = generate(view, prompt, new_tokens, variant)
                 if done >= 0:
                     variant.first.append(first)
@@ -288,24 +349,36 @@ def step_bytes(view: View, touched: float, batch: int, context: int, cached: flo
 
 
 def rows_of(
-    view: View, variant: Variant, baseline: Variant, batch: int, context: int, said: str | None, bandwidth: float
+    view: View,
+    variant: Variant,
+    baseline: Variant,
+    batch: int,
+    context: int,
+    said: str | None,
+    bandwidth: float,
+    union: tuple[float, int] | None = None,
 ) -> list[Row]:
     """Medians, the 90th percentile, spread, throughput, roofline and the paired ratio to the baseline, a fact a row.
 
-    said: who disturbed the run. bandwidth: bytes/s read by this device in the same run.
+    said: who disturbed the run. bandwidth: bytes/s read by this device in the same run. union: of `Variant.union`.
     """
     common: Row = {"probe": "latency", "execution": variant.execution, "batch": batch, "context": context}
     common |= {"step_phase": "decode"} | variant.columns
     notes = [variant.columns.get("message"), said]
+    touched, cache = variant.touched, variant.cache
     if batch > 1 and variant.execution in ("kernel", "dense_slice"):
-        common["execution"] = "masked"
-        notes.append("no kernel above batch 1: masked, the library's matmul on the transposed weight")
+        touched = 1.0 if union is None else union[0]
+        too_many = f"no kernel above batch {kernels.MAX_ROWS}" if batch > kernels.MAX_ROWS else None
+        unbatched = variant.unbatched or too_many
+        if unbatched is not None:
+            cache, common["execution"] = 1.0, "masked"
+            notes.append(f"{unbatched}: masked, the library's matmul on the transposed weight")
     common["message"] = "; ".join(note for note in notes if note) or None
     median = statistics.median(variant.each)
     p90 = sorted(variant.each)[int(0.9 * (len(variant.each) - 1))]
     n, rounds = len(variant.each), len(variant.rounds)
     spread = statistics.stdev(variant.rounds) if rounds > 1 else None
-    needed = step_bytes(view, variant.touched, batch, context, variant.cache)
+    needed = step_bytes(view, touched, batch, context, cache)
     if view.device.type == "cuda":
         memory, what = torch.cuda.max_memory_allocated(view.device), "peak_memory"
     else:
@@ -319,6 +392,8 @@ def rows_of(
         ("roofline_share", needed / median / bandwidth, "share", n),
         (what, float(memory), "bytes", 1),
     ]
+    if union is not None:
+        facts.insert(0, ("union_touched", union[0], "share", union[1]))
     each = {"metric": "tpot_median", "value": median, "unit": "s", "n": n, "stderr": spread}
     rest = [common | {"metric": m, "value": v, "unit": u, "n": k} for m, v, u, k in facts]
     if variant.decoder is not None:  # its prompt is eager and dense: nothing to report

@@ -1,6 +1,6 @@
 """The kernels' maths through torch's own operators, for every call that the C++ fast path does not take.
 
-Two uses. Many rows (a prefill, a batch), other dtypes, non-contiguous weights: one matmul on zeroed inputs,
+Two uses. Many rows (a prefill, a large batch), other dtypes, non-contiguous weights: one matmul on zeroed inputs,
 nothing is skipped. One row on a machine without a C++ compiler: `embedding_bag` over the transposed weight,
 the only operator of torch that reads just the rows it needs without copying them; products with rows of a
 row-major weight run dense.

@@ -21,6 +21,7 @@ _HOMES = {
     "decode_attention": "attention",
     "read_bandwidth": "bandwidth",
     "fast_path": "column",
+    "batch_path": "column",
 }
 __all__ = sorted(_HOMES)
 

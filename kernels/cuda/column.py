@@ -416,11 +416,16 @@ def _sparse_rows(x: Tensor, *weights: Tensor | None) -> int:
 
 
 def fast_path(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether a call with this x [..., K] and these weight matrices runs the one-row kernels.
-
-    2 to 16 rows of the column kernels still skip what all of them drop; everything else multiplies zeroed inputs.
-    """
+    """Whether a call with this x [..., K] and these weight matrices runs the one-row kernels."""
     return _sparse_rows(x, *weights) == 1
+
+
+def batch_path(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether column kernels take x [..., K] as a batch of 2 to 16 rows and skip what all of them drop.
+
+    Everything else multiplies zeroed inputs.
+    """
+    return 2 <= _sparse_rows(x, *weights) <= MAX_ROWS
 
 
 def column_gemv(

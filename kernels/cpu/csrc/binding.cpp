@@ -103,20 +103,32 @@ void split(int64_t items, int64_t bytes, F f) {
   Pool::get().run(parts, [&](int64_t p) { f(p * items / parts, (p + 1) * items / parts); });
 }
 
-// y += sum_j val[j] * wt[row_j]: active rows are shared out, each part has a y of its own, summed in a fixed order.
+// The channels that take part in a product: m of them, listed in idx (nullptr: 0 ... m - 1, of one row), and their values
+// in each of B rows of x, ld apart.
+struct Channels {
+  const int32_t* idx;
+  const float* val;
+  int64_t m, B = 1, ld = 0;
+};
+
+// y[b] += sum_j val[b][j] * wt[row_j]: active rows are shared out, each part has a y of its own, summed in a fixed order.
 template <typename T>
-void add_rows(const T* wt, int64_t N, const int32_t* idx, const float* val, int64_t m, float* y) {
-  int64_t parts = parts_for(m, m * N * static_cast<int64_t>(sizeof(T)));
+void add_rows(const T* wt, int64_t N, const Channels& c, float* y) {
+  int64_t parts = parts_for(c.m, c.m * N * static_cast<int64_t>(sizeof(T)));
   const auto& k = kernels<T>();
-  if (parts == 1) return k.axpy_rows(wt, N, idx, 0, val, m, y);
-  float* own = room(scratch().parts, (parts - 1) * N);
-  std::fill(own, own + (parts - 1) * N, 0.0f);
+  auto add = [&](int64_t from, int64_t to, float* sum) {
+    if (c.B > 1) return k.axpy_batch(wt, N, c.idx + from, c.val + from, c.ld, to - from, c.B, sum);
+    k.axpy_rows(wt, N, c.idx ? c.idx + from : nullptr, c.idx ? 0 : from, c.val + from, to - from, sum);
+  };
+  if (parts == 1) return add(0, c.m, y);
+  int64_t size = c.B * N;
+  float* own = room(scratch().parts, (parts - 1) * size);
+  std::fill(own, own + (parts - 1) * size, 0.0f);
   Pool::get().run(parts, [&](int64_t p) {
-    int64_t a = p * m / parts, b = (p + 1) * m / parts;
-    k.axpy_rows(wt, N, idx ? idx + a : nullptr, idx ? 0 : a, val + a, b - a, p ? own + (p - 1) * N : y);
+    add(p * c.m / parts, (p + 1) * c.m / parts, p ? own + (p - 1) * size : y);
   });
   for (int64_t p = 1; p < parts; ++p)
-    for (int64_t n = 0; n < N; ++n) y[n] += own[(p - 1) * N + n];
+    for (int64_t n = 0; n < size; ++n) y[n] += own[(p - 1) * size + n];
 }
 
 template <typename T>
@@ -167,9 +179,15 @@ Act parse_act(std::string_view act) {
   TORCH_CHECK_VALUE(false, "act must be one of silu, relu, relu2, gelu_tanh, gelu; got ", act);
 }
 
-// One row of a type that the kernels know, against weights as they lie in memory.
-bool fast(const Tensor& x, std::initializer_list<const Tensor*> weights) {
-  if (x.numel() != x.size(-1) || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) return false;
+int64_t rows_of(const Tensor& x) {
+  int64_t k = x.size(-1);
+  return x.numel() == k ? 1 : k ? x.numel() / k : 0;
+}
+
+// One row (up to `most`) of a type that the kernels know, against weights as they lie in memory.
+bool fast(const Tensor& x, std::initializer_list<const Tensor*> weights, int64_t most = 1) {
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) return false;
+  if (rows_of(x) < 1 || rows_of(x) > most) return false;
   for (const Tensor* w : weights)
     if (!w->is_contiguous()) return false;
   return true;
@@ -197,47 +215,47 @@ void add_bias(const OptTensor& bias, const int32_t* idx, int64_t m, float* y) {
   for (int64_t j = 0; j < m; ++j) y[j] += p[idx ? idx[j] : j];
 }
 
-Tensor empty_like_row(const Tensor& x, int64_t N) {
+Tensor empty_like_rows(const Tensor& x, int64_t N) {
   auto shape = x.sizes().vec();
   shape.back() = N;
   return at::empty(shape, x.options());
 }
 
-// f(y) fills y, N zeroed floats; they end up in a new tensor of x's type.
+// f(y) fills y, N zeroed floats for each row of x; they end up in a new tensor of x's type.
 template <typename F>
-Tensor make_row(const Tensor& x, int64_t N, F f) {
-  Tensor out = empty_like_row(x, N);
+Tensor make_rows(const Tensor& x, int64_t N, F f) {
+  Tensor out = empty_like_rows(x, N);
+  int64_t size = out.numel();
   bool direct = x.scalar_type() == at::kFloat;
-  float* y = direct ? out.mutable_data_ptr<float>() : room(scratch().y, N);
-  std::fill(y, y + N, 0.0f);
+  float* y = direct ? out.mutable_data_ptr<float>() : room(scratch().y, size);
+  std::fill(y, y + size, 0.0f);
   f(y);
-  if (!direct) kernels<bf16>().from_float(y, N, static_cast<bf16*>(out.mutable_data_ptr()));
+  if (!direct) kernels<bf16>().from_float(y, size, static_cast<bf16*>(out.mutable_data_ptr()));
   return out;
 }
 
-Tensor sum_rows(const Tensor& x, const Tensor& wt, const int32_t* idx, const float* val, int64_t m,
-                const OptTensor& bias) {
+Tensor sum_rows(const Tensor& x, const Tensor& wt, const Channels& c, const OptTensor& bias) {
   int64_t N = wt.size(1);
-  return make_row(x, N, [&](float* y) {
-    by_type(wt, [&](auto* tag) {
-      add_rows(data<std::remove_pointer_t<decltype(tag)>>(wt), N, idx, val, m, y);
-    });
-    add_bias(bias, nullptr, N, y);
+  return make_rows(x, N, [&](float* y) {
+    by_type(wt, [&](auto* tag) { add_rows(data<std::remove_pointer_t<decltype(tag)>>(wt), N, c, y); });
+    for (int64_t b = 0; b < c.B; ++b) add_bias(bias, nullptr, N, y + b * N);
   });
 }
 
-struct Kept {
-  int32_t* idx;
-  float* val;
-  int64_t m;
-};
-
-Kept select(const float* x, const Tensor& t, int64_t K) {
+// The channels of x [B, K] that one threshold (stride 0) or one for each (1) keeps in any row.
+Channels select(const float* x, const float* t, int64_t t_stride, int64_t K, int64_t B) {
   auto& s = scratch();
+  int64_t ld = K + 16;
+  int32_t* idx = room(s.idx, ld);
+  float* val = room(s.val, B * ld);
+  int64_t m = B == 1 ? table()->compact(x, t, t_stride, K, idx, val)
+                     : table()->compact_batch(x, t, t_stride, K, B, idx, val);
+  return {idx, val, m, B, ld};
+}
+
+Channels select(const float* x, const Tensor& t, int64_t K, int64_t B = 1) {
   Tensor limits = t.contiguous();
-  Kept kept{room(s.idx, K + 16), room(s.val, K + 16), 0};
-  kept.m = table()->compact(x, data<float>(limits), limits.dim(), K, kept.idx, kept.val);
-  return kept;
+  return select(x, data<float>(limits), limits.dim(), K, B);
 }
 
 // ---- operators -----------------------------------------------------------------------------------------------------
@@ -245,13 +263,12 @@ Tensor column_gemv(const Tensor& x, const Tensor& wt, const Tensor& t, const Opt
   check_weight(x, wt, 0, "column_gemv");
   check_bias(bias, wt.size(1), "column_gemv");
   check_threshold(t, wt.size(0), "column_gemv");
-  if (!fast(x, {&wt})) {
+  if (!fast(x, {&wt}, kMaxRows)) {
     static auto op = slow<decltype(column_gemv)>("dynact::_torch_column_gemv");
     return op.call(x, wt, t, bias);
   }
   Tensor held;
-  Kept kept = select(floats(x, scratch().x, held), t, wt.size(0));
-  return sum_rows(x, wt, kept.idx, kept.val, kept.m, bias);
+  return sum_rows(x, wt, select(floats(x, scratch().x, held), t, wt.size(0), rows_of(x)), bias);
 }
 
 Tensor column_gemv_index(const Tensor& x, const Tensor& wt, const Tensor& idx, const OptTensor& bias) {
@@ -269,7 +286,7 @@ Tensor column_gemv_index(const Tensor& x, const Tensor& wt, const Tensor& idx, c
   int64_t m = list.numel();
   float* val = room(s.val, m);
   for (int64_t j = 0; j < m; ++j) val[j] = xf[rows[j]];
-  return sum_rows(x, wt, rows, val, m, bias);
+  return sum_rows(x, wt, {rows, val, m}, bias);
 }
 
 Tensor column_gemv_glu(const Tensor& gate, const OptTensor& up, const Tensor& wt, const Tensor& t,
@@ -280,7 +297,7 @@ Tensor column_gemv_glu(const Tensor& gate, const OptTensor& up, const Tensor& wt
   TORCH_CHECK(!up || (up->sizes() == gate.sizes() && up->scalar_type() == gate.scalar_type()),
               "column_gemv_glu: gate and up must have one shape and type");
   Act a = parse_act(act);
-  if (!fast(gate, {&wt})) {
+  if (!fast(gate, {&wt}, kMaxRows)) {
     static auto op = slow<decltype(column_gemv_glu)>("dynact::_torch_column_gemv_glu");
     return op.call(gate, up, wt, t, act, bias);
   }
@@ -289,21 +306,24 @@ Tensor column_gemv_glu(const Tensor& gate, const OptTensor& up, const Tensor& wt
   Tensor held_gate, held_up;
   const float* g = floats(gate, s.gate, held_gate);
   const float* u = up ? floats(*up, s.up, held_up) : nullptr;
-  float* h = room(s.x, K);
-  by_type(gate, [&](auto* tag) { kernels<std::remove_pointer_t<decltype(tag)>>().glu(g, u, K, a, h); });
-  Kept kept = select(h, t, K);
-  return sum_rows(gate, wt, kept.idx, kept.val, kept.m, bias);
+  float* h = room(s.x, gate.numel());
+  by_type(gate, [&](auto* tag) { kernels<std::remove_pointer_t<decltype(tag)>>().glu(g, u, gate.numel(), a, h); });
+  return sum_rows(gate, wt, select(h, t, K, rows_of(gate)), bias);
 }
 
 Tensor dense_gemv(const Tensor& x, const Tensor& wt, const OptTensor& bias) {
   check_weight(x, wt, 0, "dense_gemv");
   check_bias(bias, wt.size(1), "dense_gemv");
-  if (!fast(x, {&wt})) {
+  if (!fast(x, {&wt}, kMaxRows)) {
     static auto op = slow<decltype(dense_gemv)>("dynact::_torch_dense_gemv");
     return op.call(x, wt, bias);
   }
   Tensor held;
-  return sum_rows(x, wt, nullptr, floats(x, scratch().x, held), wt.size(0), bias);
+  const float* xf = floats(x, scratch().x, held);
+  int64_t K = wt.size(0), B = rows_of(x);
+  if (B == 1) return sum_rows(x, wt, {nullptr, xf, K}, bias);
+  const float everything = -1.0f;
+  return sum_rows(x, wt, select(xf, &everything, 0, K, B), bias);
 }
 
 Tensor dense_gemv_rows(const Tensor& x, const Tensor& w, const OptTensor& bias) {
@@ -315,7 +335,7 @@ Tensor dense_gemv_rows(const Tensor& x, const Tensor& w, const OptTensor& bias) 
   }
   Tensor held;
   const float* xf = floats(x, scratch().x, held);
-  return make_row(x, w.size(0), [&](float* y) {
+  return make_rows(x, w.size(0), [&](float* y) {
     by_type(w, [&](auto* tag) {
       all_dots(data<std::remove_pointer_t<decltype(tag)>>(w), w.size(1), nullptr, w.size(0), xf, y);
     });
@@ -337,7 +357,7 @@ Tensor row_gemv_index(const Tensor& x, const Tensor& w, const Tensor& idx, const
   const int32_t* rows = list.const_data_ptr<int32_t>();
   int64_t m = list.numel();
   float* val = room(s.val, m);
-  return make_row(x, w.size(0), [&](float* y) {
+  return make_rows(x, w.size(0), [&](float* y) {
     by_type(w, [&](auto* tag) {
       all_dots(data<std::remove_pointer_t<decltype(tag)>>(w), w.size(1), rows, m, xf, val);
     });
@@ -395,7 +415,7 @@ Tensor neuron_mlp(const Tensor& x, const OptTensor& w_gate, const Tensor& w_up, 
     val[n] = gate[j];
     n += !(gate[j] == 0.0f);
   }
-  return sum_rows(x, wt_down, kept, val, n, b_down);
+  return sum_rows(x, wt_down, {kept, val, n}, b_down);
 }
 
 Tensor cats_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& wt_down, const Tensor& t,
@@ -416,7 +436,7 @@ Tensor cats_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const
   Tensor held;
   const float* xf = floats(x, s.x, held);
   float *gate = room(s.gate, F), *up = room(s.up, F);
-  Kept kept{};
+  Channels kept{};
   by_type(x, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto& k = kernels<T>();
@@ -426,10 +446,11 @@ Tensor cats_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const
     kept = select(gate, t, F);
     all_dots(data<T>(w_up), K, kept.idx, kept.m, xf, up);
     k.round(up, kept.m);
-    for (int64_t j = 0; j < kept.m; ++j) kept.val[j] *= up[j];
-    k.round(kept.val, kept.m);
+    for (int64_t j = 0; j < kept.m; ++j) up[j] *= kept.val[j];
+    k.round(up, kept.m);
   });
-  return sum_rows(x, wt_down, kept.idx, kept.val, kept.m, std::nullopt);
+  kept.val = up;
+  return sum_rows(x, wt_down, kept, std::nullopt);
 }
 
 Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& length, const OptTensor& keep,

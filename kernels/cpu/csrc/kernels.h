@@ -9,12 +9,18 @@ struct bf16 {
   uint16_t bits;
 };
 
+constexpr int64_t kMaxRows = 16;  // of a batch; more rows are a matrix product of the library's
+
 enum class Act { silu, relu, relu2, gelu_tanh, gelu };
 
 template <typename T>
 struct Kernels {
   // y[n] += sum_j val[j] * w[row_j][n] for 0 <= n < N; row_j = idx ? idx[j] : first + j.
   void (*axpy_rows)(const T* w, int64_t N, const int32_t* idx, int64_t first, const float* val, int64_t m, float* y);
+  // y[b][n] += sum_j val[b][j] * w[idx[j]][n] for b < B: a weight is read once for all rows of the batch, 2 <= B <= 16.
+  // Rows of val are ld apart (no multiple of 4 KiB, or they share a set of the cache), those of y N.
+  void (*axpy_batch)(const T* w, int64_t N, const int32_t* idx, const float* val, int64_t ld, int64_t m, int64_t B,
+                     float* y);
   // out[j] = sum_k w[row_j][k] * x[k]; row_j = idx ? idx[j] : first + j.
   void (*dot_rows)(const T* w, int64_t K, const int32_t* idx, int64_t first, int64_t m, const float* x, float* out);
   // Both products of a gated MLP, two weight matrices read side by side.
@@ -36,6 +42,10 @@ struct Table {
   // Keeps x_i where not(|x_i| <= t_i), so a NaN is kept; t has stride 0 (one threshold) or 1. idx and val need
   // room for K + 16 entries. Returns how many were kept, in rising order of i.
   int64_t (*compact)(const float* x, const float* t, int64_t t_stride, int64_t K, int32_t* idx, float* val);
+  // The same for x [B, K], 2 <= B <= 16: channel i is kept if any row keeps it. val is [B][K + 16], 0 where a row drops
+  // what another keeps.
+  int64_t (*compact_batch)(const float* x, const float* t, int64_t t_stride, int64_t K, int64_t B, int32_t* idx,
+                           float* val);
   // logits -> exp(logits - peak), in place; returns their sum.
   float (*exp_sum)(float* logits, int64_t n, float peak);
   // Streams n bytes (a multiple of 4096) through the registers.

@@ -83,6 +83,64 @@ void axpy_rows(const T* w, int64_t N, const int32_t* idx, int64_t first, const f
   axpy_groups<1>(w, N, idx, first, val, j, m, y);
 }
 
+// y[b] += sum over R rows, for each b of a batch, rows of y `ly` apart: the weights stay in registers, the values of x
+// come by broadcast.
+template <int R, typename T>
+inline void batch_group(const T* const* row, const T* const* next, const float* val, int64_t ld, int64_t n, int64_t B,
+                        float* y, int64_t ly) {
+  int64_t i = walk<R>(row, next, n, [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int u = 0; u < LINE<T>; u += W) {
+      Vec w[R];
+      for (int r = 0; r < R; ++r) w[r] = load(row[r] + i + u);
+      for (int64_t b = 0; b < B; ++b) {
+        const float* v = val + b * ld;
+        float* to = y + b * ly + i + u;
+        Vec s = set(v[0]) * w[0];
+#pragma GCC unroll 8
+        for (int r = 1; r < R; ++r) s = fma(set(v[r]), w[r], s);
+        store(to, load(to) + s);
+      }
+    }
+  });
+  for (; i < n; i += W) {
+    int64_t left = std::min<int64_t>(W, n - i);
+    for (int64_t b = 0; b < B; ++b) {
+      const float* v = val + b * ld;
+      float* to = y + b * ly + i;
+      Vec s = set(v[0]) * load(row[0] + i, left);
+      for (int r = 1; r < R; ++r) s = fma(set(v[r]), load(row[r] + i, left), s);
+      store(to, load(to, left) + s, left);
+    }
+  }
+}
+
+template <typename T>
+void axpy_batch(const T* w, int64_t N, const int32_t* idx, const float* val, int64_t ld, int64_t m, int64_t B,
+                float* y) {
+  // A strip of the outputs at a time, summed in the first-level cache. Its rows are a line more than a power of two
+  // apart: at N = 4096 those of y itself would all fall into one set of the cache.
+  constexpr int64_t SIZE = 8192, PAD = 16;
+  alignas(64) float sums[SIZE + kMaxRows * PAD];
+  const int64_t strip = SIZE / B / LINE<T> * LINE<T>, ly = strip + PAD;
+  for (int64_t n = 0; n < N; n += strip) {
+    const int64_t width = std::min(strip, N - n);
+    std::fill(sums, sums + B * ly, 0.0f);
+    auto at = [&](int64_t i) { return w + n + idx[i] * N; };
+    auto group = [&](auto rows) {
+      constexpr int R = decltype(rows)::value;
+      return [&](const T* const* row, const T* const* next, int64_t i) {
+        batch_group<R>(row, next, val + i, ld, width, B, sums, ly);
+      };
+    };
+    int64_t j = by_groups<8, T>(0, m, at, group(std::integral_constant<int, 8>()));
+    j = by_groups<4, T>(j, m, at, group(std::integral_constant<int, 4>()));
+    by_groups<1, T>(j, m, at, group(std::integral_constant<int, 1>()));
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t i = 0; i < width; ++i) y[b * N + n + i] += sums[b * ly + i];
+  }
+}
+
 // R dot products side by side.
 template <int R, typename T>
 inline void dot_group(const T* const* row, const T* const* next, int64_t K, const float* x, float* out) {
@@ -244,6 +302,43 @@ int64_t compact(const float* x, const float* t, int64_t t_stride, int64_t K, int
   return m;
 }
 
+int64_t compact_batch(const float* x, const float* t, int64_t t_stride, int64_t K, int64_t B, int32_t* idx,
+                      float* val) {
+  const int64_t ld = K + 16;
+  int64_t m = 0, i = 0;
+#if defined(DYNACT_AVX512)
+  __m512i pos = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i < K; i += W) {
+    __mmask16 in = K - i >= W ? 0xffff : first(K - i), keep[kMaxRows], any = 0;
+    __m512 lim = t_stride ? _mm512_maskz_loadu_ps(in, t + i) : _mm512_set1_ps(*t);
+    for (int64_t b = 0; b < B; ++b) {
+      __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(in, x + b * K + i));
+      any |= keep[b] = _mm512_mask_cmp_ps_mask(in, v, lim, _CMP_NLE_UQ);
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      __m512 v = _mm512_maskz_loadu_ps(keep[b], x + b * K + i);
+      _mm512_storeu_ps(val + b * ld + m, _mm512_maskz_compress_ps(any, v));
+    }
+    _mm512_storeu_si512(idx + m, _mm512_maskz_compress_epi32(any, pos));
+    m += __builtin_popcount(any);
+    pos = _mm512_add_epi32(pos, _mm512_set1_epi32(W));
+  }
+#else
+  for (; i < K; ++i) {
+    bool any = false;
+    for (int64_t b = 0; b < B; ++b) {
+      float v = x[b * K + i];
+      bool keep = !(std::fabs(v) <= t[i * t_stride]);
+      val[b * ld + m] = keep ? v : 0.0f;
+      any |= keep;
+    }
+    idx[m] = static_cast<int32_t>(i);
+    m += any;
+  }
+#endif
+  return m;
+}
+
 float exp_sum(float* logits, int64_t n, float peak) {
   Vec p = set(peak), acc = zero();
   int64_t i = 0;
@@ -277,11 +372,12 @@ uint64_t read(const char* p, int64_t n) {
 
 template <typename T>
 constexpr Kernels<T> kernels_for() {
-  return {axpy_rows<T>, dot_rows<T>, dot_rows2<T>, glu<T>, round_values<T>, to_float<T>, from_float};
+  return {axpy_rows<T>, axpy_batch<T>,    dot_rows<T>, dot_rows2<T>,
+          glu<T>,       round_values<T>, to_float<T>, from_float};
 }
 
 const Table* table(const char* name) {
-  static const Table t = {name, kernels_for<float>(), kernels_for<bf16>(), compact, exp_sum, read};
+  static const Table t = {name, kernels_for<float>(), kernels_for<bf16>(), compact, compact_batch, exp_sum, read};
   return &t;
 }
 
