@@ -76,6 +76,10 @@ class Calibration:
                 self._kept[p] = [torch.cat(parts) for parts in found[p]]
         return {p: self._kept[p] for p in points}
 
+    def forget(self) -> None:
+        """Let go of the activations; whoever asks again makes another pass."""
+        self._kept.clear()
+
     def _input_hook(self, callback: Callable[[int, Tensor], None], layer: int):  # noqa: ANN202 (a torch hook)
         def hook(_: nn.Module, args: tuple) -> None:
             callback(layer, args[0].view(*self._shape, args[0].shape[-1]))

@@ -8,6 +8,7 @@ alone or on the prompt, one pass with a phase for each token gives the same resu
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -88,21 +89,23 @@ class HarnessLM(HFLM):
         self, continuations: list[list[list[int]]], chunk: list[tuple[tuple[int, ...], int]]
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of every continuation of every (tokens, continuation length) of a batch."""
-        flat = [token for several in continuations for continuation in several for token in continuation]
-        targets = torch.tensor(flat, device=self.device)
-        sums, greedy, place = [], [], 0
-        for several, scores in zip(continuations, self._score(chunk), strict=True):
-            best = scores.argmax(-1)
-            for continuation in several:
-                target = targets[place : place + len(continuation)]
-                place += len(continuation)
-                sums.append(scores.gather(-1, target[:, None]).sum())
-                greedy.append((best == target).all())
-        # One copy for the batch: on a GPU each item would wait for the device twice.
-        return list(zip(torch.stack(sums).tolist(), torch.stack(greedy).tolist(), strict=True))
+        scores = self._score(chunk)
+        starts = itertools.accumulate((length for _, length in chunk), initial=0)
+        flat = [(start, tokens) for start, several in zip(starts, continuations, strict=False) for tokens in several]
+        # All of the batch at once: on a GPU each item by itself would cost ten launches and wait for the device twice.
+        rows = torch.tensor([start + place for start, tokens in flat for place in range(len(tokens))])
+        targets = torch.tensor([token for _, tokens in flat for token in tokens]).to(self.device)
+        rows = rows.to(self.device)
+        picked = scores[rows, targets].cpu()
+        greedy = (scores.argmax(-1)[rows] == targets).cpu()
+        lengths = [len(tokens) for _, tokens in flat]
+        return [
+            (values.sum().item(), bool(same.all()))
+            for values, same in zip(picked.split(lengths), greedy.split(lengths), strict=True)
+        ]
 
-    def _score(self, chunk: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
-        """Log-probabilities float32 [continuation, vocabulary] for every (tokens, continuation length) of a batch."""
+    def _score(self, chunk: list[tuple[tuple[int, ...], int]]) -> Tensor:
+        """Log-probabilities float32 [scored tokens, vocabulary] of every (tokens, continuation length) of a batch."""
         lengths = [len(tokens) for tokens, _ in chunk]
         width = max(lengths)
         ids = torch.zeros((len(chunk), width), dtype=torch.long)
@@ -117,8 +120,6 @@ class HarnessLM(HFLM):
         device = self.device
         with torch.no_grad(), self.view.tracker.hint(valid.to(device), decode.to(device)):
             logits = self.view.model(ids.to(device), use_cache=False, logits_to_keep=kept).logits
-        scores = []
-        for row, (length, (_, continuation)) in enumerate(zip(lengths, chunk, strict=True)):
-            end = length - (width - kept)
-            scores.append(F.log_softmax(logits[row, end - continuation : end].float(), dim=-1))
-        return scores
+        ends = [length - (width - kept) for length in lengths]
+        scored = [logits[row, end - asked : end] for row, (end, (_, asked)) in enumerate(zip(ends, chunk, strict=True))]
+        return F.log_softmax(torch.cat(scored).float(), dim=-1)

@@ -216,6 +216,8 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
                 calibration.scratch = Scratch(store.root / "fits" / f"{key}.layers")
                 state = store.fit(key, lambda m=method, c=calibration: m.fit(view, c))
                 calibration.scratch.clear()
+                if view.device.type == "cuda":  # there a pass is quick, and gigabytes are what other processes lack
+                    calibration.forget()
             done.append((method, state))
             outer.append(method.fit_key() | {"sparsity": method.sparsity})
             stack.enter_context(method.attach(view, state))

@@ -143,6 +143,8 @@ def _work(
                 except Exception as error:  # recorded in the cell with its traceback; the others go on
                     state, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 said.put((id_of(cell), state, time.perf_counter() - start, message))
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # what this process keeps for itself, its neighbours on the GPU lack
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -50,14 +50,15 @@ def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None 
     assert ledger.tokens is not None
     tokens = {"prefill": ledger.tokens[0].item(), "decode": ledger.tokens[1].item()}
     tokens["all"] = sum(tokens.values())
-    for (layer, site), kept in sorted(ledger.kept.items()):
-        total = ledger.total[layer, site]
+    kept_of, total_of = ledger.kept, ledger.total
+    for (layer, site), kept in sorted(kept_of.items(), key=lambda item: item[0]):
+        total = total_of[layer, site]
         metric, name = ("zeros", "mlp_hidden") if site == "zeros" else ("achieved", site)
         for phase, k, t in _by_phase(kept, total):
             yield _row(metric, 1 - k / t, tokens[phase], phase, name, layer, task=task)
-    for site in sorted({site for _, site in ledger.kept}):
-        kept = torch.stack([v for (_, s), v in ledger.kept.items() if s == site]).sum(0)
-        total = torch.stack([v for (_, s), v in ledger.total.items() if s == site]).sum(0)
+    for site in sorted({site for _, site in kept_of}):
+        kept = torch.stack([v for (_, s), v in kept_of.items() if s == site]).sum(0)
+        total = torch.stack([v for (_, s), v in total_of.items() if s == site]).sum(0)
         metric, name = ("zeros", "mlp_hidden") if site == "zeros" else ("achieved", site)
         for phase, k, t in _by_phase(kept, total):
             yield _row(metric, 1 - k / t, tokens[phase], phase, name, None, task=task)
