@@ -9,7 +9,8 @@
     study.json       commits, counts, sha256 and size of the other files
 
 The folders that go in are results folders or such archives, so that a study can be done in several sittings on several
-machines. Of a cell that is in two of them the finished one counts, and of two finished ones the later.
+machines. Of a cell that is in two of them the finished one counts, and of two finished ones the later. Failed
+cells are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from harness.store import Store, content_key, place_errors, write_atomic
 from harness.study import TEXTS, read_samples, stack
 
 CELLS = ["cell_id", "status", "message", "started", "ended", "environment", "config"]
-ENDED = ("done", "failed", "oom", "unsupported")
+ENDED = ("done", "unsupported")  # what failed is no result: the next sitting runs it again
 LARGE = 5 << 20  # bytes from which on the CSV is compressed
 
 
@@ -74,7 +75,7 @@ def read(root: Path) -> Part:
 
 
 def merge(parts: Sequence[Part]) -> Part:
-    """Their ended cells together. Cells that are still running are left out."""
+    """Their whole cells together. Those that failed or are still running are left out."""
     every = pd.concat([part.cells.assign(part=index) for index, part in enumerate(parts)], ignore_index=True)
     every = every[every["status"].isin(ENDED)]
     every = every.assign(done=every["status"] == "done")
@@ -97,7 +98,7 @@ def write(roots: Sequence[Path], to: Path) -> dict[str, Any]:
     """Archive these folders in `to`; returns what study.json says. Equal cells give equal bytes."""
     whole = merge([read(root) for root in roots])
     if whole.rows.empty:
-        raise ConfigError(f"no cell in {', '.join(map(str, roots))} has ended")
+        raise ConfigError(f"no cell in {', '.join(map(str, roots))} is whole")
     configs = whole.cells.set_index("cell_id")["config"]
     rows = whole.rows.sort_values(["cell_id"], kind="stable", ignore_index=True)
     table = relate(rows, {str(name): twin_key(json.loads(config)) for name, config in configs.items()})

@@ -52,6 +52,7 @@ State = Literal["run", "partial", "skip", "stale", "failed", "unsupported", "loc
 VOLATILE = frozenset(
     {"hydra", "paths", "logger", "launcher", "device_index", "results", "sweep", "dry", "retry", "progress"}
 )
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 STATUS_PROBE = "status"  # holds the one row that a failed, out-of-memory or unsupported cell leaves
 HEARTBEAT_S = 15.0
 STALE_S = 300.0  # far above HEARTBEAT_S: hosts' clocks differ and a busy machine may starve the thread
@@ -450,10 +451,11 @@ def _versions(versions: Mapping[str, Any]) -> dict[str, Any]:
 def _kind(error: BaseException) -> str:
     if isinstance(error, UnsupportedError):
         return "unsupported"
-    # By name: torch.cuda.OutOfMemoryError is torch.OutOfMemoryError; the CPU allocator raises RuntimeError.
-    name, text = type(error).__name__, str(error)
-    out_of_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
-    return "oom" if out_of_memory else "failed"
+    # By name: torch.cuda.OutOfMemoryError is torch.OutOfMemoryError. The CPU's allocator, CUDA itself and its libraries
+    # have other types, and words, for it.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "oom"
+    return "oom" if any(words in str(error) for words in OUT_OF_MEMORY) else "failed"
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from harness.store import Store
 
 SKIPS = 0.005  # least achieved sparsity of a cell that is more than a pretence
 EQUAL_SPARSITY = 0.02  # a counterpart may skip so much less and still count as equally sparse
+MORE_SPARSITY = 0.05  # or so much more: natural zeros come on top of what is asked for
 
 BASELINES = ("dense", "dense_slice", "random")
 COUNTERPARTS = {  # ReLU model -> the SwiGLU model that it comes from, where the name does not say it
@@ -192,11 +193,12 @@ def matched_models(study: Study, having: Iterable[str]) -> Iterator[tuple[str, s
 
 
 def equally_sparse(study: Study, kind: str) -> pd.DataFrame:
-    """Cells of a SwiGLU model beside the ReLU cell of the same method that skips as much of the MLPs, or just more.
+    """Cells of a SwiGLU model beside the ReLU cell of the same method that skips as much of the MLPs, or a little more.
 
     Columns: swiglu, relu (cells), pair (models), method, achieved (of the SwiGLU cell), length. Only cells with items
     of this kind. A ReLU model's natural zeros come on top of what is asked for, so cells are matched by what was
-    achieved: never by less than `EQUAL_SPARSITY`, in the MLPs or (attention included) in the whole model.
+    achieved, in the MLPs and (attention included) in the whole model: less by `EQUAL_SPARSITY` or more by
+    `MORE_SPARSITY` at most. Without that upper bound a grid with holes would pair a tenth with nine tenths.
     """
     columns = ["swiglu", "relu", "pair", "method", "achieved", "length"]
     lines = study.select()
@@ -214,8 +216,10 @@ def equally_sparse(study: Study, kind: str) -> pd.DataFrame:
                     other
                     for other in cells
                     if other.model == relu
-                    and other.achieved_mlp >= line.achieved_mlp - EQUAL_SPARSITY
-                    and other.achieved_model >= line.achieved_model - EQUAL_SPARSITY
+                    and all(
+                        -EQUAL_SPARSITY <= getattr(other, total) - getattr(line, total) <= MORE_SPARSITY
+                        for total in ("achieved_mlp", "achieved_model")
+                    )
                 ]
                 if as_sparse:
                     nearest = min(as_sparse, key=lambda other: other.achieved_mlp)

@@ -1,7 +1,8 @@
 """Cells in several processes side by side, spread over the GPUs: `workers=N`.
 
 Every process takes the next cell of one list, so that a slow cell holds nobody up. Dense cells come first, since the
-others are compared with them. Cells that time something run last, alone on their machine.
+others are compared with them. Cells that time something run last, alone on their machine. So do those that ran out of
+memory while they shared a GPU, one a GPU.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ def run_cells(
     timed = [cell for cell in cells if set(TIMED) & set(cell["probe"]["names"])]
     others = [cell for cell in cells if cell not in timed]
     for part, many in ((others, workers), (timed, 1)):
-        part = [cell for cell in part if state_of(cell, store) not in ("skip", "unsupported")]
-        if part:
-            _side_by_side(part, store, logger, min(many, len(part)), retry, console)
+        _side_by_side(part, store, logger, many, retry, console)
+    short = [cell for cell in others if store.view(id_of(cell)).status.get("status") == "oom"]
+    if short and (alone := max(1, torch.cuda.device_count())) < workers:
+        console.print(f"{len(short)} cells ran out of memory beside others: again, by {alone} at a time")
+        _side_by_side(short, store, logger, alone, True, console)
 
 
 def ordered(cells: Sequence[CellConfig]) -> list[CellConfig]:
@@ -72,6 +75,8 @@ def ordered(cells: Sequence[CellConfig]) -> list[CellConfig]:
 def _side_by_side(
     cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, retry: bool, console: Console
 ) -> None:
+    cells = [cell for cell in cells if state_of(cell, store) not in ("skip", "unsupported")]
+    workers = min(workers, len(cells))
     context = mp.get_context("spawn")
     turn, said = context.Value("l", 0), context.Queue()
     devices = _gpus()
