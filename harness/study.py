@@ -175,12 +175,12 @@ def contrast(lines: pd.DataFrame, worse: str, better: str, extra: tuple[str, ...
     return parts[0].merge(parts[1], on=keys, suffixes=("_worse", "_better"))
 
 
-def matched_models(study: Study, having: Iterable[str]) -> Iterator[tuple[str, str]]:
+def matched_models(lines: pd.DataFrame, having: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(SwiGLU model, ReLU counterpart) of the models `having` what is to be compared.
 
     The SwiGLU model is the control that was trained alike, where it has that too, else the base.
     """
-    kinds = study.lines.drop_duplicates("model").set_index("model")["activation"].fillna("").str.lower()
+    kinds = lines.drop_duplicates("model").set_index("model")["activation"].fillna("").str.lower()
     kinds = kinds[kinds.index.isin(list(having))]
     for name, activation in kinds.items():
         if "relu" not in activation:
@@ -193,24 +193,28 @@ def matched_models(study: Study, having: Iterable[str]) -> Iterator[tuple[str, s
 
 
 def equally_sparse(study: Study, kind: str) -> pd.DataFrame:
+    """The pairs of `sparsity_pairs` among the cells that have items of this kind, baselines left out."""
+    lines = study.select()
+    return sparsity_pairs(lines[np.array([(cell, kind) in study.items for cell in lines["cell_id"]], dtype=bool)])
+
+
+def sparsity_pairs(lines: pd.DataFrame) -> pd.DataFrame:
     """Cells of a SwiGLU model beside the ReLU cell of the same method that skips as much of the MLPs, or a little more.
 
-    Columns: swiglu, relu (cells), pair (models), method, achieved (of the SwiGLU cell), length. Only cells with items
-    of this kind. A ReLU model's natural zeros come on top of what is asked for, so cells are matched by what was
-    achieved, in the MLPs and (attention included) in the whole model: less by `EQUAL_SPARSITY` or more by
+    lines: of `harness.collect.headline`, with `length`. Columns: swiglu, relu (cells), pair (models), method, achieved
+    (of the SwiGLU cell), length. A ReLU model's natural zeros come on top of what is asked for, so cells are matched by
+    what was achieved, in the MLPs and (attention included) in the whole model: less by `EQUAL_SPARSITY` or more by
     `MORE_SPARSITY` at most. Without that upper bound a grid with holes would pair a tenth with nine tenths.
     """
     columns = ["swiglu", "relu", "pair", "method", "achieved", "length"]
-    lines = study.select()
     if not {"achieved_mlp", "achieved_model"} <= set(lines):
         return pd.DataFrame(columns=columns)
-    scored = np.array([(cell, kind) in study.items for cell in lines["cell_id"]], dtype=bool)
-    lines = lines[(lines["achieved_mlp"] > 10 * SKIPS).fillna(False).to_numpy(dtype=bool) & scored]
+    lines = lines[(lines["achieved_mlp"] > 10 * SKIPS).fillna(False).to_numpy(dtype=bool)]
     lines = lines.assign(variant=lines["variant"].fillna(""), achieved_model=lines["achieved_model"].fillna(0))
     found = []
     for _, alike in lines.groupby(["method", "variant", *POLICY], dropna=False):
         cells = list(alike.itertuples())
-        for swiglu, relu in matched_models(study, {line.model for line in cells}):
+        for swiglu, relu in matched_models(lines, {line.model for line in cells}):
             for line in (line for line in cells if line.model == swiglu):
                 as_sparse = [
                     other

@@ -358,8 +358,8 @@ def test_a_control_stands_for_swiglu_only_where_it_was_run():
     lines = pd.DataFrame({"model": list(models), "activation": list(models.values())})
     whole = study_of(relate(to_frame(study.rows), study.twins), pd.concat(study.samples))
     made = replace(whole, lines=lines)
-    assert list(matched_models(made, models)) == [("base-control", "base-relu")]
-    assert list(matched_models(made, ["base", "base-relu"])) == [("base", "base-relu")]
+    assert list(matched_models(made.lines, models)) == [("base-control", "base-relu")]
+    assert list(matched_models(made.lines, ["base", "base-relu"])) == [("base", "base-relu")]
 
 
 def test_room_is_only_where_the_dense_model_is_above_chance():

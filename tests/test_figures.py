@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from harness import figures, published
 from harness.collect import headline, relate
 from harness.errors import ConfigError
-from harness.figures import style
+from harness.figures import select, style
 from harness.figures.latency import frontier
 from harness.store import Store
+from harness.study import sparsity_pairs
 from tests import synthetic, synthetic_study
 
 SPARSITIES = (0.25, 0.4, 0.5)
@@ -249,6 +250,32 @@ def test_the_share_that_prediction_causes(study: pd.DataFrame) -> None:
     lone = study[study["variant"].fillna("") != "targets=mlp,predictor=oracle"]
     with pytest.raises(ConfigError, match="oracle"):
         figures.predicted_against_oracle(lone)
+
+
+def test_swiglu_stands_beside_relu_where_both_are_as_sparse(study: pd.DataFrame) -> None:
+    fig = figures.swiglu_against_relu(study)
+    lines = headline(study[study["source"] == "measured"]).assign(length=1.0)
+    pairs = sparsity_pairs(lines[lines["method"] != "random"].dropna(subset=["change"]))
+    change = lines.set_index("cell_id")["change"]
+    drawn = {
+        (kind, round(float(x), 9))
+        for ax in fig.axes
+        for line, kind in zip([e.lines[0] for e in ax.containers], ("swiglu", "relu"), strict=True)
+        for x in line.get_xdata()
+    }
+    assert len(pairs) > 1
+    assert drawn == {(kind, round(float(change[cell]), 9)) for kind in ("swiglu", "relu") for cell in pairs[kind]}
+    alone = study[study["model"] == "smollm2-135m"]
+    with pytest.raises(ConfigError, match="equally sparse"):
+        figures.swiglu_against_relu(alone)
+
+
+def test_cells_scored_on_more_items_are_no_second_point(kernel: pd.DataFrame) -> None:
+    one = kernel[(kernel["method"] == "teal") & (kernel["sparsity_requested"] == SPARSITIES[0])]
+    more = one.assign(cell_id="whole", n=one["n"] * 10, value=one["value"] * 2)
+    both = select.lines(pd.concat([kernel, more], ignore_index=True), False, ["perplexity"])[0]
+    assert "whole" not in set(both["cell_id"])
+    assert len(both) == len(select.lines(kernel, False, ["perplexity"])[0])
 
 
 def test_kv_modes_stand_side_by_side(study: pd.DataFrame) -> None:

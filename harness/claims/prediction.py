@@ -50,7 +50,7 @@ def swiglu_harder_to_predict(study: Study) -> Evidence:
     recall = recall[~recall["variant"].fillna("").str.contains("oracle|random")]
     recall = recall.assign(variant=recall["variant"].fillna(""))
     found = []
-    for swiglu, relu in matched_models(study, set(recall["model"])):
+    for swiglu, relu in matched_models(study.lines, set(recall["model"])):
         parts = [recall[recall["model"] == model] for model in (relu, swiglu)]
         keys = ["method", "variant", "sparsity_requested", "layer", *POLICY]
         both = parts[0].merge(parts[1], on=keys, suffixes=("_relu", "_swiglu"))

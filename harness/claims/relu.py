@@ -74,7 +74,7 @@ def _natural(study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:
 def swiglu_less_sparse(study: Study) -> Evidence:
     """Natural sparsity at equal error, ReLU minus SwiGLU, by layer."""
     natural, cells = _natural(study)
-    pairs = list(matched_models(study, natural.columns))
+    pairs = list(matched_models(study.lines, natural.columns))
     if not pairs:
         raise MissingEvidence(f"method cett with {CETT} on a SwiGLU model and on its ReLU counterpart")
     gap = pd.concat([natural[relu] - natural[swiglu] for swiglu, relu in pairs], axis=1).dropna().mean(axis=1)

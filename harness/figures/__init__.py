@@ -11,7 +11,13 @@ from harness.figures.cache import KV_MODES, KV_ZEROS, kv_against_length, kv_mode
 from harness.figures.draw import FIGURES, committed, draw_all, load, main, only_limited, save
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
 from harness.figures.literature import published_against_measured
-from harness.figures.quality import flips, predicted_against_oracle, quality_against_sparsity, truncation
+from harness.figures.quality import (
+    flips,
+    predicted_against_oracle,
+    quality_against_sparsity,
+    swiglu_against_relu,
+    truncation,
+)
 from harness.figures.sparsity import (
     achieved_by_layer,
     experts_by_text,
@@ -56,6 +62,7 @@ __all__ = [
     "reuse_and_union",
     "save",
     "skippable",
+    "swiglu_against_relu",
     "thresholds_by_layer",
     "truncation",
 ]

@@ -19,7 +19,13 @@ from harness.errors import ConfigError
 from harness.figures.cache import kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
 from harness.figures.literature import published_against_measured
-from harness.figures.quality import flips, predicted_against_oracle, quality_against_sparsity, truncation
+from harness.figures.quality import (
+    flips,
+    predicted_against_oracle,
+    quality_against_sparsity,
+    swiglu_against_relu,
+    truncation,
+)
 from harness.figures.sparsity import (
     achieved_by_layer,
     experts_by_text,
@@ -56,6 +62,7 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "prompt_fixed_against_length": prompt_fixed_against_length,
     "reuse_and_union": reuse_and_union,
     "truncation": truncation,
+    "swiglu_against_relu": swiglu_against_relu,
     "experts_by_text": experts_by_text,
     "nominal_against_measured": nominal_against_measured,
     "latency_against_load": latency_against_load,

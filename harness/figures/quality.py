@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.collect import ACHIEVED, PERPLEXITY
 from harness.figures import select, style
+from harness.study import BASELINES, sparsity_pairs
 
 # What decides in a method whose variant does not say so.
 DEFAULT_PREDICTORS = {"dejavu": "serial", "moefication": "mlp"}
@@ -74,6 +76,44 @@ def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
         return style.marked(fig, df, limited)
 
 
+def swiglu_against_relu(df: pd.DataFrame, limited: bool = False) -> Figure:
+    """What the same method costs a SwiGLU model and its ReLU counterpart where both skip as much of their MLPs.
+
+    Change in accuracy to the own dense model, mean over tasks, with the 95 % interval of the paired difference on the
+    same items. A line is a pair of cells, named by the method and the share of the MLPs that the SwiGLU cell skips.
+    """
+    lines, _ = select.lines(df, limited, ["change", "achieved_mlp", "achieved_model"])
+    lines = lines[~lines["method"].isin(BASELINES)].assign(length=math.nan)
+    pairs = sparsity_pairs(lines)
+    select.need(pairs, "no method was scored on a SwiGLU model and, equally sparse, on its ReLU counterpart")
+    cells = lines.assign(name=select.names(lines)).set_index("cell_id")
+    names = cells["name"].loc[pairs["swiglu"]].to_numpy() + [f", {achieved:.0%}" for achieved in pairs["achieved"]]
+    pairs = pairs.assign(name=names).sort_values(["pair", "name"], ascending=[True, False])
+    tallest = int(pairs.groupby("pair").size().max())
+    with mpl.rc_context(fname=style.STYLE):
+        panels = list(pairs.groupby("pair"))
+        height = 0.9 + 0.24 * tallest
+        fig, axes = style.canvas("", len(panels), width=5.4, height=height, columns=2, share=False)
+        looks: dict[str, dict[str, Any]] = {
+            "SwiGLU": {"color": style.LOST, "marker": "o"},
+            "ReLU": {"color": style.WON, "marker": "s"},
+        }
+        for ax, (title, panel) in zip(axes, panels, strict=True):
+            place = np.arange(len(panel))
+            for (kind, look), up in zip(looks.items(), (0.12, -0.12), strict=True):
+                own = cells.loc[panel["swiglu" if kind == "SwiGLU" else "relu"]]
+                error = style.Z95 * own["stderr:change"].fillna(0).to_numpy(dtype=float)
+                ax.errorbar(own["change"].to_numpy(dtype=float), place + up, xerr=error, **look, linestyle="none")
+            ax.axvline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
+            ax.set_yticks(place, panel["name"])
+            ax.set_ylim(-0.6, tallest - 0.4)
+            ax.xaxis.set_major_formatter(style.PERCENT)
+            ax.set_xlabel("change in accuracy (points)")
+            style.set_title(ax, title.replace(" and ", ", "))
+        style.legend(fig, {name: look | {"linestyle": "none"} for name, look in looks.items()})
+        return style.marked(fig, df, limited)
+
+
 def predicted_against_oracle(df: pd.DataFrame, metric: str = "perplexity", limited: bool = False) -> Figure:
     """What prediction costs: the same selection made by predictors and by an oracle that knows what matters.
 
@@ -87,8 +127,10 @@ def predicted_against_oracle(df: pd.DataFrame, metric: str = "perplexity", limit
     families = [*select.POLICY, "family_of"]
     known = lines[lines["by"] == "oracle"].set_index(families).index
     lines = lines[lines.set_index(families).index.isin(known)]
-    families_of = lines.groupby(families, dropna=False)["by"].transform("nunique")
-    lines = lines[families_of > 1]
+    oracles = lines[lines["by"] == "oracle"].set_index([*families, "sparsity_requested"]).index
+    beside = lines[lines["by"] != "oracle"].set_index([*families, "sparsity_requested"]).index
+    compared = beside.intersection(oracles).droplevel("sparsity_requested")
+    lines = lines[lines.set_index(families).index.isin(compared)]
     select.need(lines, "no method was run both with a predictor and with its oracle")
     with mpl.rc_context(fname=style.STYLE):
         heading, panels = select.panels(lines, families)

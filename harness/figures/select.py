@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from harness.collect import headline
+from harness.collect import ACCURACIES, headline
 from harness.errors import ConfigError
 
 # What a quality figure can show: its axis label, and whether more is better.
@@ -33,15 +33,30 @@ def drawable(df: pd.DataFrame, limited: bool) -> pd.DataFrame:
 
 def lines(df: pd.DataFrame, limited: bool, needs: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The headline of the methods, with all of `needs` there, and that of the dense cells."""
-    lines = headline(drawable(df, limited))
+    rows = drawable(df, limited)
+    lines = headline(rows)
     absent = [name for name in needs if name not in lines]
     if absent:
         raise ConfigError(f"the table has nothing to draw: no {', '.join(absent)}")
     dense = lines["method"] == "dense"
-    methods = lines[~dense].dropna(subset=list(needs))
+    methods = _scored_alike(lines[~dense].dropna(subset=list(needs)), rows)
     left_out = "" if limited or not df["limited"].fillna(False).any() else " (limited runs are left out)"
     need(methods, f"no cell of a method has all of {', '.join(needs)}{left_out}")
-    return methods, lines[dense]
+    return methods, _scored_alike(lines[dense], rows)
+
+
+def _scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Of cells that differ only in what they were scored on, those scored as most cells are.
+
+    A study scores some cells on more items, or on longer windows, than the others: their means are of another thing.
+    """
+    scored = rows[(rows["probe"] == "quality") & rows["metric"].isin(["nll", *ACCURACIES])]
+    texts = scored[["task", "n", "context"]].astype("string").fillna("").agg(" ".join, axis=1)
+    texts = texts.groupby(scored["cell_id"]).agg(lambda each: ", ".join(sorted(set(each))))
+    usual = lines["cell_id"].map(texts.map(texts.value_counts()))
+    order = lines.assign(usual=usual).sort_values("usual", ascending=False, kind="stable")
+    again = order.duplicated([*POLICY, "method", "variant", "sparsity_requested", "scope", "seed"])
+    return lines[~again.reindex(lines.index) | usual.isna()]
 
 
 def at_one_request(rows: pd.DataFrame, sparsity: float | None, otherwise: str) -> tuple[pd.DataFrame, float]:

@@ -21,6 +21,7 @@ from harness.figures import select
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 DENSE, MUTED, FRONTIER = "#000000", "#666666", "#C4C4C4"
+RUINED = 50.0  # times the least perplexity
 LOST, WON = "#D55E00", "#56B4E9"
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
@@ -141,9 +142,14 @@ def dense_line(ax: Axes, panel: pd.DataFrame, dense: pd.DataFrame, metric: str) 
 
 
 def quality_axis(ax: Axes, metric: str, values: pd.Series) -> None:
-    """Logarithmic, with plain numbers, where a perplexity explodes. Shared scales carry it to all panels."""
+    """Logarithmic, with plain numbers, where a perplexity explodes. Shared scales carry it to all panels.
+
+    Beyond `RUINED` times the least a model is ruined, by how much tells nothing: those points leave the panel.
+    """
     if metric == "perplexity" and values.max() > 3 * values.min():
-        plain_log(ax, wide=values.max() >= 20 * values.min())
+        top = float(min(values.max(), RUINED * values.min()))
+        plain_log(ax, wide=top >= 20 * values.min())
+        ax.set_ylim(0.85 * float(values.min()), 1.15 * top)
     elif metric == "kl":
         ax.set_ylim(bottom=0)
 
