@@ -72,12 +72,19 @@ def run(overrides: list[str], multirun: bool) -> int:
         # One cell needs no list of sweeps, and resolving it takes longest.
         cells += [check(composed([*combination, "sweeps=null"])) for combination in combinations]
 
+    from harness.archive import held
     from harness.cell import id_of, state_of
     from harness.collect import collect
     from harness.report import print_plan, print_summary, print_table
     from harness.session import check_texts
     from harness.store import Store, content_key
 
+    known = held(base["archived"]) if base["archived"] else frozenset()
+    if again := [cell for cell in cells if id_of(cell) in known]:
+        CONSOLE.print(f"{len(again)} cells are in {base['archived']} already")
+        cells = [cell for cell in cells if id_of(cell) not in known]
+    if not cells:
+        return 0
     store = Store(Path(base["results"]))
     store.check_writable()
     plan: dict[str, Any] = {}
@@ -133,7 +140,8 @@ def job(cfg: DictConfig) -> None:
     """One cell. A cell that fails is recorded and does not stop a sweep; a full disk or the like does."""
     if FATAL:
         return
-    from harness.cell import run_cell
+    from harness.archive import held
+    from harness.cell import id_of, run_cell
     from harness.errors import UnsupportedError
     from harness.progress import quiet_libraries
     from harness.store import LockedError, Store
@@ -141,6 +149,8 @@ def job(cfg: DictConfig) -> None:
     quiet_libraries()
     plain = to_plain(cfg)
     config = check(plain)
+    if plain["archived"] and id_of(config) in held(plain["archived"]):
+        return
     try:
         run_cell(config, Store(Path(plain["results"])), plain["logger"], CONSOLE, retry=plain["retry"])
     except UnsupportedError as error:

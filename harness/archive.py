@@ -23,6 +23,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def read(root: Path) -> Part:
     cells = pd.read_parquet(root / "cells.parquet").astype("string")
     environments = json.loads((root / "environment.json").read_text())
     return Part(read_table(root / "table.parquet")[list(COLUMNS)], read_samples(root), cells, environments)
+
+
+@cache
+def held(folder: str) -> frozenset[str]:
+    """Ids of the cells that an archive holds. Raises `ConfigError` where there is none."""
+    path = Path(folder) / "cells.parquet"
+    if not path.is_file():
+        raise ConfigError(f"archived names a folder without an archived study: {folder}")
+    return frozenset(pd.read_parquet(path, columns=["cell_id"])["cell_id"])
 
 
 def merge(parts: Sequence[Part]) -> Part:

@@ -24,7 +24,7 @@ CHECKPOINTS = CONF.parent / "results" / "checkpoints"
 PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity", "search", "frequency")
 OWN_KEYS = ("search", "frequency")  # keys of probe that only the probe of that name reads: no part of other cells
 # Read by the command line, not part of what is measured.
-RUN_KEYS = ("results", "logger", "dry", "retry", "workers", "sweeps", "experiment", "grid")
+RUN_KEYS = ("results", "logger", "dry", "retry", "workers", "archived", "sweeps", "experiment", "grid")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

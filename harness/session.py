@@ -6,6 +6,7 @@ what a fit asks, and a fit is made once (the store keeps it).
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from contextlib import ExitStack
@@ -68,6 +69,7 @@ def load(config: CellConfig) -> Loaded:
 def _load(model_json: str, dtype: str, device: str) -> Loaded:
     from transformers import AutoModelForCausalLM
 
+    gc.collect()  # hooks make a patched model part of a cycle: the one before would stay, with its activations
     model_config = json.loads(model_json)
     place = pick_device(device)
     source, revision = _source(model_config)

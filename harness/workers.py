@@ -7,6 +7,7 @@ memory while they shared a GPU, one a GPU.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import queue
@@ -148,8 +149,9 @@ def _work(
                 except Exception as error:  # recorded in the cell with its traceback; the others go on
                     state, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 said.put((id_of(cell), state, time.perf_counter() - start, message))
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()  # what this process keeps for itself, its neighbours on the GPU lack
+                if torch.cuda.is_available():  # what this process keeps for itself, its neighbours on the GPU lack
+                    gc.collect()
+                    torch.cuda.empty_cache()
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
+from harness import archive
 from harness.collect import read_table
 from harness.store import CellView, Store
 
@@ -140,6 +141,7 @@ BAD = {
     "key": (["sparsty=0.4"], "sparsty"),
     "workers": (["workers=0"], "workers must be a whole number of at least 1, not 0"),
     "workers-and-launcher": (["workers=2", "hydra/launcher=basic"], "give either workers or hydra/launcher"),
+    "archived": (["archived=/no/such/study"], "archived names a folder without an archived study: /no/such/study"),
     "no-value": (["sparsity"], "'sparsity' is not an override: write key=value"),
 }
 
@@ -393,3 +395,17 @@ def test_a_cell_without_results_does_not_stop_the_others_side_by_side(runner: Ru
     _, err = runner.run("-m", "method=teal,moefication", "sparsity=0.5", "method.moefication.expert_size=7",
                         "tasks.names=[]", "workers=2")  # fmt: skip
     assert "2 of 3 cells have results" in err and "experts of 7 neurons do not divide" in err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cells_of_an_archive_are_not_run_again(sweep: Runner, runner: Runner, workers: int) -> None:
+    study = runner.folder / "study"
+    half = runner.folder / "half" / "cells"
+    half.mkdir(parents=True)
+    for name in sweep.store.cells():
+        if "teal" in name:
+            (half / name).symlink_to(sweep.results / "cells" / name)
+    archive.write([half.parent], study)
+    _, err = runner.run(*SWEEP, f"archived={study}", f"workers={workers}")
+    assert f"2 cells are in {study} already" in " ".join(err.split())
+    assert sorted(name.split("_")[1] for name in runner.store.cells()) == ["dense", "random", "random"]
