@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -262,7 +261,7 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
         for block in view.blocks:
             for _, module in block.projections():
                 if "forward" not in module.__dict__:
-                    stack.enter_context(replaced(module, partial(_dense, module)))
+                    stack.enter_context(_tuned(module))
         yield installations
 
 
@@ -295,20 +294,25 @@ def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None
         stack.enter_context(tuned_rest(view))
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
-                weight = stack.enter_context(transposed(module))
                 limit = None
                 if limits is not None:
                     limit = torch.as_tensor(limits.get((name, layer), -1.0), dtype=torch.float32, device=view.device)
-
-                def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, t: Tensor | None = limit) -> Tensor:
-                    if x.numel() != x.shape[-1] and not (
-                        (x.dim() == 2 or x.shape[1] == 1) and kernels.batch_path(x, wt)
-                    ):
-                        return F.linear(x, m.weight, m.bias)
-                    return kernels.dense_gemv(x, wt, m.bias) if t is None else kernels.column_gemv(x, wt, t, m.bias)
-
-                stack.enter_context(replaced(module, forward))
+                stack.enter_context(_tuned(module, limit))
         yield
+
+
+@contextmanager
+def _tuned(module: nn.Linear, limit: Tensor | None = None) -> Iterator[None]:
+    """One token, or one each of several sequences, by the tuned dense GEMV, or by the column kernel with a limit."""
+    with transposed(module) as weight:
+
+        def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, t: Tensor | None = limit) -> Tensor:
+            if x.numel() != x.shape[-1] and not ((x.dim() == 2 or x.shape[1] == 1) and kernels.batch_path(x, wt)):
+                return F.linear(x, m.weight, m.bias)
+            return kernels.dense_gemv(x, wt, m.bias) if t is None else kernels.column_gemv(x, wt, t, m.bias)
+
+        with replaced(module, forward):
+            yield
 
 
 @contextmanager
