@@ -111,7 +111,7 @@ def latency_against_load(df: pd.DataFrame, sparsity: float | None = None, limite
     bandwidth = rows[rows["metric"] == "read_bandwidth"].groupby("cell_id")["value"].mean()
     rows = rows[rows["metric"].isin([TIME_PER_TOKEN, "step_bytes"])]
     skipping = rows[(rows["execution"] != "dense") & (rows["sparsity_requested"] > 0)]
-    skipping, _ = select.at_one_request(
+    skipping, request = select.at_one_request(
         skipping, sparsity, "no time of a kernel, and masked execution says nothing of speed"
     )
     rows = pd.concat([rows[(rows["execution"] == "dense") & rows["cell_id"].isin(skipping["cell_id"])], skipping])
@@ -131,6 +131,7 @@ def latency_against_load(df: pd.DataFrame, sparsity: float | None = None, limite
     points = points[["time", "roofline"]].mean().dropna(subset=["time"])
     with mpl.rc_context(fname=style.STYLE):
         heading, machines = select.panels(points, machine)
+        heading += f", {request:.0%} requested"
         panels = [
             (title, panel, x) for title, panel in machines for x in ("context", "batch") if panel[x].nunique() > 1
         ]
