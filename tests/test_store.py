@@ -135,6 +135,8 @@ def test_recommit_replaces_a_probe(store: Store) -> None:
         (RuntimeError("boom"), "failed", "failed"),
         (MemoryError(), "oom", "failed"),
         (torch.OutOfMemoryError("CUDA out of memory"), "oom", "failed"),
+        (RuntimeError("CUDA error: out of memory"), "oom", "failed"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", "failed"),
         (UnsupportedError("opt has no gate"), "unsupported", "unsupported"),
     ],
 )
