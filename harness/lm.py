@@ -117,9 +117,13 @@ class HarnessLM(HFLM):
             decode[row, len(tokens) - continuation : len(tokens)] = True
         # Positions before the first continuation of the batch need no logits: the head is a fifth of a small model.
         kept = width - min(length - continuation for length, (_, continuation) in zip(lengths, chunk, strict=True))
-        device = self.device
-        with torch.no_grad(), self.view.tracker.hint(valid.to(device), decode.to(device)):
-            logits = self.view.model(ids.to(device), use_cache=False, logits_to_keep=kept).logits
-        ends = [length - (width - kept) for length in lengths]
-        scored = [logits[row, end - asked : end] for row, (end, (_, asked)) in enumerate(zip(ends, chunk, strict=True))]
-        return F.log_softmax(torch.cat(scored).float(), dim=-1)
+        # Nor do those outside of it: of a batch of long texts and short answers the logits would take gigabytes.
+        device, scored = self.device, decode[:, width - kept :].to(self.device)
+        head = self.view.model.get_output_embeddings()
+        packed = head.register_forward_pre_hook(lambda _, args: (args[0][scored],))
+        try:
+            with torch.no_grad(), self.view.tracker.hint(valid.to(device), decode.to(device)):
+                logits = self.view.model(ids.to(device), use_cache=False, logits_to_keep=kept).logits
+        finally:
+            packed.remove()
+        return F.log_softmax(logits.float(), dim=-1)
