@@ -77,6 +77,8 @@ def _side_by_side(
     cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, retry: bool, console: Console
 ) -> None:
     cells = [cell for cell in cells if state_of(cell, store) not in ("skip", "unsupported")]
+    if not cells:
+        return
     workers = min(workers, len(cells))
     context = mp.get_context("spawn")
     turn, said = context.Value("l", 0), context.Queue()

@@ -61,3 +61,9 @@ def test_timed_cells_run_alone_and_what_lacked_memory_runs_again(
     assert unlucky in first and many == 8 and id_of(timed[0]) not in first
     assert alone == [id_of(timed[0])] and one == 1
     assert again == [unlucky] and few == max(1, torch.cuda.device_count()) and retry
+
+
+def test_a_sweep_of_which_nothing_is_missing_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # cores are shared out where the user has not done it
+    monkeypatch.setattr(workers.mp, "get_context", None)
+    workers.run_cells([], Store(tmp_path), {"name": "none"}, 8, False, Console(quiet=True))
