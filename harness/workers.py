@@ -2,7 +2,8 @@
 
 Every process takes the next cell of one list, so that a slow cell holds nobody up. Dense cells come first, since the
 others are compared with them. Cells that time something run last, alone on their machine. So do those that ran out of
-memory while they shared a GPU, one a GPU.
+memory while they shared a GPU, one a GPU. Each process may take its share of the GPU's memory and no more: what one
+keeps in its cache of freed blocks would else be what another fails for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from harness.store import LockedError, Store, content_key
 
 POLL_S = 0.5
 TIMED = ("latency",)  # probes whose numbers another process would spoil
+CONTEXT_BYTES = 0.8 * 2**30  # of a GPU's memory, what a process takes before its first tensor
 
 
 def run_cells(
@@ -87,7 +89,8 @@ def _side_by_side(
     with _threads_each(workers):
         for rank in range(workers):
             device = devices[rank % len(devices)] if devices else None
-            facts = (cells, str(store.root), dict(logger), retry, device, turn, said)
+            sharing = -(-workers // len(devices)) if devices else 1
+            facts = (cells, str(store.root), dict(logger), retry, device, sharing, turn, said)
             processes.append(context.Process(target=_work, args=facts, name=f"worker-{rank}"))
             processes[-1].start()
     fatal: Exception | None = None
@@ -95,14 +98,14 @@ def _side_by_side(
     try:
         while any(process.is_alive() for process in processes) or not said.empty():
             try:
-                name, state, seconds, message = said.get(timeout=POLL_S)
+                name, state, seconds, peak, message = said.get(timeout=POLL_S)
             except queue.Empty:
                 continue
             if isinstance(message, ConfigError | AssetError):
                 fatal = fatal or message
                 continue
             done += 1
-            tail = f": {message}" if message else ""
+            tail = (f", {peak / 2**30:.1f} GiB" if peak else "") + (f": {message}" if message else "")
             console.print(f"[{done}/{len(cells)}] {name}  {state}, {seconds:.0f} s{tail}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         for process in processes:
@@ -122,12 +125,15 @@ def _work(
     logger: Mapping[str, Any],
     retry: bool,
     device: str | None,
+    sharing: int,
     turn: Any,
     said: Any,
 ) -> None:
-    """One process: take cells until none is left."""
+    """One process: take cells until none is left. sharing: how many processes use this one's GPU."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA starts: the cells' own device=cuda is then this one
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.0, (total / sharing - CONTEXT_BYTES) / total))
     quiet_libraries()
     store = Store(root)
     with open(os.devnull, "w") as nowhere:
@@ -146,14 +152,16 @@ def _work(
                 except (ConfigError, AssetError) as error:
                     with turn.get_lock():
                         turn.value = len(cells)  # nobody starts another
-                    said.put((id_of(cell), "failed", 0.0, error))
+                    said.put((id_of(cell), "failed", 0.0, 0, error))
                     return
                 except Exception as error:  # recorded in the cell with its traceback; the others go on
                     state, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                said.put((id_of(cell), state, time.perf_counter() - start, message))
-                if torch.cuda.is_available():  # what this process keeps for itself, its neighbours on the GPU lack
+                peak = torch.cuda.max_memory_reserved() if device is not None else 0
+                said.put((id_of(cell), state, time.perf_counter() - start, peak, message))
+                if device is not None:  # a patched model is part of a reference cycle
                     gc.collect()
                     torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
         except KeyboardInterrupt:
             sys.exit(130)
 
