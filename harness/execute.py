@@ -108,12 +108,11 @@ class KernelInstallation(Installation):
             self.stack.enter_context(replaced(module, forward))
 
     def _decision(self, site: str, layer: int, projection: str, x: Tensor) -> Selection | None:
-        key = (site, layer)
-        decided = self.decided.get(key)
-        if decided is None or decided[0] is not x:
-            decided = (x, self.method.select(self.plan, site, layer, self._shaped(x), self.step), {})
-            self.decided[key] = decided
-        selection = decided[1]
+        decided = self._decided(site, layer, x)
+        if decided is None:
+            decided = (layer, x, self.method.select(self.plan, site, layer, self._shaped(x), self.step), {})
+            self.decided[site] = decided
+        selection = decided[2]
         return selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
 
     def _limit(self, layer: int, projection: str, selection: Thresholds, device: torch.device) -> Tensor:

@@ -27,11 +27,13 @@ class Installation:
     def __init__(self, view: View, method: Method, plan: Any) -> None:
         self.view, self.method, self.plan = view, method, plan
         self.handles: list[Any] = []
-        # What was decided at (site, layer) for the tensor x, and x with it applied, by projection. Holding x keeps its
-        # identity valid: q, k and v (gate and up) read the same tensor, and one decision serves them.
-        self.decided: dict[tuple[str, int], tuple[Tensor, SiteSelection, dict[int, Tensor]]] = {}
-        self.kept: dict[tuple[str, int], Tensor] = {}  # bool keep masks of neurons and heads
-        self.residual: dict[int, Tensor] = {}
+        # What was decided at a site for the tensor x, and x with it applied, by projection. Holding x keeps its
+        # identity valid: q, k and v (gate and up) read the same tensor, and one decision serves them. Only the layer
+        # under way is held: of all layers it would be ten gigabytes on 128 short texts.
+        self.decided: dict[str, tuple[int, Tensor, SiteSelection, dict[int, Tensor]]] = {}
+        self.kept: dict[tuple[str, int], Tensor] = {}  # bool keep masks of neurons and heads, until they are used
+        self.residual: dict[int, Tensor] = {}  # by layer, as far back as a decision may look
+        self.lookback = 0  # layers
 
     def install(self) -> None:
         """Register the hooks of every declared site."""
@@ -48,6 +50,7 @@ class Installation:
                     self._install_heads(layer, sees)
                 else:
                     raise ValueError(f"unknown site {site!r}")
+        self.lookback = max(distances, default=0)
         if distances:
             for layer, block in enumerate(self.view.blocks):
                 self._before(block.layer, self._keep_residual(layer))
@@ -127,6 +130,7 @@ class Installation:
     def _keep_residual(self, layer: int) -> Callable[[Tensor], None]:
         def keep(x: Tensor) -> None:
             self.residual[layer] = x
+            self.residual.pop(layer - self.lookback - 1, None)
 
         return keep
 
@@ -135,13 +139,16 @@ class Installation:
             return self.residual[max(0, layer - int(sees.partition(":")[2] or 0))]
         return x
 
+    def _decided(self, site: str, layer: int, x: Tensor) -> tuple[int, Tensor, SiteSelection, dict[int, Tensor]] | None:
+        decided = self.decided.get(site)
+        return decided if decided is not None and decided[0] == layer and decided[1] is x else None
+
     def _channels(self, site: str, layer: int, projection: str, x: Tensor) -> Tensor | None:
-        key = (site, layer)
-        decided = self.decided.get(key)
-        if decided is None or decided[0] is not x:
+        decided = self._decided(site, layer, x)
+        if decided is None:
             selection = self.method.select(self.plan, site, layer, self._shaped(x), self.step)
-            decided = self.decided[key] = (x, selection, {})
-        _, selection, applied = decided
+            decided = self.decided[site] = (layer, x, selection, {})
+        _, _, selection, applied = decided
         own = selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
         if own is None:
             return None
@@ -150,9 +157,8 @@ class Installation:
         return applied[id(own)]
 
     def _decide_once(self, site: str, layer: int, x: Tensor, sees: str) -> None:
-        key = (site, layer)
-        if key not in self.decided or self.decided[key][0] is not x:
-            self.decided[key] = (x, None, {})
+        if self._decided(site, layer, x) is None:
+            self.decided[site] = (layer, x, None, {})
             self._decide_rows(site, layer, self._seen(sees, layer, x))
 
     def _decide_rows(self, site: str, layer: int, x: Tensor) -> None:
@@ -168,7 +174,9 @@ class Installation:
         self.kept[site, layer] = keep
 
     def _drop_rows(self, site: str, layer: int, x: Tensor, width: int) -> Tensor | None:
-        keep = self.kept.get((site, layer))
+        # A decision from the prompt serves every step after it, any other one this pass only.
+        fixed = self.method.sites[site] == "prompt"
+        keep = self.kept.get((site, layer)) if fixed else self.kept.pop((site, layer), None)
         if keep is None:
             return None
         shaped = self._shaped(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -70,6 +71,33 @@ def test_detach_restores_bit_equality(name, family):
     with torch.no_grad():
         assert torch.equal(view.model(ids).logits, before)
     assert all(torch.equal(v, weights[k]) for k, v in view.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_no_layer_outlives_its_turn(name, family):
+    """What a method holds of the layers behind it, times thirty layers, is what a batch runs out of memory for."""
+    made = prepared(name, family)
+    if made is None:
+        return
+    view, method, state = made
+    first, last = view.blocks[0], view.blocks[-1]
+    inputs: list[weakref.ref] = []
+    alive: list[int] = []
+    see = [
+        getattr(first, p).register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+        for p in ("o", "up", "down")
+    ]
+    policy = Policy(method.phases[0])
+    with torch.no_grad(), attached(view, [(method, state)], policy), hinted(view, tiny.tokens(2, LENGTH), 24):
+        see += [
+            getattr(first, p).register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+            for p in ("o", "up", "down")
+        ]
+        see.append(last.down.register_forward_hook(lambda *_: alive.append(sum(ref() is not None for ref in inputs))))
+        view.model(tiny.tokens(2, LENGTH), use_cache=False)
+    for handle in see:
+        handle.remove()
+    assert len(inputs) >= 6 and alive[-1] == 0  # attribution looks at a pass of its own before, with gradients
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
