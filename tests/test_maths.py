@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.attach import attached
+from harness.ledger import count_nonzero
 from harness.patch import install
 from harness.quantiles import Quantiles
 from harness.selection import Mask, Thresholds, TopK, apply, keep_mask, top_k_count
@@ -143,6 +144,20 @@ def test_ledger_counts_by_hand():
     assert ledger.tokens.tolist() == [12, 4]
     assert skipped.tolist() == pytest.approx([12 * 3 * attention / 4, 4 * 3 * attention / 4])
     assert total.tolist() == [12 * 3 * view.block_weights, 4 * 3 * view.block_weights]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_nonzeros_are_counted_exactly(dtype, device):
+    """As torch counts them, NaN, infinity, -0.0 and the least subnormal too, in strided and expanded tensors."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 2049, generator=generator) * (torch.rand(3, 40, 2049, generator=generator) > 0.4)
+    x[0, :4, 0] = torch.tensor([torch.nan, torch.inf, -0.0, 1e-45])
+    x = x.to(device, dtype)
+    full = torch.ones(1, 1, 2049, dtype=dtype, device=device).expand(2, 5, -1)
+    for each in (x, x[:, ::2], x.transpose(1, 2), x[:, :1], full):
+        found = count_nonzero(each)
+        assert found.dtype == torch.int64 and torch.equal(found, torch.count_nonzero(each, dim=-1))
 
 
 def test_hooks_are_gone_even_after_a_failure_inside_select():

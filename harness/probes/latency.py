@@ -322,8 +322,11 @@ def now(device: torch.device) -> float:
 def disturbance(device: torch.device) -> str | None:
     """Who else is at work on this machine, in a few words, or None."""
     if device.type == "cuda":
+        this = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         listed = subprocess.run(
-            ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True, text=True
+            ["nvidia-smi", "-i", this, "--query-compute-apps=pid", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
         )
         others = {int(pid) for pid in listed.stdout.split() if pid.isdigit()} - {os.getpid()}
         return f"{len(others)} other processes on the GPU" if others else None
