@@ -205,6 +205,25 @@ def test_shuffled_labels_give_chance_and_support_nothing():
         assert lines.loc[name, "verdict"] == "inconclusive" and lines.loc[name, "note"].startswith("missing:")
 
 
+def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
+    study = Planted()
+    line = study.verdicts().loc["swiglu_loses_more_accuracy"]
+    samples = pd.concat(study.samples).query("kind == 'accuracy'").set_index(["cell_id", "task", "item"])
+    dense = {row["model"]: row["cell_id"] for row in study.rows if row["method"] == "dense"}
+    models = {row["cell_id"]: row["model"] for row in study.rows}
+    shares = []
+    for model in (SWIGLU, RELU):
+        lost = able = 0.0
+        for cell in line["cells"].split():
+            if models[cell] == model:
+                ours, twin = samples.loc[cell], samples.loc[dense[model]]
+                lost += (twin["value"] - ours["value"]).mean()
+                able += (twin["value"] - twin["chance"]).mean()
+        shares.append(lost / able)
+    assert shares[0] > shares[1] > 0
+    assert line["note"].endswith(f"can do, SwiGLU loses {shares[0]:.0%}, ReLU {shares[1]:.0%}")
+
+
 def test_a_method_that_skips_nothing_supports_nothing():
     lines = Planted(achieved=0.0).verdicts()
     assert (lines["verdict"] == "inconclusive").all()

@@ -149,13 +149,12 @@ def test_layers_are_a_map_of_site_by_layer(kernel: pd.DataFrame) -> None:
         figures.achieved_by_layer(kernel, sparsity=0.123)
 
 
-def test_flips_are_bars_around_the_net_change(kernel: pd.DataFrame) -> None:
-    fig = figures.flips(kernel)
-    heights = [bar.get_height() for bar in fig.axes[2].patches]
+def test_flips_are_drawn_against_the_accuracy_lost(kernel: pd.DataFrame) -> None:
+    x, y = line_of(figures.flips(kernel), "#009E73")
     lines = headline(kernel)
     teal = lines[lines["method"] == "teal"].sort_values("sparsity_requested")
-    assert heights == pytest.approx([*teal["won"], *(-teal["lost"])])
-    assert line_of(fig, "#000000", panel=2)[1] == pytest.approx(teal["change"].tolist())
+    assert x == pytest.approx((-teal["change"]).tolist())
+    assert y == pytest.approx((teal["won"] + teal["lost"]).tolist())
 
 
 # ---- speed
@@ -257,11 +256,12 @@ def test_swiglu_stands_beside_relu_where_both_are_as_sparse(study: pd.DataFrame)
     lines = headline(study[study["source"] == "measured"]).assign(length=1.0)
     pairs = sparsity_pairs(lines[lines["method"] != "random"].dropna(subset=["change"]))
     change = lines.set_index("cell_id")["change"]
+    kinds = {style.LOST: "swiglu", style.WON: "relu"}
     drawn = {
-        (kind, round(float(x), 9))
+        (kinds[line.get_color()], round(float(y), 9))
         for ax in fig.axes
-        for line, kind in zip([e.lines[0] for e in ax.containers], ("swiglu", "relu"), strict=True)
-        for x in line.get_xdata()
+        for line in (container.lines[0] for container in ax.containers)
+        for y in line.get_ydata()
     }
     assert len(pairs) > 1
     assert drawn == {(kind, round(float(change[cell]), 9)) for kind in ("swiglu", "relu") for cell in pairs[kind]}

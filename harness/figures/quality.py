@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -46,71 +45,70 @@ def quality_against_sparsity(df: pd.DataFrame, metric: str = "perplexity", limit
 
 
 def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
-    """Answers that differ from the dense model's, better ones up and worse ones down, and the net change.
+    """Answers that differ from the dense model's against the accuracy that is lost, both means over tasks.
 
-    Mean over tasks. The diamond is the change that accuracy shows, with the 95 % interval of the paired
-    difference on the same items; the bars are what it hides.
+    A line for each method, from its least to its most requested sparsity. On the diagonal every changed answer was
+    right before; how far a point lies above it, the net change in accuracy hides. Bars: 95 % intervals of the paired
+    difference on the same items.
     """
     lines, _ = select.lines(df, limited, ["lost", "won", "change", "sparsity_requested"])
-    lines = lines.assign(name=select.names(lines))
-    requests = sorted(set(lines["sparsity_requested"]))
+    lines = lines.assign(changed=lines["lost"] + lines["won"], fall=-lines["change"])
     with mpl.rc_context(fname=style.STYLE):
-        heading, panels = select.panels(lines, [*select.POLICY, "name"])
-        columns = 3 if len(panels) <= 9 else 6
-        fig, axes = style.canvas(heading, len(panels), width=2.6, height=2.8, columns=columns)
+        heading, panels = select.panels(lines, select.POLICY)
+        fig, axes = style.canvas(heading, len(panels), width=3.6, height=3.3)
+        looks = style.looks(lines)
+        diagonal: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
+        top = float(lines["fall"].max())
         for ax, (title, panel) in zip(axes, panels, strict=True):
-            ((_, cells),) = select.methods(panel)
-            place = [requests.index(value) for value in cells["sparsity_requested"]]
-            ax.bar(place, cells["won"], width=0.62, color=style.WON, label="wrong to right")
-            ax.bar(place, -cells["lost"], width=0.62, color=style.LOST, label="right to wrong")
-            ax.axhline(0, color=style.MUTED, linewidth=0.8)
-            error = style.Z95 * cells["stderr:change"].fillna(0)
-            look: dict[str, Any] = {"color": style.DENSE, "marker": "D", "mfc": "white", "linestyle": "none"}
-            ax.errorbar(place, cells["change"], error, label="net change in accuracy", **look)
-            ax.yaxis.set_major_formatter(style.PERCENT)
-            ax.grid(axis="x", visible=False)
+            ax.plot([0, top], [0, top], zorder=1, **diagonal)
+            ax.axvline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
+            for name, cells in select.methods(panel):
+                error = style.Z95 * cells["stderr:change"].fillna(0)
+                ax.errorbar(cells["fall"], cells["changed"], xerr=error, **looks[name])
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(style.POINTS)
             style.set_title(ax, title)
-        axes[0].set_xticks(range(len(requests)), [f"{value:.0%}" for value in requests])
-        style.set_labels(axes, "requested sparsity", "share of answers")
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        axes[0].set_ylim(bottom=0)
+        style.set_labels(axes, "accuracy lost (points)", "answers changed (of 100)")
+        style.legend(fig, looks, style.key("dense", color=style.DENSE), style.key("all for the worse", **diagonal))
         return style.marked(fig, df, limited)
 
 
 def swiglu_against_relu(df: pd.DataFrame, limited: bool = False) -> Figure:
-    """What the same method costs a SwiGLU model and its ReLU counterpart where both skip as much of their MLPs.
+    """What the same method costs a SwiGLU model and its ReLU counterparts where both skip as much of their MLPs.
 
     Change in accuracy to the own dense model, mean over tasks, with the 95 % interval of the paired difference on the
-    same items. A line is a pair of cells, named by the method and the share of the MLPs that the SwiGLU cell skips.
+    same items, over the achieved sparsity of the MLPs. Only cells that have a partner are drawn.
     """
     lines, _ = select.lines(df, limited, ["change", "achieved_mlp", "achieved_model"])
     lines = lines[~lines["method"].isin(BASELINES)].assign(length=math.nan)
     pairs = sparsity_pairs(lines)
     select.need(pairs, "no method was scored on a SwiGLU model and, equally sparse, on its ReLU counterpart")
-    cells = lines.assign(name=select.names(lines)).set_index("cell_id")
-    names = cells["name"].loc[pairs["swiglu"]].to_numpy() + [f", {achieved:.0%}" for achieved in pairs["achieved"]]
-    pairs = pairs.assign(name=names).sort_values(["pair", "name"], ascending=[True, False])
-    tallest = int(pairs.groupby("pair").size().max())
+    sides = {"SwiGLU": set(pairs["swiglu"]), "ReLU": set(pairs["relu"])}
+    lines = lines.assign(name=select.names(lines))
     with mpl.rc_context(fname=style.STYLE):
-        panels = list(pairs.groupby("pair"))
-        height = 0.9 + 0.24 * tallest
-        fig, axes = style.canvas("", len(panels), width=5.4, height=height, columns=2, share=False)
-        looks: dict[str, dict[str, Any]] = {
-            "SwiGLU": {"color": style.LOST, "marker": "o"},
-            "ReLU": {"color": style.WON, "marker": "s"},
-        }
-        for ax, (title, panel) in zip(axes, panels, strict=True):
-            place = np.arange(len(panel))
-            for (kind, look), up in zip(looks.items(), (0.12, -0.12), strict=True):
-                own = cells.loc[panel["swiglu" if kind == "SwiGLU" else "relu"]]
-                error = style.Z95 * own["stderr:change"].fillna(0).to_numpy(dtype=float)
-                ax.errorbar(own["change"].to_numpy(dtype=float), place + up, xerr=error, **look, linestyle="none")
-            ax.axvline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
-            ax.set_yticks(place, panel["name"])
-            ax.set_ylim(-0.6, tallest - 0.4)
+        paired = lines[lines["cell_id"].isin(sides["SwiGLU"] | sides["ReLU"])]
+        _, panels = select.panels(paired, ["phase", "name"])
+        fig, axes = style.canvas("", len(panels), width=2.9, height=2.6)
+        looks: dict[str, dict[str, Any]] = {}
+        for side, colour in (("SwiGLU", style.LOST), ("ReLU", style.WON)):
+            models = sorted(set(lines["model"][lines["cell_id"].isin(sides[side])]))
+            for model, marker, dashes in zip(models, "osD^vPX*", 2 * style.LINES, strict=False):
+                looks[f"{side}: {model}"] = {"color": colour, "marker": marker, "linestyle": dashes}
+        for ax, (_, panel) in zip(axes, panels, strict=True):
+            ax.axhline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
+            for label, look in looks.items():
+                side, _, model = label.partition(": ")
+                own = panel[(panel["model"] == model) & panel["cell_id"].isin(sides[side])]
+                own = own.sort_values("achieved_mlp")
+                error = style.Z95 * own["stderr:change"].fillna(0)
+                ax.errorbar(own["achieved_mlp"], own["change"], error, **look)
             ax.xaxis.set_major_formatter(style.PERCENT)
-            ax.set_xlabel("change in accuracy (points)")
-            style.set_title(ax, title.replace(" and ", ", "))
-        style.legend(fig, {name: look | {"linestyle": "none"} for name, look in looks.items()})
+            ax.yaxis.set_major_formatter(style.POINTS)
+            phase = panel["phase"].iloc[0]
+            style.set_title(ax, panel["name"].iloc[0] + (f", {select.PHASES[phase]}" if phase != "all" else ""))
+        style.set_labels(axes, "achieved sparsity of the MLPs", "change in accuracy (points)")
+        style.legend(fig, looks)
         return style.marked(fig, df, limited)
 
 
@@ -134,7 +132,8 @@ def predicted_against_oracle(df: pd.DataFrame, metric: str = "perplexity", limit
     select.need(lines, "no method was run both with a predictor and with its oracle")
     with mpl.rc_context(fname=style.STYLE):
         heading, panels = select.panels(lines, families)
-        fig, axes = style.canvas(heading, 2 * len(panels), width=3.9, height=3.1, columns=2, share=False)
+        columns = 2 if len(panels) <= 3 else 4
+        fig, axes = style.canvas(heading, 2 * len(panels), width=3.9, height=3.1, columns=columns, share=False)
         looks = style.looks(lines.assign(method=lines["by"], variant=pd.NA))
         looks["oracle"] = {"color": style.DENSE, "marker": "o", "linestyle": "--", "markerfacecolor": "white"}
         for (title, panel), left, right in zip(panels, axes[::2], axes[1::2], strict=True):

@@ -60,11 +60,12 @@ def _scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_one_request(rows: pd.DataFrame, sparsity: float | None, otherwise: str) -> tuple[pd.DataFrame, float]:
-    """The methods' rows at a requested sparsity: by default the largest that all have, else the largest of all."""
+    """The methods' rows at a requested sparsity: by default the one that most have, of several the nearest to half."""
     rows = rows[rows["method"] != "dense"]
     if sparsity is None:
-        offered = [set(cells["sparsity_requested"].dropna()) for _, cells in rows.groupby(["model", "method"])]
-        sparsity = max(set.intersection(*offered) or set.union(*offered), default=math.nan) if offered else math.nan
+        offered = rows[["model", "method", "variant", "sparsity_requested"]].drop_duplicates()
+        counts = offered["sparsity_requested"].value_counts()
+        sparsity = min(counts.index, key=lambda value: (-counts[value], abs(value - 0.5)), default=math.nan)
     rows = rows[rows["sparsity_requested"] == sparsity]
     need(rows, otherwise)
     return rows, sparsity
@@ -100,13 +101,14 @@ def by_request(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(frame: pd.DataFrame, keys: Sequence[str]) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
-    """Rows of each combination of `keys`, titled by what differs; what they share is the heading."""
+    """Rows of each combination of `keys`, titled by what differs; what they share is the heading. Phase by phase."""
     shared = [key for key in keys if frame[key].nunique(dropna=False) == 1]
     differing = [key for key in keys if key not in shared]
     heading = _words(frame.iloc[0], shared)
     if not differing:
         return heading, [("", frame)]
-    return heading, [(_words(group.iloc[0], differing), group) for _, group in frame.groupby(differing, dropna=False)]
+    order = sorted(differing, key=lambda key: key not in POLICY[1:])
+    return heading, [(_words(group.iloc[0], differing), group) for _, group in frame.groupby(order, dropna=False)]
 
 
 def _words(row: pd.Series, keys: Sequence[str]) -> str:

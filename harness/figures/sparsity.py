@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from harness.figures import select, style
 from harness.selection import Projection, Site
 
 FEW = 8  # maps of one method each; more methods share a map
+NOTHING = 1e-6  # a magnitude; below it lie only quantiles between exact zeros and the least of the others
 PROJECTED = get_args(Projection)
 SITES = get_args(Site)  # in the order that a token meets them
 
@@ -25,7 +27,7 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
     with mpl.rc_context(fname=style.STYLE):
         heading, policies = select.panels(lines, select.POLICY)
         panels = [(title, panel, site) for title, panel in policies for site in sites]
-        fig, axes = style.canvas(heading, len(panels), width=3.4, height=3.3, columns=2)
+        fig, axes = style.canvas(heading, len(panels), width=3.4, height=3.3, columns=4)
         looks = style.looks(lines)
         diagonal: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
         values = lines[["sparsity_requested", *sites]].astype(float)
@@ -47,7 +49,7 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
 def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
     """Heat maps of achieved sparsity, site by layer, one for each method at one requested sparsity.
 
-    sparsity: the request to show; by default the largest that every method has, else the largest of all.
+    sparsity: the request to show; by default the one that most methods have, of several the nearest to a half.
     """
     rows = select.drawable(df, limited)
     rows = rows[(rows["probe"] == "sparsity") & (rows["metric"] == ACHIEVED) & (rows["method"] != "dense")]
@@ -56,12 +58,7 @@ def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: 
     rows, sparsity = select.at_one_request(rows, sparsity, "no achieved sparsity by layer at this request")
     rows = rows.assign(name=select.names(rows))
     with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
-        label = f"achieved, {sparsity:.0%} requested"
-        if len(rows[[*select.POLICY, "name"]].drop_duplicates()) <= FEW:
-            return style.marked(style.maps(rows, [*select.POLICY, "name"], "site", SITES, label), df, limited)
-        rows = rows.assign(line=rows["name"] + ": " + rows["site"].str.replace("_", " "))
-        order = rows.drop_duplicates("line").sort_values(["name", "site"], key=_site_order)["line"].tolist()
-        return style.marked(style.maps(rows, select.POLICY, "line", order, label), df, limited)
+        return style.marked(_by_site(rows, SITES, f"achieved, {sparsity:.0%} requested"), df, limited)
 
 
 def recall_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
@@ -174,8 +171,7 @@ def thresholds_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited
     rows = rows.assign(value=(rows["value"] / largest).where(largest > 0, 0.0))
     with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
         label = f"threshold over its largest, {sparsity:.0%} requested"
-        keys = [*select.POLICY, "name"]
-        return style.marked(style.maps(rows, keys, "site", [*PROJECTED, "neurons"], label, 1.0), df, limited)
+        return style.marked(_by_site(rows, [*PROJECTED, "neurons"], label, 1.0), df, limited)
 
 
 def _fewest(names: pd.Series) -> list[str]:
@@ -188,7 +184,7 @@ def _fewest(names: pd.Series) -> list[str]:
 def magnitudes(df: pd.DataFrame, limited: bool = False) -> Figure:
     """Histograms of activation magnitudes at the inputs of the dense model's MLPs, a line for each of a few layers.
 
-    Density over the decades of |x|, so that areas are shares; what is exactly zero is not drawn.
+    Density over the decades of |x|, so that areas are shares; what is zero, or as good as (`NOTHING`), is not drawn.
     """
     rows = select.drawable(df, limited)
     level = rows["metric"].str.extract(r"^magnitude_q([\d.]+)$", expand=False).astype("Float64")
@@ -206,7 +202,7 @@ def magnitudes(df: pd.DataFrame, limited: bool = False) -> Figure:
         for ax, (title, panel) in zip(axes, panels, strict=True):
             for layer, lines in panel.groupby("layer"):
                 points = lines.groupby("level")["value"].mean()
-                points = points[points > 0]
+                points = points[points > NOTHING]
                 x, share = np.log10(points.to_numpy(dtype=float)), points.index.to_numpy(dtype=float)
                 wide = np.diff(x) > 0
                 density = np.diff(share)[wide] / np.diff(x)[wide]
@@ -271,5 +267,12 @@ def experts_by_text(df: pd.DataFrame, limited: bool = False) -> Figure:
         return style.marked(fig, df, limited)
 
 
-def _site_order(column: pd.Series) -> pd.Series:
-    return column.map(SITES.index) if column.name == "site" else column
+def _by_site(rows: pd.DataFrame, sites: Sequence[str], label: str, top: float | None = None) -> Figure:
+    """Heat maps of `value`, site by layer: one for each method (`name`), or of many methods one for each policy."""
+    if len(rows[[*select.POLICY, "name"]].drop_duplicates()) <= FEW:
+        return style.maps(rows, [*select.POLICY, "name"], "site", sites, label, top)
+    rows = rows.assign(
+        line=rows["name"] + ": " + rows["site"].str.replace("_", " "), place=rows["site"].map(sites.index)
+    )
+    order = rows.drop_duplicates("line").sort_values(["name", "place"])["line"].tolist()
+    return style.maps(rows, select.POLICY, "line", order, label, top)

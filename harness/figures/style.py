@@ -27,6 +27,7 @@ MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
 Z95 = 1.96
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
+POINTS = FuncFormatter(lambda share, _: f"{100 * share:.3g}")
 TIMES = FuncFormatter(lambda ratio, _: f"{ratio:g}x")
 
 
@@ -48,13 +49,19 @@ def looks(lines: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def canvas(
-    heading: str, count: int, width: float, height: float, columns: int = 3, share: bool = True
+    heading: str, count: int, width: float, height: float | Sequence[float], columns: int = 0, share: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, width x height inches each, with the same scales if `share`."""
-    columns = min(count, columns)
+    """A figure of `count` panels, width x height inches each, with the same scales if `share`.
+
+    height: of every panel, or of each; a row is as high as its highest. columns: 0 stands for 3, and for 4 of many.
+    """
+    columns = min(count, columns or (3 if count <= 6 else 4))
     rows = math.ceil(count / columns)
-    fig = Figure(figsize=(width * columns, height * rows + (0.25 if heading else 0.0)))
-    grid = fig.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    heights = [height] * count if isinstance(height, int | float) else list(height)
+    heights = [max(heights[row * columns : (row + 1) * columns]) for row in range(rows)]
+    fig = Figure(figsize=(width * columns, sum(heights) + (0.25 if heading else 0.0)))
+    ratios = {"height_ratios": heights}
+    grid = fig.subplots(rows, columns, squeeze=False, sharex=share, sharey=share, gridspec_kw=ratios)
     axes = list(np.ravel(grid))
     for spare in axes[count:]:
         spare.remove()
@@ -80,8 +87,9 @@ def maps(
     tall: inches a line; where there is no room for it, only some lines are named.
     """
     heading, panels = select.panels(rows, keys)
-    lines = max(panel[by].nunique() for _, panel in panels)
-    fig, axes = canvas(heading, len(panels), width=7.4, height=0.75 + tall * lines, columns=1, share=False)
+    heights = [0.75 + tall * panel[by].nunique() for _, panel in panels]
+    columns = 1 if len(panels) <= 3 else 2
+    fig, axes = canvas(heading, len(panels), width=7.4, height=heights, columns=columns, share=False)
     top = max(0.01, float(rows["value"].max())) if top is None else top
     for ax, (title, panel) in zip(axes, panels, strict=True):
         grid = panel.pivot_table(index=by, columns="layer", values="value", sort=False)
@@ -95,7 +103,8 @@ def maps(
         ax.set_xticks(range(0, grid.shape[1], step), [str(layer) for layer in grid.columns[::step]])
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
-    axes[-1].set_xlabel("layer")
+    for ax in axes[-columns:]:
+        ax.set_xlabel("layer")
     bar = fig.colorbar(image, ax=axes, pad=0.015, aspect=max(25, 9 * fig.get_figheight()), format=PERCENT)
     bar.outline.set_visible(False)
     bar.set_label(label)
