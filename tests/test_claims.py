@@ -224,6 +224,13 @@ def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
     assert line["note"].endswith(f"can do, SwiGLU loses {shares[0]:.0%}, ReLU {shares[1]:.0%}")
 
 
+def test_what_grows_is_told_step_by_step(planted):
+    """The steps that a note tells rise from the first to the last where the planted effect grows."""
+    for name in ("gap_widens", "kv_grows_with_sparsity", "kv_grows_with_length", "prompt_fixed_fades"):
+        steps = [float(step.rpartition(" ")[2]) for step in planted.loc[name, "note"].partition(": ")[2].split(", ")]
+        assert len(steps) > 1 and steps[-1] > steps[0], name
+
+
 def test_a_method_that_skips_nothing_supports_nothing():
     lines = Planted(achieved=0.0).verdicts()
     assert (lines["verdict"] == "inconclusive").all()

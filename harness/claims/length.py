@@ -60,7 +60,9 @@ def kv_grows_with_sparsity(study: Study) -> Evidence:
     together = pd.concat([group for group, _ in rising])
     slope = pd.concat([slope for _, slope in rising], axis=1).mean(axis=1)
     cells = used(together["cell_id_worse"], together["cell_id_better"])
-    return Evidence(numbers(slope), "text windows", "nats/token for all of the heads", cells)
+    levels = gap[together.index].mean().groupby(together["sparsity_requested"]).mean()
+    note = "gap by share of heads: " + ", ".join(f"{level:.0%} {value:+.3f}" for level, value in levels.items())
+    return Evidence(numbers(slope), "text windows", "nats/token for all of the heads", cells, note=note)
 
 
 def growth(lossy: list[tuple[float, pd.Series]]) -> pd.Series:
@@ -88,7 +90,7 @@ def _grows_with_length(
     what: str,
 ) -> Evidence:
     """Growth with the length of the text, mean over groups of cells that differ in `length` alone."""
-    found, names = [], []
+    found, names, means = [], [], []
     for _, group in lines.dropna(subset=["length"]).groupby(keys, dropna=False):
         lossy = [(float(line["length"]), loss(line)) for _, line in group.iterrows()]
         measured = [
@@ -99,10 +101,14 @@ def _grows_with_length(
         if len({length for length, _ in measured}) > 1:
             found.append(growth(measured))
             names += [group[cell] for cell in cells]
+            means += [(length, float(values.mean())) for length, values in measured]
     if not found:
         raise MissingEvidence(f"{what}, on the same text in windows of two or more lengths")
     together = pd.concat(found, axis=1).dropna().mean(axis=1)
-    return Evidence(numbers(together), "stretches of text", "nats/token, longest minus shortest windows", used(*names))
+    by_length = pd.DataFrame(means, columns=["tokens", "loss"]).groupby("tokens")["loss"].mean()
+    note = "by tokens of a window: " + ", ".join(f"{tokens:.0f} {loss:+.3f}" for tokens, loss in by_length.items())
+    unit = "nats/token, longest minus shortest windows"
+    return Evidence(numbers(together), "stretches of text", unit, used(*names), note=note)
 
 
 def kv_grows_with_length(study: Study) -> Evidence:

@@ -43,6 +43,7 @@ from harness.store import place_errors, write_atomic
 
 # Every figure of the project: name of its files -> how it is drawn from the table.
 FIGURES: dict[str, Callable[..., Figure]] = {
+    "swiglu_against_relu": swiglu_against_relu,
     "perplexity": quality_against_sparsity,
     "accuracy": partial(quality_against_sparsity, metric="accuracy"),
     "kl": partial(quality_against_sparsity, metric="kl"),
@@ -62,7 +63,6 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "prompt_fixed_against_length": prompt_fixed_against_length,
     "reuse_and_union": reuse_and_union,
     "truncation": truncation,
-    "swiglu_against_relu": swiglu_against_relu,
     "experts_by_text": experts_by_text,
     "nominal_against_measured": nominal_against_measured,
     "latency_against_load": latency_against_load,
