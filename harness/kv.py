@@ -85,6 +85,7 @@ class Heads:
         self.view, self.sees, self.decide, self.kv, self.dropped = view, sees, decide, kv, dropped
         self.handles: list[Any] = []
         self.residual: dict[int, Tensor] = {}
+        self.lookback = int(sees.partition(":")[2] or 0)  # how many layers back the residual stream is looked at
         self.seen: dict[tuple[int, str], Tensor] = {}  # inputs of k and v
         self.rotary: dict[int, tuple[Tensor, Tensor] | None] = {}  # cos and sin of the current tokens
         self.entries: dict[int, Tensor] = {}  # bool [batch, tokens so far, KV heads]
@@ -148,6 +149,9 @@ class Heads:
                 attention_mask = attention_mask & self._visible(exists, query.shape[2], key.shape[2])
             out = run(key, value, attention_mask)[0]
         assert out is not None
+        for name in ("k", "v"):  # the layer is over: nobody asks for its inputs again
+            self.seen.pop((layer, name), None)
+        self.residual.pop(layer - self.lookback, None)
         return torch.where(keep[..., None], out, 0)
 
     def _decide(self, layer: int, out: Tensor | None, step: Step) -> Tensor:
@@ -158,7 +162,7 @@ class Heads:
         elif self.sees == "input":
             keep = self.decide(layer, self.seen[layer, "k"], step)
         else:
-            keep = self.decide(layer, self.residual[max(0, layer - int(self.sees.partition(":")[2]))], step)
+            keep = self.decide(layer, self.residual[max(0, layer - self.lookback)], step)
         return keep if step.sparse is None else keep | ~step.sparse[..., None]
 
     def _used(self, keep: Tensor) -> Tensor:
