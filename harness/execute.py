@@ -26,7 +26,7 @@ from harness.decode import decode_attention
 from harness.errors import UnsupportedError
 from harness.families import View
 from harness.method import Method
-from harness.patch import Installation
+from harness.patch import Installation, own_selection
 from harness.selection import PROJECTIONS, Mask, Selection, Thresholds
 from harness.step import Policy
 
@@ -93,7 +93,7 @@ class KernelInstallation(Installation):
             def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, p: str = projection) -> Tensor:
                 single = self._single(x)
                 if single or self._batch(x, wt):
-                    selection = self._decision(site, layer, p, x)
+                    selection = own_selection(self._decision(site, layer, x).selection, p)
                     if single or selection is None or isinstance(selection, Thresholds):
                         self.taken.add(p)
                         if selection is None:
@@ -106,14 +106,6 @@ class KernelInstallation(Installation):
 
             self.touched.add(projection)
             self.stack.enter_context(replaced(module, forward))
-
-    def _decision(self, site: str, layer: int, projection: str, x: Tensor) -> Selection | None:
-        decided = self._decided(site, layer, x)
-        if decided is None:
-            decided = (layer, x, self.method.select(self.plan, site, layer, self._shaped(x), self.step), {})
-            self.decided[site] = decided
-        selection = decided[2]
-        return selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
 
     def _limit(self, layer: int, projection: str, selection: Thresholds, device: torch.device) -> Tensor:
         known = self.limits.get((layer, projection))

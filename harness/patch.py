@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,24 @@ if TYPE_CHECKING:
     from harness.method import Method
 
 
+class Decided(NamedTuple):
+    """What was decided in a layer for the tensor x, and x with it applied, by the id of each selection."""
+
+    layer: int
+    x: Tensor
+    selection: SiteSelection
+    applied: dict[int, Tensor]
+
+
 class Installation:
     """The hooks of one attached method."""
 
     def __init__(self, view: View, method: Method, plan: Any) -> None:
         self.view, self.method, self.plan = view, method, plan
         self.handles: list[Any] = []
-        # What was decided at a site for the tensor x, and x with it applied, by projection. Holding x keeps its
-        # identity valid: q, k and v (gate and up) read the same tensor, and one decision serves them. Only the layer
-        # under way is held: of all layers it would be ten gigabytes on 128 short texts.
-        self.decided: dict[str, tuple[int, Tensor, SiteSelection, dict[int, Tensor]]] = {}
+        # By site. Holding x keeps its identity valid: q, k and v (gate and up) read the same tensor, and one decision
+        # serves them. Only the layer under way is held: of all layers it would be ten gigabytes on 128 short texts.
+        self.decided: dict[str, Decided] = {}
         self.kept: dict[tuple[str, int], Tensor] = {}  # bool keep masks of neurons and heads, until they are used
         self.residual: dict[int, Tensor] = {}  # by layer, as far back as a decision may look
         self.lookback = 0  # layers
@@ -139,17 +147,19 @@ class Installation:
             return self.residual[max(0, layer - int(sees.partition(":")[2] or 0))]
         return x
 
-    def _decided(self, site: str, layer: int, x: Tensor) -> tuple[int, Tensor, SiteSelection, dict[int, Tensor]] | None:
-        decided = self.decided.get(site)
-        return decided if decided is not None and decided[0] == layer and decided[1] is x else None
+    def _holds(self, site: str, layer: int, x: Tensor) -> bool:
+        held = self.decided.get(site)
+        return held is not None and held.layer == layer and held.x is x
+
+    def _decision(self, site: str, layer: int, x: Tensor) -> Decided:
+        if not self._holds(site, layer, x):
+            selection = self.method.select(self.plan, site, layer, self._shaped(x), self.step)
+            self.decided[site] = Decided(layer, x, selection, {})
+        return self.decided[site]
 
     def _channels(self, site: str, layer: int, projection: str, x: Tensor) -> Tensor | None:
-        decided = self._decided(site, layer, x)
-        if decided is None:
-            selection = self.method.select(self.plan, site, layer, self._shaped(x), self.step)
-            decided = self.decided[site] = (layer, x, selection, {})
-        _, _, selection, applied = decided
-        own = selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
+        decided = self._decision(site, layer, x)
+        own, applied = own_selection(decided.selection, projection), decided.applied
         if own is None:
             return None
         if id(own) not in applied:
@@ -157,8 +167,8 @@ class Installation:
         return applied[id(own)]
 
     def _decide_once(self, site: str, layer: int, x: Tensor, sees: str) -> None:
-        if self._decided(site, layer, x) is None:
-            self.decided[site] = (layer, x, None, {})
+        if not self._holds(site, layer, x):
+            self.decided[site] = Decided(layer, x, None, {})
             self._decide_rows(site, layer, self._seen(sees, layer, x))
 
     def _decide_rows(self, site: str, layer: int, x: Tensor) -> None:
@@ -185,6 +195,11 @@ class Installation:
             self.view.ledger.rows(site, layer, keep, dense_gate=self.method.sites[site] == "gate")
         wide = keep if width == 1 else keep.repeat_interleave(width, dim=-1)
         return torch.where(wide, shaped, 0).view(x.shape)
+
+
+def own_selection(selection: SiteSelection, projection: str) -> Selection | None:
+    """The projection's part of what was decided at its site."""
+    return selection if selection is None or isinstance(selection, Selection) else selection.get(projection)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def _loses_more(study: Study, kind: str, unit: str, over: str) -> Evidence:
 
 
 def _share_lost(study: Study, cells: pd.Series, items: pd.Index) -> float:
-    """Accuracy lost over accuracy above chance, a mean over cells: a weaker model has less to lose."""
+    """Accuracy lost over accuracy above chance, both summed over cells: a weaker model has less to lose."""
     lost = able = 0.0
     for cell in cells:
         loss = study.loss(cell, "accuracy")

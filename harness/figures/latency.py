@@ -84,10 +84,9 @@ def nominal_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:
         heading, panels = select.panels(lines, select.POLICY)
         fig, axes = style.canvas(heading, len(panels), width=4.0, height=3.4)
         looks = style.looks(lines)
-        ideal: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
         x = np.linspace(0, min(0.95, float(lines["achieved_model"].max()) + 0.05), 60)
         for ax, (title, panel) in zip(axes, panels, strict=True):
-            ax.plot(x, 1 / (1 - x), **ideal, zorder=1)
+            ax.plot(x, 1 / (1 - x), **style.GUIDE, zorder=1)
             ax.axhline(1, color=style.DENSE, linewidth=1.2, zorder=1.5)
             for name, cells in select.methods(panel):
                 ax.errorbar(cells["achieved_model"], cells["speedup"], **looks[name])
@@ -97,7 +96,7 @@ def nominal_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:
         # At nine tenths the bytes left promise ten times: the measured ones would lie flat on the floor.
         axes[0].set_ylim(min(0.9, float(lines["speedup"].min()) - 0.05), max(2.0, 1.5 * float(lines["speedup"].max())))
         style.set_labels(axes, "achieved sparsity of the whole model", "measured speed-up, time per token")
-        style.legend(fig, looks, style.key("dense", color=style.DENSE), style.key("time = bytes left", **ideal))
+        style.legend(fig, looks, style.key("dense", color=style.DENSE), style.key("time = bytes left", **style.GUIDE))
         return style.marked(fig, df, limited)
 
 

@@ -57,10 +57,9 @@ def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
         heading, panels = select.panels(lines, select.POLICY)
         fig, axes = style.canvas(heading, len(panels), width=3.6, height=3.3)
         looks = style.looks(lines)
-        diagonal: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
         top = float(lines["fall"].max())
         for ax, (title, panel) in zip(axes, panels, strict=True):
-            ax.plot([0, top], [0, top], zorder=1, **diagonal)
+            ax.plot([0, top], [0, top], zorder=1, **style.GUIDE)
             ax.axvline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
             for name, cells in select.methods(panel):
                 error = style.Z95 * cells["stderr:change"].fillna(0)
@@ -70,7 +69,7 @@ def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
             style.set_title(ax, title)
         axes[0].set_ylim(bottom=0)
         style.set_labels(axes, "accuracy lost (points)", "answers changed (of 100)")
-        style.legend(fig, looks, style.key("dense", color=style.DENSE), style.key("all for the worse", **diagonal))
+        style.legend(fig, looks, style.key("dense", color=style.DENSE), style.key("all for the worse", **style.GUIDE))
         return style.marked(fig, df, limited)
 
 
@@ -90,15 +89,14 @@ def swiglu_against_relu(df: pd.DataFrame, limited: bool = False) -> Figure:
         paired = lines[lines["cell_id"].isin(sides["SwiGLU"] | sides["ReLU"])]
         _, panels = select.panels(paired, ["phase", "name"])
         fig, axes = style.canvas("", len(panels), width=2.9, height=2.6)
-        looks: dict[str, dict[str, Any]] = {}
+        looks: dict[tuple[str, str], dict[str, Any]] = {}
         for side, colour in (("SwiGLU", style.LOST), ("ReLU", style.WON)):
             models = sorted(set(lines["model"][lines["cell_id"].isin(sides[side])]))
-            for model, marker, dashes in zip(models, "osD^vPX*", 2 * style.LINES, strict=False):
-                looks[f"{side}: {model}"] = {"color": colour, "marker": marker, "linestyle": dashes}
+            for model, marker, dashes in zip(models, style.MARKERS, 2 * style.LINES, strict=False):
+                looks[side, model] = {"color": colour, "marker": marker, "linestyle": dashes}
         for ax, (_, panel) in zip(axes, panels, strict=True):
             ax.axhline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
-            for label, look in looks.items():
-                side, _, model = label.partition(": ")
+            for (side, model), look in looks.items():
                 own = panel[(panel["model"] == model) & panel["cell_id"].isin(sides[side])]
                 own = own.sort_values("achieved_mlp")
                 error = style.Z95 * own["stderr:change"].fillna(0)
@@ -108,7 +106,7 @@ def swiglu_against_relu(df: pd.DataFrame, limited: bool = False) -> Figure:
             phase = panel["phase"].iloc[0]
             style.set_title(ax, panel["name"].iloc[0] + (f", {select.PHASES[phase]}" if phase != "all" else ""))
         style.set_labels(axes, "achieved sparsity of the MLPs", "change in accuracy (points)")
-        style.legend(fig, looks)
+        style.legend(fig, {f"{side}: {model}": look for (side, model), look in looks.items()})
         return style.marked(fig, df, limited)
 
 

@@ -29,11 +29,10 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
         panels = [(title, panel, site) for title, panel in policies for site in sites]
         fig, axes = style.canvas(heading, len(panels), width=3.4, height=3.3, columns=4)
         looks = style.looks(lines)
-        diagonal: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
         values = lines[["sparsity_requested", *sites]].astype(float)
         top = min(1.0, values.to_numpy().max() + 0.08)
         for ax, (title, panel, site) in zip(axes, panels, strict=True):
-            ax.plot([0, top], [0, top], zorder=1, **diagonal)
+            ax.plot([0, top], [0, top], zorder=1, **style.GUIDE)
             for name, cells in select.methods(panel):
                 ax.errorbar(cells["sparsity_requested"], cells[site], **looks[name])
             for axis in (ax.xaxis, ax.yaxis):
@@ -42,7 +41,7 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
         low = min(0.0, values.to_numpy().min() - 0.03)  # a costly predictor may touch more than dense does
         axes[0].set(xlim=(0, top), ylim=(low, top))
         style.set_labels(axes, "requested sparsity", "achieved sparsity")
-        style.legend(fig, looks, style.key("achieved = requested", **diagonal))
+        style.legend(fig, looks, style.key("achieved = requested", **style.GUIDE))
         return style.marked(fig, df, limited)
 
 

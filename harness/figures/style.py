@@ -21,6 +21,7 @@ from harness.figures import select
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 DENSE, MUTED, FRONTIER = "#000000", "#666666", "#C4C4C4"
+GUIDE: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}  # what the points are judged by
 RUINED = 50.0  # times the least perplexity
 LOST, WON = "#D55E00", "#56B4E9"
 MARKERS = "osD^vPX*"
