@@ -1,0 +1,71 @@
+"""Numbers and names that must not move unawares: ids of the quickstart's cells, and what each method does to tiny models.
+
+`python -m tests.test_fingerprint` writes tests/fingerprint.json anew. Do that only for a change that is meant to alter
+numbers or ids, and say so in CHANGELOG.md under **numbers**.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from run import composed, expand
+from tests import tiny
+from tests.matrix import CASES
+from tests.test_methods import FAMILIES, LENGTH, logits, prepared
+
+FILE = Path(__file__).parent / "fingerprint.json"
+LEARNT = ("dejavu", "moefication", "kv_skip", "kv_recompute", "expert_prune")  # gradient steps differ between processors
+
+
+def quick_ids() -> list[str]:
+    """The ids of the quickstart's cells, in the order of its sweeps, with nothing left to the machine."""
+    from harness.cell import id_of
+    from harness.config import check
+
+    fixed = ["experiment=quickstart", "dtype=float32", "device=cpu"]
+    sweeps = composed(fixed)["sweeps"] or [[]]
+    combinations = [c for sweep in sweeps for c in expand([*fixed, *map(str, sweep)])]
+    return [id_of(check(composed([*c, "sweeps=null"]))) for c in combinations]
+
+
+def effect(name: str, family: str) -> dict[str, float | str] | None:
+    """What a method at 0.5 does to the logits of a tiny model in float64: their norm, and a hash of every bit."""
+    made = prepared(name, family)
+    if made is None:
+        return None
+    out = logits(*made, tiny.tokens(2, LENGTH))
+    return {"norm": out.norm().item(), "bits": hashlib.sha256(out.numpy().tobytes()).hexdigest()[:16]}
+
+
+def test_cell_ids_are_those_of_before():
+    assert quick_ids() == json.loads(FILE.read_text())["ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_does_what_it_did_before(name, family):
+    """Within rounding only: the bits in the file are those of one processor."""
+    before = json.loads(FILE.read_text())["effects"].get(f"{name}-{family}")
+    now = effect(name, family)
+    assert (before is None) == (now is None)
+    if now is not None:
+        tolerance = 2e-2 if name.startswith(LEARNT) else 1e-5
+        assert now["norm"] == pytest.approx(before["norm"], rel=tolerance)
+
+
+def main() -> None:
+    """Write the file."""
+    torch.manual_seed(0)
+    effects = {f"{name}-{family}": effect(name, family) for name in CASES for family in FAMILIES}
+    known = {key: value for key, value in effects.items() if value is not None}
+    FILE.write_text(json.dumps({"ids": quick_ids(), "effects": known}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
