@@ -44,7 +44,7 @@ figures: setup
 
 # One page with everything: results/report.html
 report: setup
-	$(BIN)/python -m harness.html_report
+	$(BIN)/python -m harness.report.html
 
 # The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims. `make archive` adds
 # the whole cells to results/study.
@@ -54,7 +54,7 @@ study: setup assets
 	$(BIN)/python -m harness.claims --limited
 
 archive: setup
-	$(BIN)/python -m harness.archive results $(wildcard results/study) --to results/study
+	$(BIN)/python -m harness.report.archive results $(wildcard results/study) --to results/study
 
 bench: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_kernels --out results/bench/cpu_kernels.json
@@ -77,7 +77,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 assets: setup
-	$(BIN)/python -m harness.assets
+	$(BIN)/python -m harness.data.prefetch
 
 clean:
 	rm -rf results/cells results/fits results/figures results/table.* results/wandb

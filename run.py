@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from harness.config import CONF, CellConfig, check, did_you_mean, options, whole
 from harness.errors import AssetError, ConfigError
+from harness.run.config import CONF, CellConfig, check, did_you_mean, options, whole
 
 if TYPE_CHECKING:
-    from harness.store import CellView
+    from harness.results.store import CellView
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
 CONSOLE = Console(stderr=True, highlight=False)
@@ -72,12 +72,12 @@ def run(overrides: list[str], multirun: bool) -> int:
         # One cell needs no list of sweeps, and resolving it takes longest.
         cells += [check(composed([*combination, "sweeps=null"])) for combination in combinations]
 
-    from harness.archive import held
-    from harness.cell import id_of, state_of
-    from harness.collect import collect
-    from harness.report import print_plan, print_summary, print_table
-    from harness.session import check_texts
-    from harness.store import Store, content_key
+    from harness.report.archive import held
+    from harness.report.terminal import print_plan, print_summary, print_table
+    from harness.results.collect import collect
+    from harness.results.store import Store, content_key
+    from harness.run.cell import id_of, state_of
+    from harness.run.session import check_texts
 
     known = held(base["archived"]) if base["archived"] else frozenset()
     if again := [cell for cell in cells if id_of(cell) in known]:
@@ -101,7 +101,7 @@ def run(overrides: list[str], multirun: bool) -> int:
         return 0
     group = base["logger"]["group"] or (f"sweep-{content_key(sorted(plan))[:8]}" if len(cells) > 1 else None)
     if base["workers"] > 1:
-        from harness.workers import run_cells
+        from harness.run.workers import run_cells
 
         run_cells(cells, store, base["logger"] | {"group": group}, base["workers"], base["retry"], CONSOLE)
     else:
@@ -140,11 +140,11 @@ def job(cfg: DictConfig) -> None:
     """One cell. A cell that fails is recorded and does not stop a sweep; a full disk or the like does."""
     if FATAL:
         return
-    from harness.archive import held
-    from harness.cell import id_of, run_cell
     from harness.errors import UnsupportedError
     from harness.progress import quiet_libraries
-    from harness.store import LockedError, Store
+    from harness.report.archive import held
+    from harness.results.store import LockedError, Store
+    from harness.run.cell import id_of, run_cell
 
     quiet_libraries()
     plain = to_plain(cfg)

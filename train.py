@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
-from harness.checkpoints import read_checkpoint, save_checkpoint
 from harness.errors import AssetError, ConfigError
 from harness.training.adapter import cut, merge
 from harness.training.card import write_card
+from harness.training.checkpoints import read_checkpoint, save_checkpoint
 from harness.training.data import Batches, prepare, read_tokens
 from harness.training.evaluate import evaluate
 from harness.training.experts import cached_cluster
@@ -77,7 +77,7 @@ def _model_dir(cfg: DictConfig) -> Path:
         if not (folder / "config.json").exists():
             raise ConfigError(f"model.path={folder} holds no config.json")
         return folder
-    from harness.assets import embedded_model_dir
+    from harness.data.assets import embedded_model_dir
 
     return embedded_model_dir()
 
@@ -161,7 +161,7 @@ def train(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    from harness.assets import model_fingerprint
+    from harness.data.assets import model_fingerprint
 
     record = {
         "name": recipe.name,
@@ -275,7 +275,7 @@ def tracker(cfg: DictConfig, recipe: Recipe) -> Iterator[Callable[[dict[str, flo
         return
     import wandb
 
-    from harness.tracking import PROJECT, logged_in
+    from harness.report.tracking import PROJECT, logged_in
 
     mode = "online" if logged_in(wandb.setup().settings.base_url) else "offline"
     facts = {"project": PROJECT, "group": "training", "config": asdict(recipe), "dir": cfg.folder}

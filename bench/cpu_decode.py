@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.assets import embedded_model_dir
-from harness.calibration import Calibration
-from harness.environment import environment
-from harness.families import view_of
+from harness.data.assets import embedded_model_dir
+from harness.data.text import calibration_text, evaluation_text, token_windows
+from harness.fitting.calibration import Calibration
+from harness.model.families import view_of
+from harness.model.step import Policy
 from harness.probes import latency
-from harness.step import Policy
-from harness.text import calibration_text, evaluation_text, token_windows
+from harness.results.environment import environment
 from methods.teal import Teal
 
 CONFIG = {"execution": "kernel", "batch": [1], "context": [128], "new_tokens": 17, "repeats": 8, "min_seconds": 3.0}

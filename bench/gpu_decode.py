@@ -32,9 +32,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import kernels.cuda as kc
-from harness.decode import DecodeLoop, fast_decode
-from harness.environment import environment
-from harness.families import View, view_of
+from harness.execution.fused_step import DecodeLoop, fast_decode
+from harness.model.families import view_of
+from harness.model.view import View
+from harness.results.environment import environment
 
 NEW_TOKENS = 32
 REPEATS = 5

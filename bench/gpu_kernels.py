@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.cuda as kc
-from harness.environment import environment
+from harness.results.environment import environment
 
 SHAPES = [(12288, 4096), (4096, 4096), (11008, 4096), (22016, 4096), (4096, 11008)]  # (outputs N, inputs K)
 ZEROS = (0, 25, 40, 50, 65, 80, 90)

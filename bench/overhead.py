@@ -20,16 +20,16 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.assets import embedded_model_dir
-from harness.attach import attached
-from harness.calibration import Calibration
-from harness.environment import environment
-from harness.families import view_of
-from harness.lm import HarnessLM
-from harness.session import pick_dtype
-from harness.step import Policy
-from harness.tasks import load_tasks, task_manager
-from harness.text import calibration_text, token_windows
+from harness.data.assets import embedded_model_dir
+from harness.data.tasks import load_tasks, task_manager
+from harness.data.text import calibration_text, token_windows
+from harness.execution.attach import attached
+from harness.fitting.calibration import Calibration
+from harness.model.families import view_of
+from harness.model.lm import HarnessLM
+from harness.model.step import Policy
+from harness.results.environment import environment
+from harness.run.session import pick_dtype
 from methods.teal import Teal
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
-from harness.patch import install
-from harness.selection import TopK, top_k_count
-from harness.step import Step
+from harness.execution.masked import install
+from harness.execution.method import Method, State
+from harness.model.selection import TopK, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 
 TARGETS = {"mlp": ("neurons",), "heads": ("heads",), "both": ("neurons", "heads")}
 
@@ -71,7 +72,7 @@ class Attribution(Method):
         if not self.sites:
             yield
             return
-        with install(view, self, plan):
+        with install(view, self.sites, partial(self.select, plan)):
             handle = view.model.register_forward_pre_hook(plan.score, with_kwargs=True)
             try:
                 yield

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.calibration import Calibration
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.fitting.quantiles import Quantiles
+from harness.model.selection import Thresholds
+from harness.model.step import Step
+from harness.model.view import View
 from harness.progress import track
-from harness.quantiles import Quantiles
-from harness.selection import Thresholds
-from harness.step import Step
 
 CANDIDATES = 32  # thresholds a layer whose CETT is measured; in between it is interpolated
 

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.calibration import Calibration
-from harness.contribution import Contributions
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.fitting.contribution import Contributions
+from harness.model.selection import Mask, Selection, TopK, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 from harness.progress import track
-from harness.selection import Mask, Selection, TopK, top_k_count
-from harness.step import Step
 from methods.predictors import train, unit_rms
 
 SITES = {"mlp": ("neurons",), "heads": ("heads",), "both": ("neurons", "heads")}

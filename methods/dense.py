@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.method import Method
+from harness.execution.method import Method
 
 
 @dataclass(frozen=True)

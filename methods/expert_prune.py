@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.calibration import Calibration
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
-from harness.selection import Mask, TopK, keep_mask, top_k_count
-from harness.step import Step
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.model.selection import Mask, TopK, keep_mask, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 from methods import experts
 from methods.moefication import split_layers
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.calibration import Calibration
-from harness.families import Block, View
-from harness.selection import TopK, keep_mask
+from harness.fitting.calibration import Calibration
+from harness.model.selection import TopK, keep_mask
+from harness.model.view import Block, View
 
 USED = 0.2  # share of a layer's experts that a token is said to use: those that hold most of its activation
 HEAVIEST = 2**20  # METIS takes whole edge weights; larger ones could overflow its sums

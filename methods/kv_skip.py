@@ -11,14 +11,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness import kv, kv_kernels
-from harness.calibration import Calibration
 from harness.errors import ConfigError
-from harness.families import View
-from harness.kv import Decide
-from harness.method import Method, State
-from harness.selection import TopK, keep_mask, top_k_count
-from harness.step import Step
+from harness.execution import kernel_heads as kv_kernels
+from harness.execution import masked_heads as kv
+from harness.execution.masked_heads import Decide
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.model.selection import TopK, keep_mask, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 from methods.dejavu import DejaVu
 
 SELECT = ("norm", "random", "serial", "lookahead")

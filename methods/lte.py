@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.calibration import Calibration
-from harness.checkpoints import Checkpoint, read_checkpoint
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
-from harness.selection import Mask
-from harness.step import Step
-from harness.store import content_key
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.model.selection import Mask
+from harness.model.step import Step
+from harness.model.view import View
+from harness.results.store import content_key
+from harness.training.checkpoints import Checkpoint, read_checkpoint
 
 CUT = 0.5  # an expert is kept where its score exceeds this (section 4.3)
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.calibration import Calibration
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.model.selection import Mask, TopK, keep_mask, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 from harness.progress import track
-from harness.selection import Mask, TopK, keep_mask, top_k_count
-from harness.step import Step
 from methods import experts
 
 SPLITS = ("kmeans", "coactivation")

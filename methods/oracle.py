@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from harness.calibration import Calibration
 from harness.errors import ConfigError
-from harness.families import View
-from harness.method import Method, State
-from harness.quantiles import Quantiles
-from harness.selection import PROJECTIONS, Selection, Thresholds, TopK, top_k_count
-from harness.step import Step
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.fitting.quantiles import Quantiles
+from harness.model.selection import PROJECTIONS, Selection, Thresholds, TopK, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 
 
 @dataclass(frozen=True)

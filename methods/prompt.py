@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from harness.selection import Mask
-from harness.step import Step
+from harness.model.selection import Mask
+from harness.model.step import Step
 
 
 class PromptMasks:

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.families import View
-from harness.method import Method, State
-from harness.selection import PROJECTIONS, Mask, top_k_count
-from harness.step import Step
+from harness.execution.method import Method, State
+from harness.model.selection import PROJECTIONS, Mask, top_k_count
+from harness.model.step import Step
+from harness.model.view import View
 
 PERIOD = 64  # patterns per projection; a token's position picks one, so rows of a batch and reruns agree
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from harness.families import View
+from harness.model.view import View
 from methods.swap import ActivationSwap
 
 

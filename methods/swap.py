@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.calibration import Calibration
-from harness.families import View
-from harness.method import Method, State
-from harness.quantiles import Quantiles
-from harness.selection import Thresholds
-from harness.step import Step
-from methods.activations import ACTIVATIONS, GateActivation
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.fitting.quantiles import Quantiles
+from harness.model.activations import ACTIVATIONS, GateActivation
+from harness.model.selection import Thresholds
+from harness.model.step import Step
+from harness.model.view import View
 
 ZEROS = Thresholds(0.0)  # drops exact zeros and nothing else
 

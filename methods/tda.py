@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.calibration import Calibration
-from harness.families import View
-from harness.method import Method, State
-from harness.quantiles import Quantiles
-from harness.selection import Mask
-from harness.step import Step
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.fitting.quantiles import Quantiles
+from harness.model.selection import Mask
+from harness.model.step import Step
+from harness.model.view import View
 from methods.prompt import PromptMasks
 
 

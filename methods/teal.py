@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.calibration import Calibration
 from harness.errors import ConfigError
-from harness.families import Block, View
-from harness.method import Method, State
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.fitting.quantiles import Quantiles
+from harness.model.selection import PROJECTIONS, Thresholds
+from harness.model.step import Policy, Step
+from harness.model.view import Block, View
 from harness.progress import track
-from harness.quantiles import Quantiles
-from harness.selection import PROJECTIONS, Thresholds
-from harness.step import Policy, Step
 
 HIGHEST = 0.9  # block sparsity at which the greedy path ends (section 4.2)
 

@@ -21,7 +21,7 @@ def _one_seed():
 @pytest.fixture(scope="session")
 def embedded_dir():
     """Folder of the embedded model."""
-    from harness.assets import embedded_model_dir
+    from harness.data.assets import embedded_model_dir
 
     return embedded_model_dir()
 

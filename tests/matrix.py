@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.calibration import Calibration
-from harness.families import View
-from harness.method import Method, State
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.model.view import View
 from methods.attribution import Attribution
 from methods.cats import Cats
 from methods.cett import Cett

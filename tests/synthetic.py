@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.collect import relate, twin_key
-from harness.rows import make_row, to_frame
-from harness.store import Store, cell_id
+from harness.results.collect import relate, twin_key
+from harness.results.rows import make_row, to_frame
+from harness.results.store import Store, cell_id
 
 TASKS = ("piqa", "arc_easy", "sciq", "lambada_openai", "copa", "hellaswag")
 LAYERS = 30

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.model.selection import PROJECTIONS
+from harness.model.step import Policy
 from harness.probes import sparsity
-from harness.rows import make_row
-from harness.selection import PROJECTIONS
-from harness.step import Policy
+from harness.results.rows import make_row
 from methods.cats import Cats
 from methods.cett import Cett
 from methods.griffin import Griffin

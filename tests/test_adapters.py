@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness import session
-from harness.config import CHECKPOINTS, CellConfig, check
 from harness.errors import ConfigError
+from harness.run import session
+from harness.run.config import CHECKPOINTS, CellConfig, check
 from run import composed
 
 SHIPPED = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))

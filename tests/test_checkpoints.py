@@ -9,7 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.checkpoints import (
+from harness.errors import ConfigError
+from harness.model.activations import ACTIVATIONS, GateActivation
+from harness.training.adapter import Adapter
+from harness.training.card import write_card
+from harness.training.checkpoints import (
     CHECKPOINTS,
     SHARD_BYTES,
     load_checkpoint,
@@ -18,11 +22,7 @@ from harness.checkpoints import (
     save_checkpoint,
     unpack,
 )
-from harness.errors import ConfigError
-from harness.training.adapter import Adapter
-from harness.training.card import write_card
 from harness.training.llama import LINEARS, Model, make_block, norm, rotary
-from methods.activations import ACTIVATIONS, GateActivation
 
 SHIPPED = sorted(path.parent for path in CHECKPOINTS.glob("*/adapter.json"))
 

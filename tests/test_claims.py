@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from harness import claims
-from harness.collect import relate
-from harness.rows import make_row, to_frame
-from harness.store import Store, cell_id
-from harness.study import SAMPLES, matched_models, options, read_samples, study_of
+from harness.claims.study import matched_models, options, study_of
+from harness.results.collect import relate
+from harness.results.rows import make_row, to_frame
+from harness.results.samples import SAMPLES, read_samples
+from harness.results.store import Store, cell_id
 from tests import synthetic
 
 WINDOWS, ITEMS, LAYERS = 12, 700, 12

@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from harness import archive
-from harness.collect import read_table
-from harness.store import CellView, Store
+from harness.report import archive
+from harness.results.collect import read_table
+from harness.results.store import CellView, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

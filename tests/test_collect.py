@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness import report
-from harness.collect import DERIVED, collect, headline, read_table, relate, twin_key
 from harness.errors import ConfigError
-from harness.rows import COLUMNS, make_row, to_frame
-from harness.store import SchemaError, Store, cell_id
+from harness.report import terminal as report
+from harness.results.collect import DERIVED, collect, headline, read_table, relate, twin_key
+from harness.results.rows import COLUMNS, make_row, to_frame
+from harness.results.store import SchemaError, Store, cell_id
 from tests import synthetic
 
 SMALL = {"methods": ("teal", "random"), "sparsities": (0.4,), "tasks": ("piqa", "copa")}

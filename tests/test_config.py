@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run
-from harness.cell import id_of, identity
-from harness.config import CONF, CellConfig, build_methods, check, did_you_mean, options
 from harness.errors import ConfigError
-from harness.method import Method
-from harness.store import VOLATILE
+from harness.execution.method import Method
+from harness.results.store import VOLATILE
+from harness.run.cell import id_of, identity
+from harness.run.config import CONF, CellConfig, build_methods, check, did_you_mean, options
 
 
 def cell(*overrides: str, multirun: bool = False) -> CellConfig:

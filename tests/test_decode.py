@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
-from harness.decode import DecodeLoop, decode_attention
-from harness.execute import own_gemv
-from harness.families import view_of
+from harness.execution.fused_step import DecodeLoop, decode_attention
+from harness.execution.kernel import own_gemv
+from harness.model.families import view_of
 
 
 def tiny(family):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness.calibration import Calibration
-from harness.families import view_of
+from harness.data.text import calibration_text, evaluation_text, token_windows
+from harness.fitting.calibration import Calibration
+from harness.model.families import view_of
+from harness.model.selection import PROJECTIONS
+from harness.model.step import Policy
 from harness.probes.quality import perplexity
 from harness.probes.sparsity import measure
-from harness.selection import PROJECTIONS
-from harness.session import pick_dtype
-from harness.step import Policy
-from harness.text import calibration_text, evaluation_text, token_windows
+from harness.run.session import pick_dtype
 from methods.dense import Dense
 from methods.oracle import Oracle
 from methods.random import Random

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import run
-from harness.cell import id_of
-from harness.config import CellConfig, check, options
+from harness.run.cell import id_of
+from harness.run.config import CellConfig, check, options
 
 SIZES = ("smoke", "cpu", "full")
 STUDY = ("babel", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "truncation", "universal")

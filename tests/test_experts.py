@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.attach import attached
 from harness.errors import ConfigError
+from harness.execution.attach import attached
+from harness.fitting.scratch import Scratch
+from harness.model.step import Policy
 from harness.probes import frequency
-from harness.rows import make_row
-from harness.scratch import Scratch
-from harness.step import Policy
+from harness.results.rows import make_row
 from methods import experts, moefication
 from methods.expert_prune import ExpertPrune, kept_experts
 from methods.experts import frequencies

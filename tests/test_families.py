@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from harness.claims.study import COUNTERPARTS
 from harness.errors import ConfigError, UnsupportedError
-from harness.families import ADAPTERS, view_of
-from harness.study import COUNTERPARTS
+from harness.model.families import ADAPTERS, view_of
 from tests import tiny
 
 MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in Path("conf/model").glob("*.yaml")}
@@ -120,7 +120,7 @@ def test_no_two_adapters_claim_one_model_type() -> None:
 
 def loaded(folder: Path) -> Any:
     """What the harness loads from a local folder."""
-    from harness import session
+    from harness.run import session
 
     model = {"name": "local", "source": "path", "path": str(folder), "repo": None, "revision": None}
     return session._load(json.dumps(model, sort_keys=True), "float32", "cpu")

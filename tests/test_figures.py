@@ -13,13 +13,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from harness import figures, published
-from harness.collect import headline, relate
+from harness import figures
+from harness.claims.study import sparsity_pairs
 from harness.errors import ConfigError
 from harness.figures import select, style
 from harness.figures.latency import frontier
-from harness.store import Store
-from harness.study import sparsity_pairs
+from harness.results import published
+from harness.results.collect import headline, relate
+from harness.results.store import Store
 from tests import synthetic, synthetic_study
 
 SPARSITIES = (0.25, 0.4, 0.5)

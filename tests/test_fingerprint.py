@@ -1,4 +1,4 @@
-"""Numbers and names that must not move unawares: ids of the quickstart's cells, and what each method does to tiny models.
+"""Numbers and names that must not move unawares: the quickstart's ids, and what each method does.
 
 `python -m tests.test_fingerprint` writes tests/fingerprint.json anew. Do that only for a change that is meant to alter
 numbers or ids, and say so in CHANGELOG.md under **numbers**.
@@ -20,13 +20,19 @@ from tests.matrix import CASES
 from tests.test_methods import FAMILIES, LENGTH, logits, prepared
 
 FILE = Path(__file__).parent / "fingerprint.json"
-LEARNT = ("dejavu", "moefication", "kv_skip", "kv_recompute", "expert_prune")  # gradient steps differ between processors
+LEARNT = (
+    "dejavu",
+    "moefication",
+    "kv_skip",
+    "kv_recompute",
+    "expert_prune",
+)  # by gradient steps, which differ by processor
 
 
 def quick_ids() -> list[str]:
     """The ids of the quickstart's cells, in the order of its sweeps, with nothing left to the machine."""
-    from harness.cell import id_of
-    from harness.config import check
+    from harness.run.cell import id_of
+    from harness.run.config import check
 
     fixed = ["experiment=quickstart", "dtype=float32", "device=cpu"]
     sweeps = composed(fixed)["sweeps"] or [[]]

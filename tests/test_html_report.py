@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import claims, figures, html_report, published
-from harness.store import Store
+from harness import claims, figures
+from harness.report import html as html_report
+from harness.results import published
+from harness.results.store import Store
 from tests import synthetic, synthetic_study
 
 VOID = {"meta", "link", "img", "input", "br"}

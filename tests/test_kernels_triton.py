@@ -442,7 +442,7 @@ class TestFusedDecode:
     def view(self):
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from harness.families import view_of
+        from harness.model.families import view_of
 
         config = LlamaConfig(
             vocab_size=32,
@@ -462,7 +462,7 @@ class TestFusedDecode:
     def logits(self, view, loop=False):
         from transformers import StaticCache
 
-        from harness.decode import DecodeLoop
+        from harness.execution.fused_step import DecodeLoop
 
         cache = StaticCache(config=view.model.config, max_cache_len=9 + self.TOKENS)
         prompt = torch.arange(9)[None]
@@ -483,7 +483,7 @@ class TestFusedDecode:
     @interpreted
     @pytest.mark.parametrize("linear", ["columns", "rows", "library"])
     def test_equals_the_module_and_leaves_it_as_it_was(self, view, linear):
-        from harness.decode import fast_decode
+        from harness.execution.fused_step import fast_decode
 
         want = self.logits(view)
         with fast_decode(view, linear):
@@ -493,7 +493,7 @@ class TestFusedDecode:
 
     @interpreted
     def test_thresholds_drop_what_masked_execution_drops(self, view):
-        from harness.decode import fast_decode
+        from harness.execution.fused_step import fast_decode
 
         limits = {(name, 0): 0.3 for name in ("q", "v", "gate", "up", "down")} | {("o", 1): torch.rand(32) * 0.1}
 
@@ -522,8 +522,8 @@ class TestFusedDecode:
 
     @interpreted
     def test_other_families_are_refused(self, view):
-        from harness.decode import fast_decode
         from harness.errors import UnsupportedError
+        from harness.execution.fused_step import fast_decode
 
         view.family = "opt"
         with pytest.raises(UnsupportedError, match="opt"), fast_decode(view):

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import kernels
-from harness.attach import attached
 from harness.errors import ConfigError
-from harness.execute import check_kernels, kernel_execution
-from harness.families import View
+from harness.execution.attach import attached
+from harness.execution.kernel import check_kernels, kernel_execution
+from harness.model.step import Policy
+from harness.model.view import View
 from harness.probes.sparsity import measure
-from harness.step import Policy
 from methods.kv_skip import KvSkip, head_energy
 from methods.teal import Teal
 from tests import tiny
@@ -88,7 +88,7 @@ def test_recompute_equals_mask_output(family, select, unit):
 
 def test_recompute_really_rebuilds(monkeypatch):
     """With the rebuilt states spoilt the result changes: absent entries are not read from the cache."""
-    from harness import kv
+    from harness.execution import masked_heads as kv
 
     view = view_of("llama")
     fitted = method_and_state(view, kv="recompute", select_by="random")
@@ -318,7 +318,7 @@ def test_kernels_step_as_masks_do(family, options, padding, monkeypatch):
 def test_kernels_equal_masks_on_a_gpu(options, unit):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from harness.families import view_of as seen_as
+    from harness.model.families import view_of as seen_as
 
     torch.manual_seed(0)
     config = LlamaConfig(

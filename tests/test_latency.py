@@ -12,15 +12,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels
-from harness.attach import attached
-from harness.calibration import Calibration
 from harness.claims.hardware import batch_slows
-from harness.collect import headline, relate
-from harness.execute import own_gemv
-from harness.families import view_of
+from harness.execution.attach import attached
+from harness.execution.kernel import own_gemv
+from harness.fitting.calibration import Calibration
+from harness.model.families import view_of
+from harness.model.step import Policy
 from harness.probes import latency
-from harness.rows import make_row, to_frame
-from harness.step import Policy
+from harness.results.collect import headline, relate
+from harness.results.rows import make_row, to_frame
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip

@@ -13,13 +13,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from harness.attach import attached
-from harness.families import view_of
-from harness.lm import HarnessLM
-from harness.method import Method
-from harness.selection import TopK, top_k_count
-from harness.step import Policy
-from harness.tasks import load_tasks, task_manager
+from harness.data.tasks import load_tasks, task_manager
+from harness.execution.attach import attached
+from harness.execution.method import Method
+from harness.model.families import view_of
+from harness.model.lm import HarnessLM
+from harness.model.selection import TopK, top_k_count
+from harness.model.step import Policy
 
 TASKS = ["piqa", "arc_easy", "sciq", "lambada_openai"]
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.attach import attached
-from harness.ledger import count_nonzero
-from harness.patch import install
-from harness.quantiles import Quantiles
-from harness.selection import Mask, Thresholds, TopK, apply, keep_mask, top_k_count
-from harness.step import Policy
+from harness.execution.attach import attached
+from harness.execution.ledger import count_nonzero
+from harness.execution.masked import install
+from harness.fitting.quantiles import Quantiles
+from harness.model.selection import Mask, Thresholds, TopK, apply, keep_mask, top_k_count
+from harness.model.step import Policy
 from methods.random import Random
 from methods.teal import Teal, levels_at, shares
 from tests import tiny
@@ -174,11 +174,11 @@ def test_hooks_are_gone_even_after_a_failure_inside_select():
 def test_installing_the_same_selection_twice_changes_nothing_more():
     view = tiny.view("llama")
     method, ids = Random(0.5), tiny.tokens(1, 8)
-    plan = method.plan(view, {})
+    decide = method.decider(view, {})
     with torch.no_grad(), view.tracker.tracking(Policy()):
-        with install(view, method, plan):
+        with install(view, method.sites, decide):
             once = view.model(ids).logits
-            with install(view, method, plan):
+            with install(view, method.sites, decide):
                 assert torch.equal(view.model(ids).logits, once)
 
 
@@ -191,7 +191,7 @@ def test_greedy_levels_reach_the_block_sparsity_exactly():
 
 
 def test_greedy_beats_uniform_in_block_error():
-    from harness.selection import PROJECTIONS
+    from harness.model.selection import PROJECTIONS
     from methods.teal import block_calls, block_error, block_output, threshold
 
     view = tiny.view("llama")

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load, save
 
 import kernels
-from harness.attach import attached, overhead
-from harness.execute import KernelMismatchError, check_kernels, has_kernels, kernel_execution
-from harness.ledger import Ledger
+from harness.execution.attach import attached, overhead
+from harness.execution.kernel import KernelMismatchError, check_kernels, has_kernels, kernel_execution
+from harness.execution.ledger import Ledger
+from harness.model.step import Policy
 from harness.probes.sparsity import measure
-from harness.step import Policy
 from tests import tiny
 from tests.matrix import CASES
 

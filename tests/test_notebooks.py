@@ -10,8 +10,8 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from harness import archive
-from harness.store import Store
+from harness.report import archive
+from harness.results.store import Store
 from tests import synthetic_study
 
 FOLDER = Path(__file__).parent.parent / "notebooks"

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import methods.dejavu
-from harness.attach import attached
-from harness.checkpoints import read_checkpoint, save_checkpoint
-from harness.contribution import Contributions
 from harness.errors import ConfigError
-from harness.ledger import Ledger
+from harness.execution.attach import attached
+from harness.execution.ledger import Ledger
+from harness.fitting.contribution import Contributions
+from harness.fitting.scratch import Scratch
+from harness.model.selection import keep_mask
+from harness.model.step import Policy
 from harness.probes.predictivity import auc, measure
-from harness.scratch import Scratch
-from harness.selection import keep_mask
-from harness.step import Policy
-from harness.store import content_key
+from harness.results.store import content_key
+from harness.training.checkpoints import read_checkpoint, save_checkpoint
 from methods.dejavu import DejaVu
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
@@ -316,7 +316,7 @@ class Loaded:
 def lte(tmp_path) -> Loaded:
     view = tiny.view("llama")
     method = Lte(0.5, checkpoint=str(router_folder(tmp_path, view)))
-    record = read_checkpoint(tmp_path).record  # the fingerprint that harness.session gives a student
+    record = read_checkpoint(tmp_path).record  # the fingerprint that harness.run.session gives a student
     view.fingerprint = content_key({"base": "tiny-base", "adapter": record["sha256"]})
     return Loaded(view, method, method.fit(view, tiny.calibration(view)))
 

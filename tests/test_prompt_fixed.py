@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.attach import attached
-from harness.patch import Installation
-from harness.step import Policy
+from harness.execution.attach import attached
+from harness.execution.masked import Installation
+from harness.model.step import Policy
 from methods.griffin import Griffin, flocking
 from methods.tda import Tda, prompt_norms
 from tests import tiny
@@ -147,7 +147,7 @@ def test_scoring_tasks_are_not_scored_dense(name, tokenizer):
     """Log-likelihood requests as lm-eval makes them: other numbers than dense, the same in a batch as alone."""
     from lm_eval.api.instance import Instance
 
-    from harness.lm import HarnessLM
+    from harness.model.lm import HarnessLM
 
     view = tiny.view("llama", vocabulary=len(tokenizer))
     method, state = fitted(name, view)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from harness import published
 from harness.errors import ConfigError
-from harness.rows import REQUIRED, make_row, to_frame
+from harness.results import published
+from harness.results.rows import REQUIRED, make_row, to_frame
 from tests import synthetic
 
 

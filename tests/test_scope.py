@@ -10,11 +10,11 @@ import pytest
 from torch import Tensor
 
 from harness.errors import UnsupportedError
-from harness.method import Method
+from harness.execution.method import Method
+from harness.model.selection import TopK, top_k_count
+from harness.model.step import Policy
 from harness.probes.sparsity import measure
-from harness.scope import coverage, to_native, unsolvable
-from harness.selection import TopK, top_k_count
-from harness.step import Policy
+from harness.run.scope import coverage, to_native, unsolvable
 from methods.cett import Cett
 from methods.kv_skip import KvSkip
 from methods.relu import Relu

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import run
-from harness import search
-from harness.cell import id_of
-from harness.collect import read_table
-from harness.config import CellConfig, check
 from harness.errors import ConfigError
-from harness.store import Store
+from harness.probes import goals as search
+from harness.results.collect import read_table
+from harness.results.store import Store
+from harness.run.cell import id_of
+from harness.run.config import CellConfig, check
 
 BOUNDS = {"low": 0.0, "high": 1.0, "tolerance": 1e-4}
 

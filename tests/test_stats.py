@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harness.stats import flips, holm, mcnemar, paired_bootstrap, standard_error, wilson
+from harness.results.stats import flips, holm, mcnemar, paired_bootstrap, standard_error, wilson
 
 BITS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness.families import View, view_of
-from harness.lm import HarnessLM
+from harness.model.families import view_of
+from harness.model.lm import HarnessLM
+from harness.model.step import Policy
+from harness.model.view import View
 from harness.probes import affinity, predictivity, sparsity
-from harness.step import Policy
 from methods.dejavu import DejaVu
 from tests import tiny
 

@@ -18,10 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import store as store_module
 from harness.errors import ConfigError, UnsupportedError
-from harness.rows import COLUMNS
-from harness.store import LockedError, SchemaError, Store, cell_id, content_key
+from harness.results import store as store_module
+from harness.results.rows import COLUMNS
+from harness.results.store import LockedError, SchemaError, Store, cell_id, content_key
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model": {"name": "tiny"}, "method": {"name": "teal"}, "sparsity": 0.4, "seed": 0}
@@ -276,7 +276,7 @@ def test_one_of_many_claimants_wins(store: Store) -> None:
 
 WRITER = """
 import sys, numpy as np, pandas as pd, torch
-from harness.store import Store
+from harness.results.store import Store
 samples = pd.DataFrame({"x": np.arange(200_000)})
 row = {"metric": "acc", "value": 0.5, "n": 10, "unit": "share"}
 with Store(sys.argv[1]).claim("c", {}, {}) as cell:
@@ -307,7 +307,7 @@ def test_sigkill_at_any_moment_leaves_whole_probes(store: Store) -> None:
 
 
 def test_the_environment_is_known_even_without_git_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.environment import environment
+    from harness.results.environment import environment
 
     full = environment.__wrapped__()
     assert full["packages"]["torch"] and full["cpu"] and full["cores"] >= 1

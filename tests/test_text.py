@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import text
+from harness.data import text
 from harness.errors import ConfigError
 
 

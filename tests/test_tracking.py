@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness.rows import COLUMNS
-from harness.tracking import NullTracker, headline_numbers, logged_in, track
+from harness.report.tracking import NullTracker, headline_numbers, logged_in, track
+from harness.results.rows import COLUMNS
 from tests import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def test_trouble_with_wandb_is_a_warning_and_not_a_failed_cell(tmp_path: Path, m
 
 def test_logger_none_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
     program = (
-        "import sys; from harness.tracking import track\n"
+        "import sys; from harness.report.tracking import track\n"
         f"with track('c', {{}}, root={str(tmp_path)!r}, logger='none') as tracker: tracker.log(None)\n"
         "assert 'wandb' not in sys.modules"
     )

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 import run
-from harness import workers
-from harness.cell import id_of
-from harness.config import CellConfig, check
-from harness.store import Store
+from harness.results.store import Store
+from harness.run import workers
+from harness.run.cell import id_of
+from harness.run.config import CellConfig, check
 
 
 def cells(*overrides: str) -> list[CellConfig]:

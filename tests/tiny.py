@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
-from harness.calibration import Calibration
-from harness.families import View, view_of
+from harness.fitting.calibration import Calibration
+from harness.model.families import view_of
+from harness.model.view import View
 
 VOCABULARY = 256
 

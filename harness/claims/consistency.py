@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from harness import stats
 from harness.claims.evidence import ALPHA, ENOUGH, Evidence
-from harness.study import POLICY, MissingEvidence, Study, numbers
+from harness.claims.study import POLICY, MissingEvidence, Study, numbers
+from harness.results import stats
 
 MATERIAL_FLIPS = 0.02  # share of changed answers that makes outputs inconsistent
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import stats
-from harness.study import Study
+from harness.claims.study import Study
+from harness.results import stats
 
 ALPHA = 0.05  # of the family of claims, by Holm
 ENOUGH = 5  # items; fewer say nothing

@@ -6,8 +6,8 @@ import pandas as pd
 
 from harness.claims.evidence import Evidence
 from harness.claims.length import PROMPT_FIXED
-from harness.collect import TIME_RATIO
-from harness.study import MissingEvidence, Study, need, numbers, rows_by_layer, used
+from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used
+from harness.results.collect import TIME_RATIO
 
 LEFT = 0.5  # share of a token's sparsity that a batch must leave, or it needs many more neurons
 

@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from harness import stats
 from harness.claims.consistency import inconsistent_first
 from harness.claims.evidence import ALPHA, ENOUGH, Claim
 from harness.claims.hardware import activations_are_inert, batch_slows, batch_unites, nominal_exceeds_measured
@@ -32,9 +31,10 @@ from harness.claims.relu import (
     swiglu_loses_more_accuracy,
     swiglu_loses_more_text,
 )
+from harness.claims.study import MissingEvidence, Study, study_of
 from harness.errors import ConfigError
-from harness.results import find
-from harness.study import MissingEvidence, Study, study_of
+from harness.results import stats
+from harness.results.find import find
 
 CLAIMS = (
     Claim(
@@ -89,7 +89,7 @@ COLUMNS = {
 
 
 def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> pd.DataFrame:
-    """One line a claim, with `COLUMNS`. table: of `harness.collect.collect`. samples: of `read_samples`.
+    """One line a claim, with `COLUMNS`. table: of `harness.results.collect.collect`. samples: of `read_samples`.
 
     Effects come with a 95 % bootstrap interval over items, paired but where `Evidence.able` says otherwise, and p is
     corrected by Holm over the claims that could be tested. Models and methods are fixed, not sampled: an interval says

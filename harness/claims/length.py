@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.study import (
+from harness.claims.study import (
     POLICY,
     MissingEvidence,
     Study,

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.study import (
+from harness.claims.study import (
     POLICY,
     Study,
     by_option,

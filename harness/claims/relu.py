@@ -5,8 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.collect import ACHIEVED
-from harness.study import (
+from harness.claims.study import (
     EQUAL_SPARSITY,
     MissingEvidence,
     Study,
@@ -19,6 +18,7 @@ from harness.study import (
     slopes,
     used,
 )
+from harness.results.collect import ACHIEVED
 
 CETT = "cett=0.2"  # the study's error budget
 TWO_MODELS = "cells of one method on a SwiGLU model and on its ReLU counterpart, equally sparse in the MLPs"

@@ -13,8 +13,6 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness import published
-from harness.collect import relate
 from harness.errors import ConfigError
 from harness.figures.cache import kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
@@ -38,8 +36,10 @@ from harness.figures.sparsity import (
     thresholds_by_layer,
 )
 from harness.figures.style import STYLE
-from harness.results import Results, find, stored
-from harness.store import place_errors, write_atomic
+from harness.files import place_errors, write_atomic
+from harness.results import published
+from harness.results.collect import relate
+from harness.results.find import Results, find, stored
 
 # Every figure of the project: name of its files -> how it is drawn from the table.
 FIGURES: dict[str, Callable[..., Figure]] = {

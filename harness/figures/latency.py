@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.collect import MILLISECONDS, SKIPPING, TIME_PER_TOKEN, headline
 from harness.figures import select, style
+from harness.results.collect import MILLISECONDS, SKIPPING, TIME_PER_TOKEN, headline
 
 
 def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) -> Figure:

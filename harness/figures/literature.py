@@ -8,15 +8,15 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness import published
 from harness.figures import select, style
-from harness.rows import COLUMNS
+from harness.results import published
+from harness.results.rows import COLUMNS
 
 
 def published_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:
     """Each published figure beside the measured one, a panel for each metric; equal on the diagonal.
 
-    The table's published rows are compared by `harness.published.compare`: absolutely where model and
+    The table's published rows are compared by `harness.results.published.compare`: absolutely where model and
     conditions are the same, by the ratio to dense or only by order where they are not. Figures that can't be
     compared are not drawn. Limited runs are never compared.
     """

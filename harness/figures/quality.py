@@ -10,9 +10,9 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.collect import ACHIEVED, PERPLEXITY
+from harness.claims.study import BASELINES, sparsity_pairs
 from harness.figures import select, style
-from harness.study import BASELINES, sparsity_pairs
+from harness.results.collect import ACHIEVED, PERPLEXITY
 
 # What decides in a method whose variant does not say so.
 DEFAULT_PREDICTORS = {"dejavu": "serial", "moefication": "mlp"}

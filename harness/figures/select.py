@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from harness.collect import ACCURACIES, headline
 from harness.errors import ConfigError
+from harness.results.collect import ACCURACIES, headline
 
 # What a quality figure can show: its axis label, and whether more is better.
 QUALITIES = {

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.collect import ACHIEVED
 from harness.figures import select, style
-from harness.selection import Projection, Site
+from harness.model.selection import Projection, Site
+from harness.results.collect import ACHIEVED
 
 FEW = 8  # maps of one method each; more methods share a map
 NOTHING = 1e-6  # a magnitude; below it lie only quantiles between exact zeros and the least of the others

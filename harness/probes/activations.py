@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.attach import Fitted, attached
-from harness.families import View
-from harness.ledger import PHASES
-from harness.quantiles import Quantiles
-from harness.selection import PROJECTIONS, Thresholds
-from harness.step import Policy, Step
+from harness.execution.attach import Fitted, attached
+from harness.execution.ledger import PHASES
+from harness.fitting.quantiles import Quantiles
+from harness.model.selection import PROJECTIONS, Thresholds
+from harness.model.step import Policy, Step
+from harness.model.view import View
 
 Row = dict[str, Any]
 # Shares of the entries that lie below; as fine as a histogram needs, and finer where the tail is.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.attach import Fitted, attached
-from harness.families import View
-from harness.step import Policy
+from harness.execution.attach import Fitted, attached
+from harness.model.step import Policy
+from harness.model.view import View
 
 Row = dict[str, Any]
 SPANS = (1, 2, 4, 8, 16, 32)  # earlier tokens for reuse; batch sizes and decoded tokens for unions

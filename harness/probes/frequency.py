@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.attach import Fitted, attached
-from harness.families import View
-from harness.step import Policy
+from harness.execution.attach import Fitted, attached
+from harness.model.step import Policy
+from harness.model.view import View
 
 Row = dict[str, Any]
 

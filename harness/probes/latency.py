@@ -33,14 +33,15 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 import kernels
-from harness.attach import Fitted, attached
-from harness.decode import DecodeLoop, Linear, ThresholdOf, fast_decode, unfit
-from harness.execute import Check, check_kernels, has_kernels, kernel_execution, own_gemv, sliced
-from harness.families import View, view_of
-from harness.method import Method
+from harness.execution.attach import Fitted, attached
+from harness.execution.fused_step import DecodeLoop, Linear, ThresholdOf, fast_decode, unfit
+from harness.execution.kernel import Check, check_kernels, has_kernels, kernel_execution, own_gemv, sliced
+from harness.execution.method import Method
+from harness.model.families import view_of
+from harness.model.selection import PROJECTIONS, Thresholds
+from harness.model.step import Policy, Step
+from harness.model.view import View
 from harness.probes.sparsity import measure as sparsity_rows
-from harness.selection import PROJECTIONS, Thresholds
-from harness.step import Policy, Step
 
 Row = dict[str, Any]
 NO_BATCH = "no kernel above batch 1 on this machine"

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.attach import Fitted, attached
-from harness.contribution import Contributions
-from harness.families import View
-from harness.method import Method
-from harness.patch import install
-from harness.selection import SiteSelection, keep_mask, top_k_count
-from harness.step import Policy, Step
+from harness.execution.attach import Fitted, attached
+from harness.execution.masked import Decide, install
+from harness.execution.method import Method
+from harness.fitting.contribution import Contributions
+from harness.model.selection import keep_mask, top_k_count
+from harness.model.step import Policy, Step
+from harness.model.view import View
 
 Row = dict[str, Any]
 SITES = ("neurons", "heads")
@@ -47,7 +46,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
 
 def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, sites: list[str]) -> Iterator[Row]:
     true = Contributions(view)
-    watcher = Watcher(inner=method, seen={})
+    seen: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
     tallies = {(site, layer): Tally() for site in sites for layer in range(view.n_layers)}
 
     def judge(site: str, layer: int, x: Tensor) -> None:
@@ -55,19 +54,20 @@ def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, 
         assert step is not None
         x = x.view(*step.valid.shape, -1)
         counted = step.valid if step.sparse is None else step.valid & step.sparse
-        keep, score = watcher.seen.pop((site, layer))
+        keep, score = seen.pop((site, layer))
         contribution = true.of(site, layer, x)
         keep = keep.expand(contribution.shape)[counted]
         contribution = contribution[counted]
         k = top_k_count(contribution.shape[-1], method.sparsity)
         tallies[site, layer].add(contribution, keep, None if score is None else score[counted].float(), k)
 
-    with install(view, watcher, plan):
+    watched = {site: method.sites[site] for site in sites}
+    with install(view, watched, watching(method, plan, seen)):
         handles = []
         for layer, block in enumerate(view.blocks):
             for site, module in (("neurons", block.down), ("heads", block.o)):
                 if site in sites:
-                    # after the watcher's own hooks, so that oracles have decided
+                    # after the watching hooks, so that oracles have decided
                     handles.append(
                         module.register_forward_pre_hook(
                             lambda _m, args, site=site, layer=layer: judge(site, layer, args[0])
@@ -94,32 +94,20 @@ def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, 
             yield _row(metric, mean, layers[0].tokens, site, None, policy)
 
 
-@dataclass(frozen=True)
-class Watcher(Method):
-    """Sees what `inner` sees and notes what it would keep, and drops nothing.
+def watching(method: Method, plan: Any, seen: dict[tuple[str, int], tuple[Tensor, Tensor | None]]) -> Decide:
+    """Decides nothing, and notes in `seen` what `method` would keep.
 
     seen: (site, layer) -> (keep bool, broadcastable to [batch, tokens, n]; score [batch, tokens, n] or None).
     """
+    score = getattr(method, "score", None)
 
-    inner: Method = None  # type: ignore[assignment]
-    seen: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = None  # type: ignore[assignment]
-
-    name: ClassVar[str] = "watcher"
-    paper: ClassVar[str] = "-"
-
-    @property
-    def sites(self) -> Mapping[str, str]:
-        """The neurons and heads of the method inside."""
-        return {site: sees for site, sees in self.inner.sites.items() if site in SITES}
-
-    def select(self, plan: Any, site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
-        """Nothing is dropped. x: what the method inside is shown."""
-        selection = self.inner.select(plan, site, layer, x, step)
+    def decide(site: str, layer: int, x: Tensor, step: Step) -> None:
+        selection = method.select(plan, site, layer, x, step)
         assert not isinstance(selection, Mapping)
         keep = torch.ones((), dtype=torch.bool, device=x.device) if selection is None else keep_mask(selection, x)
-        score = getattr(self.inner, "score", None)
-        self.seen[site, layer] = (keep, None if score is None else score(plan, site, layer, x))
-        return None
+        seen[site, layer] = (keep, None if score is None else score(plan, site, layer, x))
+
+    return decide
 
 
 class Tally:

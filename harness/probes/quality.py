@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import stats, tasks
-from harness.attach import Fitted, attached, overhead
-from harness.families import View
-from harness.lm import HarnessLM
+from harness.data import tasks
+from harness.execution.attach import Fitted, attached, overhead
+from harness.model.lm import HarnessLM
+from harness.model.step import Policy
+from harness.model.view import View
 from harness.probes.sparsity import rows_of
 from harness.progress import track
-from harness.step import Policy
+from harness.results import stats
 
 Row = dict[str, Any]
 WHOLE = 1000  # items from which on a task is no smoke run, if it has that many
@@ -133,7 +134,7 @@ def task(
     """
     from lm_eval import evaluator
 
-    # These ask git and pip about the machine: seconds a task and git's complaints; harness.environment has it already.
+    # These ask git and pip about the machine: seconds a task, and `environment` has it already.
     evaluator.add_env_info = evaluator.get_git_commit_hash = lambda *_: None
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it forks a process a core for a thousand resamples
     said = io.StringIO()  # it prints what it bootstraps

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from harness.attach import Fitted
-from harness.collect import ACCURACIES
 from harness.errors import ConfigError
-from harness.families import View
-from harness.lm import HarnessLM
+from harness.execution.attach import Fitted
+from harness.model.lm import HarnessLM
+from harness.model.step import Policy
+from harness.model.view import View
 from harness.probes import quality, sparsity
-from harness.search import Goal, highest
-from harness.step import Policy
+from harness.probes.goals import Goal, highest
+from harness.results.collect import ACCURACIES
 
 Row = dict[str, Any]
 VALUES = {"perplexity": "trial_perplexity", "average": "trial_average"}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.attach import Fitted, attached, overhead
-from harness.families import View
-from harness.ledger import ATTENTION, PHASES, Ledger
+from harness.execution.attach import Fitted, attached, overhead
+from harness.execution.ledger import ATTENTION, PHASES, Ledger
+from harness.model.step import Policy
+from harness.model.view import View
 from harness.probes import activations
-from harness.step import Policy
 
 Row = dict[str, Any]
 MLP = ("gate", "up", "down")

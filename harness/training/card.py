@@ -15,7 +15,7 @@ def write_card(record: dict[str, Any]) -> str:
         "",
         f"{_rank(recipe)} over the embedded SmolLM2-135M-Instruct (base fingerprint "
         f"`{record['base'][:16]}`), int8 factors, merged on load: `model=smollm2-135m-{record['name']}` or "
-        f'`harness.checkpoints.load_checkpoint("{record["name"]}", model)`.',
+        f'`harness.training.checkpoints.load_checkpoint("{record["name"]}", model)`.',
         "",
         "## Figures",
         f"All from `python train.py train={record['name']} do=[evaluate]` on the shipped (int8) factors, "

@@ -15,7 +15,7 @@ SCORED_WINDOW = 512  # tokens; the same windows as the perplexity probe's defaul
 
 def training_text() -> str:
     """Real passages that no task and no perplexity window scores, from all of the pinned sources."""
-    from harness.text import CALIBRATION_TEXTS, calibration_text
+    from harness.data.text import CALIBRATION_TEXTS, calibration_text
 
     return "\n\n".join(calibration_text(name) for name in CALIBRATION_TEXTS)
 
@@ -26,7 +26,7 @@ def prepare(model_dir: Path, folder: Path) -> None:
         return
     from transformers import AutoTokenizer
 
-    from harness.text import evaluation_text, token_windows
+    from harness.data.text import evaluation_text, token_windows
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     folder.mkdir(parents=True, exist_ok=True)

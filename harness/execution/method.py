@@ -1,0 +1,159 @@
+"""The method contract: what is skipped, and nothing about how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from harness.execution.masked import Decide, install
+from harness.fitting.calibration import Calibration
+from harness.model.selection import PROJECTIONS, SiteSelection
+from harness.model.step import Step
+from harness.model.view import View
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A dynamic-activation scheme. Fields are its hyper-parameters and its Hydra config.
+
+    Most methods declare `sites` and fill in `select`; those that learn something from text fill in `fit`; those that
+    turn what they learnt into something else for a given sparsity fill in `plan`.
+
+    Class facts:
+        name: what the user types. paper: where it is from. version: raised when its numbers change.
+        sites: site -> what `select` is shown there. Channel sites always see the input of their projections. `neurons`
+            and `heads` see "input" (the sublayer's input), "residual:N" (the residual stream N blocks earlier, 0 = at
+            this block), "gate" (the activated gate, neurons only) or "output" (the product before down, or the heads'
+            outputs before o: oracles) or "prompt" (neurons only: the product before down while the pass holds prompt
+            tokens, for statistics; else the sublayer's input, so that dropped rows need no computing).
+        needs: "nothing", "calibration" or "training".
+        phases: phase policies in which the method means something, the default first.
+        batch_coupled: whether rows of a batch influence each other.
+        families: families it is defined for (empty = all).
+        fit_fields: fields that change what `fit` returns. Keep `sparsity` out wherever the maths allows.
+    """
+
+    sparsity: float = 0.0
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1
+    needs: ClassVar[str] = "nothing"
+    phases: ClassVar[tuple[str, ...]] = ("all", "decode")
+    batch_coupled: ClassVar[bool] = False
+    families: ClassVar[tuple[str, ...]] = ()
+    fit_fields: ClassVar[tuple[str, ...]] = ()
+    swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        """Site -> what `select` sees there."""
+        return {}
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it reads what a deployable method cannot know. Its rows say so."""
+        return False
+
+    @property
+    def has_level(self) -> bool:
+        """Whether `sparsity` sets how much is skipped; a budget of error or trained gates settle it themselves."""
+        return True
+
+    @property
+    def makes_experts(self) -> bool:
+        """Whether it makes experts, whose use can be counted."""
+        return type(self).usage is not Method.usage
+
+    def skips(self, view: View) -> frozenset[str]:
+        """Projections of which the level `sparsity` skips that share of the weights: what scope=model reckons with.
+
+        A channel site skips columns of its projections; neurons skip rows of gate and up (of up alone where the
+        decision reads the whole gate) and columns of down; heads skip rows of q and columns of o.
+        """
+        found: set[str] = set()
+        for site, sees in self.sites.items():
+            if site == "neurons":
+                found |= {"up", "down"} if sees == "gate" else {"gate", "up", "down"}
+            elif site == "heads":
+                found |= {"q", "o"}
+            else:
+                found |= set(PROJECTIONS[site])
+        return frozenset(found)
+
+    def unsupported(self, view: View) -> str | None:
+        """One sentence why this method makes no sense on this model, or None."""
+        if self.families and view.family not in self.families:
+            return f"{self.name} is not defined for the {view.family} family (only {', '.join(self.families)})"
+        if self.sites.get("neurons") == "gate" and not view.gated:
+            return f"{self.name} decides from the gate, and the MLP of {view.name} has none"
+        return None
+
+    def fit(self, view: View, calibration: Calibration) -> State:
+        """Learn from calibration text. Tensors only; cached by content."""
+        return {}
+
+    def plan(self, view: View, state: State) -> Any:
+        """What the fitted state comes to at this sparsity; handed to every `select` while attached."""
+        return state
+
+    def select(self, plan: Any, site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
+        """Decide what to keep at a site of a block for x [batch, tokens, channels]. None keeps everything."""
+        raise NotImplementedError(f"{type(self).__name__} declares sites but no select")
+
+    def usage(self, view: View, state: State, batches: Iterable[Tensor]) -> Tensor:
+        """How often text uses each expert, float32 [layers, experts]; of methods that make experts.
+
+        batches: token windows int64 [batch, length] without padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no experts")
+
+    def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
+        """Weights that deciding itself touches for each token, over all blocks: {"mlp": n, "attn": n}."""
+        return {}
+
+    def attach(self, view: View, state: State) -> AbstractContextManager[None]:
+        """Skip what `select` decides until the context ends; afterwards the model is bit for bit what it was."""
+        return self._attach(view, state)
+
+    @property
+    def own_kernels(self) -> bool:
+        """Whether `attach_kernels` runs it: for methods that attach in a way of their own."""
+        return False
+
+    def attach_kernels(self, view: View, state: State) -> AbstractContextManager[Any]:
+        """As `attach`, through kernels; yields an object whose `residual` maps layers to the residual stream."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernels of its own")
+
+    def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:
+        """What the method changes in the model itself, reversibly: a rotation, an activation. Default: nothing."""
+        return nullcontext()
+
+    def decider(self, view: View, state: State) -> Decide:
+        """`select` with the plan for this state already in hand."""
+        with torch.no_grad():
+            plan = self.plan(view, state)
+        return partial(self.select, plan)
+
+    @contextmanager
+    def _attach(self, view: View, state: State) -> Iterator[None]:
+        with self.rewrite(view, state):
+            with install(view, self.sites, self.decider(view, state)):
+                yield
+
+    def fit_key(self) -> dict[str, Any]:
+        """What identifies a fit of this method beside the model and the data."""
+        return {"method": self.name, "version": self.version} | {f: getattr(self, f) for f in self.fit_fields}
+
+    def variant(self) -> str:
+        """Hyper-parameters that differ from their defaults, sparsity aside: "allocation=greedy"."""
+        changed = [f for f in fields(self) if f.name != "sparsity" and getattr(self, f.name) != f.default]
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)

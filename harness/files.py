@@ -1,0 +1,63 @@
+"""Writing files so that nobody ever sees half of one, and saying in one sentence where they can't be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ConfigError
+
+# Errors of the place we write to. They are the user's to mend, so they end as one sentence.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all; an old one stays until the new one is whole."""
+    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # not mkstemp: others may read it
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def place_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that can't be written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            problem = "the disk is full"
+        elif error.errno in _CLOSED:
+            problem = f"it can't be written ({os.strerror(error.errno)})"
+        else:
+            raise
+        raise ConfigError(f"results can't be stored in {path}: {problem}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none, or only part of one."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON with a last newline; what JSON has no type for is written as text."""
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()
+
+
+def now() -> str:
+    """The time in UTC, to the second: 2026-01-31T12:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

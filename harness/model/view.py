@@ -1,0 +1,132 @@
+"""The view: one vocabulary over model families, so that methods and probes know no transformers internals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.model.step import StepTracker
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One decoder block. All projections are nn.Linear; gate is None in a plain (not gated) MLP.
+
+    layer: the block itself; its first argument is the residual stream [batch, tokens, d_model].
+    act: the activation module, applied to gate (to up in a plain MLP). act_at: the module and attribute that hold it.
+    """
+
+    layer: nn.Module
+    attn: nn.Module
+    act: nn.Module
+    act_at: tuple[nn.Module, str]
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear | None
+    up: nn.Linear
+    down: nn.Linear
+
+    def projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        """(name, module) of every projection that the block has, in the order of computation."""
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            module = getattr(self, name)
+            if module is not None:
+                yield name, module
+
+
+@dataclass(eq=False)
+class View:
+    """A model seen through its family adapter.
+
+    norms: for every block its (attention, MLP) input norm modules. final_norm: the norm before the head.
+    """
+
+    model: Any  # a transformers causal language model; nn.Module would type every attribute as Tensor | Module
+    family: str
+    blocks: list[Block]
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_model: int
+    d_ff: int
+    activation: str
+    norms: list[tuple[nn.Module, nn.Module]]
+    final_norm: nn.Module | None
+    name: str = "model"
+    fingerprint: str = ""
+    ledger: Any = None  # the harness.execution.ledger.Ledger that counts at the moment
+
+    @cached_property
+    def tracker(self) -> StepTracker:
+        """The step tracker of this model."""
+        return StepTracker(self.model)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate (SwiGLU and its kin) or is plain (OPT)."""
+        return self.blocks[0].gate is not None
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.blocks[0].up.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the block weights."""
+        return self.blocks[0].up.weight.dtype
+
+    def channels(self, projection: str) -> int:
+        """Input channels of a projection."""
+        return getattr(self.blocks[0], projection).in_features
+
+    def weights(self, projection: str) -> int:
+        """Weights of a projection in one block (biases aside)."""
+        module = getattr(self.blocks[0], projection)
+        return module.in_features * module.out_features
+
+    def projection_names(self) -> list[str]:
+        """Names of the projections that a block of this family has."""
+        return [name for name, _ in self.blocks[0].projections()]
+
+    @property
+    def block_weights(self) -> int:
+        """Linear weights of one block: the denominator of model-wide sparsity."""
+        return sum(self.weights(name) for name in self.projection_names())
+
+    @contextmanager
+    def activation_swapped(self, name: str, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Put `modules`, one a block, in the place of the activations until the context ends."""
+        blocks, before = list(self.blocks), self.activation
+        self.activation = name
+        try:
+            for layer, (block, module) in enumerate(zip(blocks, modules, strict=True)):
+                setattr(*block.act_at, module)
+                self.blocks[layer] = replace(block, act=module)
+            yield
+        finally:
+            self.activation, self.blocks[:] = before, blocks
+            for block in blocks:
+                setattr(*block.act_at, block.act)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [..., vocabulary] of final hidden states [..., d_model]."""
+        return self.model.get_output_embeddings()(hidden)

@@ -1,0 +1,333 @@
+"""One self-contained HTML page of a results folder: `python -m harness.report.html`.
+
+The verdict table first, then figures, tables, the environment and every cell's config. The page loads nothing from
+anywhere, opens from disk, and can be read without JavaScript; with it, tables sort and filter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import functools
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+
+from harness import claims, figures
+from harness.errors import ConfigError
+from harness.files import place_errors, write_atomic
+from harness.report.terminal import OUTCOMES, PHASES
+from harness.results import published
+from harness.results.collect import headline
+from harness.results.rows import COLUMNS
+from harness.results.samples import read_samples
+from harness.results.store import Store
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PIXELS = 84  # an inch of a figure on the page
+SHORT = 48  # characters of a cell that is never broken
+MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?"}
+
+
+def build(table: pd.DataFrame, found: Path, limited: bool = False) -> str:
+    """The page. table: of `harness.figures.load`, published rows included; found: the folder that it came from.
+
+    limited: take smoke runs in, under a mark; a table that holds nothing else is shown that way anyhow.
+    """
+    measured = table[table["source"] == "measured"]
+    limited = limited or figures.only_limited(table)
+    drawn, missing = figures.draw_all(table, limited)
+    lines = headline(measured)
+    lines = lines if limited else lines[~lines["limited"].fillna(False).astype(bool)]
+    verdicts = claims.verdicts(measured, read_samples(found), limited)
+    mark = '<p class="warn">LIMITED RUN: smoke runs are shown here. They are not results.</p>'
+    return Template(TEMPLATE.read_text()).substitute(
+        title="Dynamic activation: quality, achieved sparsity and speed of the same model",
+        summary=_summary(lines, verdicts),
+        limited=mark if limited else "",
+        claims=_claims(verdicts),
+        figures=_figures(drawn, missing),
+        tables=_tables(lines, table),
+        environment=_environment(found),
+        configs=_configs(found, lines),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the sections
+
+
+def _summary(lines: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+    counts = verdicts["verdict"].value_counts()
+    said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in MARKS)
+    models = ", ".join(sorted(lines["model"].dropna().unique()))
+    methods = lines["method"].nunique() - int((lines["method"] == "dense").any())
+    tested = f"{len(verdicts)} claims: {said}."
+    return escape(f"{tested} {len(lines)} cells of {methods} methods beside dense on {models or 'no model'}.")
+
+
+def _claims(verdicts: pd.DataFrame) -> str:
+    head = ("claim", "verdict", "effect [95 %]", "p (Holm)", "n", "what it rests on")
+    body = []
+    for line in verdicts.to_dict("records"):
+        verdict = line["verdict"]
+        badge = f'<span class="badge {verdict.replace(" ", "-")}">{MARKS[verdict]} {verdict}</span>'
+        if line["limited"]:
+            badge += " LIMITED RUN"
+        effect = ""
+        if not pd.isna(line["effect"]):
+            effect = f"{line['effect']:+.3g} [{line['low']:+.3g}, {line['high']:+.3g}]"
+            effect = f"<span>{effect}</span>"
+            effect += f' <span class="more">{escape(line["unit"])}</span>'
+        p = "" if pd.isna(line["p_holm"]) else f"{line['p_holm']:.2g}"
+        n = f"{line['n']} {escape(line['over'])}" if line["n"] and not pd.isna(line["over"]) else ""
+        note = "" if pd.isna(line["note"]) else escape(line["note"])
+        cells = [] if pd.isna(line["cells"]) else line["cells"].split()
+        if cells:
+            note += f"<details><summary>{len(cells)} cells</summary><pre>{escape(chr(10).join(cells))}</pre></details>"
+        body.append(
+            f"<tr><td>{escape(line['statement'])}</td><td>{badge}</td>"
+            f"{_number(line['effect'], effect, head[2], 'effect')}{_number(line['p_holm'], p, head[3])}"
+            f'<td data-label="n">{n}</td><td class="note">{note}</td></tr>'
+        )
+    return (
+        "<p>Each claim is a test over the rows: the effect as claimed is above zero, its interval is a bootstrap over "
+        "items, paired where the items are the same, and p is corrected by Holm for all claims that could be "
+        f"tested.</p>{_table('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
+    )
+
+
+def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
+    parts = []
+    for name, fig in drawn.items():
+        function = figures.draw.FIGURES[name]
+        title = name.replace("_", " ").replace("kv", "KV").replace("kl", "KL")
+        title = title[0].upper() + title[1:]
+        image = base64.b64encode(svg(fig)).decode()
+        wide, high = (round(PIXELS * inches) for inches in fig.get_size_inches())
+        # Dark pages turn the lightness of lines round; the colours of a map would say something else then.
+        kind = ' class="plate"' if any(ax.images for ax in fig.axes) else ""
+        size = f'style="--wide: {wide}" width="{wide}" height="{high}"'
+        caption = f"<figcaption><h3>{title}</h3><p>{_caption(function)}</p></figcaption>"
+        source = f'src="data:image/svg+xml;base64,{image}"'
+        parts.append(
+            f'<figure class="card" id="figure-{name}">{caption}'
+            f'<div class="scroll"><img{kind} {size} alt="{title}" {source}></div></figure>'
+        )
+    if missing:
+        reasons = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in missing.items())
+        count = f"{len(missing)} figures not drawn, for want of rows"
+        parts.append(f'<div class="card"><details><summary>{count}</summary><ul>{reasons}</ul></details></div>')
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of cells. form: a format of numbers, "x" at its end is a unit; None for text."""
+
+    head: str
+    key: str
+    form: str | None = None
+    error: str | None = None  # column of the standard error
+
+
+CELLS = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("variant", "variant"),
+    Column("requested", "sparsity_requested", ".2f"),
+    Column("achieved, MLP", "achieved_mlp", ".3f"),
+    Column("achieved, model", "achieved_model", ".3f"),
+    Column("perplexity", "perplexity", ".2f", "stderr:perplexity"),
+    Column("accuracy, mean", "accuracy", ".3f", "stderr:accuracy"),
+    Column("change to dense", "change", "+.3f", "stderr:change"),
+    Column("KL to dense", "kl", ".3f"),
+    Column("answers flipped", "flips", ".1%"),
+    Column("ms a token", "tpot_ms", ".2f"),
+    Column("dense beside", "dense:tpot_ms", ".2f"),
+    Column("execution", "execution"),
+    Column("speed-up", "speedup", ".2fx"),
+    Column("sparse tokens", "phase"),
+    Column("seed", "seed", "d"),
+)
+
+
+def _tables(lines: pd.DataFrame, table: pd.DataFrame) -> str:
+    lines = lines.assign(phase=lines["phase"].map(PHASES).fillna(lines["phase"]))
+    good, bad = lines[lines["status"] == "ok"], lines[lines["status"] != "ok"]
+    parts = [f"<h3>Cells</h3><p class=soft>One line a cell, ± standard error.</p>{_lines('cells', CELLS, good)}"]
+    tasks = [name.removeprefix("acc:") for name in lines.columns if name.startswith("acc:")]
+    if tasks:
+        named = [column for column in CELLS if column.key in ("model", "method", "variant", "sparsity_requested")]
+        scores = [Column(task, f"acc:{task}", ".3f", f"stderr:{task}") for task in tasks]
+        parts.append(f"<h3>Accuracy by task</h3>{_lines('by-task', [*named, *scores], good)}")
+    if len(bad):
+        outcome = bad["status"].map(OUTCOMES).fillna(bad["status"])
+        named = [Column(name, name) for name in ("model", "method", "variant", "outcome", "message")]
+        parts.append(f"<h3>Cells without results</h3>{_lines('failed', named, bad.assign(outcome=outcome))}")
+    return "\n<br>\n".join([*parts, *_published(table)])
+
+
+def _published(table: pd.DataFrame) -> Iterable[str]:
+    claimed = table[table["source"] == "published"]
+    if claimed.empty:
+        return
+    judged = published.compare(table[table["source"] == "measured"], claimed[list(COLUMNS)])
+    compared = judged[judged["verdict"] != published.NOT_COMPARABLE]
+    out = judged[judged["verdict"] == published.NOT_COMPARABLE]["reason"].value_counts()
+    columns = [Column("model", "model"), Column("method", "method"), Column("variant", "variant")]
+    columns += [Column("sparsity", "sparsity_requested", "g"), Column("metric", "metric"), Column("task", "task")]
+    columns += [Column("site", "site"), Column("layer", "layer", "d")]
+    columns += [Column(name, name, ".4g") for name in ("published", "measured")] + [Column("verdict", "verdict")]
+    columns += [Column("compared by", "basis"), Column("reason", "reason"), Column("paper", "paper")]
+    columns += [Column("table", "table")]
+    yield "<h3>Published against measured</h3>" + (
+        _lines("published", columns, compared) if len(compared) else "<p>No published figure could be compared.</p>"
+    )
+    if len(out):
+        body = [f"<tr><td>{escape(str(reason))}</td>{_number(count, str(count))}</tr>" for reason, count in out.items()]
+        listing = _table("not-comparable", {"reason": False, "figures": True}, body)
+        yield (
+            f'<div class="card"><details><summary>{out.sum()} published figures are not comparable: why'
+            f"</summary>{listing}<br></details></div>"
+        )
+
+
+def _environment(found: Path) -> str:
+    store = Store(found)
+    blocks: dict[str, list[str]] = {}
+    for cell in store.cells():
+        text = json.dumps(store.view(cell).environment, indent=2, sort_keys=True)
+        blocks.setdefault(text, []).append(cell)
+    parts = [
+        f"<details{' open' if len(blocks) == 1 else ''}><summary>{len(cells)} cells</summary>"
+        f"<pre>{escape(text)}</pre></details>"
+        for text, cells in blocks.items()
+    ]
+    for path in sorted(found.glob("*.json")):  # of an archived study
+        parts.append(f"<details><summary>{path.name}</summary><pre>{escape(path.read_text())}</pre></details>")
+    return f'<div class="card">{"".join(parts)}</div>' if parts else "<p>No environment lies beside these rows.</p>"
+
+
+def _configs(found: Path, lines: pd.DataFrame) -> str:
+    store = Store(found)
+    names = store.cells()
+    if names:
+        texts = {name: (store.view(name).path / "config.yaml").read_text() for name in names}
+    elif (found / "cells.parquet").exists():  # an archived study
+        cells = pd.read_parquet(found / "cells.parquet").set_index("cell_id")["config"]
+        texts = {str(name): yaml.safe_dump(json.loads(text), sort_keys=False) for name, text in cells.items()}
+    else:  # a table alone: what its rows say of their cells
+        identity = lines.set_index("cell_id")[list(COLUMNS)[1:10]].astype("string").fillna("")
+        texts = {str(n): "\n".join(f"{k}: {v}" for k, v in cell.items() if v) for n, cell in identity.iterrows()}
+    parts = [
+        f'<details id="{escape(name, quote=True)}"><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>'
+        for name, text in texts.items()
+    ]
+    return f'<div class="card">{_filter("cell-configs")}<div id="cell-configs">{"".join(parts)}</div></div>'
+
+
+# ------------------------------------------------------------------------------------------------ their parts
+
+
+def svg(fig: Figure) -> bytes:
+    """The figure as SVG on no ground of its own; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(fname=figures.STYLE):
+        fig.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    return buffer.getvalue()
+
+
+def _caption(function: Callable[..., Any]) -> str:
+    """The first paragraphs of a figure's docstring, up to its parameters."""
+    text = (function.func if isinstance(function, functools.partial) else function).__doc__ or ""
+    sentences = " ".join(text.split()).replace("`", "")
+    for parameter in (" metric: ", " sparsity: "):
+        sentences = sentences.partition(parameter)[0]
+    return escape(sentences)
+
+
+def _lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
+    """A table of those columns that hold anything."""
+    columns = [column for column in columns if column.key in frame and frame[column.key].notna().any()]
+    body = []
+    for line in frame.to_dict("records"):
+        cells = []
+        for column in columns:
+            value = line[column.key]
+            if column.form is None:
+                text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+                cells.append(f'<td class="{"short" if len(text) <= SHORT else "long"}">{escape(text)}</td>')
+                continue
+            text = "" if pd.isna(value) else f"{value:{column.form.removesuffix('x')}}"
+            text += "×" if text and column.form.endswith("x") else ""
+            error = line.get(column.error) if column.error else None
+            if text and error is not None and not pd.isna(error):
+                text += f' <span class="more">± {error:{column.form.lstrip("+")}}</span>'
+            cells.append(_number(value, text, kind="number time" if column.key == "tpot_ms" else "number"))
+        kind = [line.get("method") if line.get("method") == "dense" else "", line.get("execution")]
+        kinds = " ".join(str(part) for part in kind if isinstance(part, str) and part in ("dense", "masked"))
+        body.append(f'<tr class="{kinds}">{"".join(cells)}</tr>')
+    return _table(name, {column.head: column.form is not None for column in columns}, body)
+
+
+def _number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
+    data = "" if pd.isna(value) else f' data-value="{float(value):.8g}"'
+    label = f' data-label="{label}"' if label else ""
+    return f'<td class="{kind}"{data}{label}>{text}</td>'
+
+
+def _table(name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True) -> str:
+    """head: heading of each column -> whether it holds numbers."""
+    columns = "".join(
+        f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
+    )
+    return (
+        f'<div class="card">{_filter(name) if filtered else ""}<div class="scroll"><table class="sortable" id="{name}">'
+        f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
+    )
+
+
+def _filter(name: str) -> str:
+    label = f"filter {name.replace('-', ' ')}"
+    return (
+        f'<div class="filter"><input type="search" data-of="{name}" placeholder="filter: words that must occur" '
+        f'aria-label="{label}"><output></output></div>'
+    )
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page. Exit code 0, or 2 where there are no results."""
+    parser = argparse.ArgumentParser(prog="python -m harness.report.html", description="One HTML page of the results.")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells (default: results)")
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in the folder of the results)")
+    parser.add_argument("--limited", action="store_true", help="show smoke runs too, under a mark that says so")
+    options = parser.parse_args(arguments)
+    out = options.out or options.results / "report.html"
+    try:
+        page = build(*figures.load(options.results), options.limited)
+        with place_errors(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(out, page.encode())
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Who is at work on a cell: a lock file with a heartbeat, that a dead owner's successor may take over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from harness.files import json_bytes, now, read_json, write_atomic
+
+
+class LockedError(RuntimeError):
+    """Another live process holds the cell, or took it over from this one."""
+
+
+class Lock:
+    """`lock.json` in a cell's folder, kept fresh by a thread.
+
+    A stale lock is judged and replaced under a short kernel lock, so that two processes that find it at
+    once can't both take it.
+    """
+
+    def __init__(self, folder: Path, heartbeat_s: float, stale_s: float) -> None:
+        self.path = folder / "lock.json"
+        self._guard = folder / ".guard"
+        self._heartbeat_s = heartbeat_s
+        self._token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        with FileLock(self._guard):
+            owner = live_owner(self.path, stale_s)
+            if owner is not None:
+                raise LockedError(
+                    f"cell {folder.name} is being run by process {owner['pid']} on {owner['host']} "
+                    f"since {owner['since']}"
+                )
+            me = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process_started": _process_start(os.getpid()),
+            }
+            write_atomic(self.path, json_bytes(me | {"since": now(), "token": self._token}))
+        self._thread = threading.Thread(target=self._beat, name="cell-heartbeat", daemon=True)
+
+    def __enter__(self) -> Lock:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(OSError), FileLock(self._guard):
+            if self._mine():
+                self.path.unlink()
+
+    def check(self) -> None:
+        """Raise `LockedError` if another process took the cell over (this one was suspended too long)."""
+        if not self._mine():
+            raise LockedError(f"cell {self.path.parent.name} was taken over by another process; nothing was written")
+
+    def _mine(self) -> bool:
+        return read_json(self.path).get("token") == self._token
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat_s):
+            with contextlib.suppress(OSError):
+                if self._mine():
+                    os.utime(self.path)
+
+
+def live_owner(lock: Path, stale_s: float) -> dict[str, Any] | None:
+    """The lock's content while its owner lives, else None."""
+    owner = read_json(lock)
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not owner or age > stale_s:
+        return None
+    if owner["host"] == socket.gethostname():
+        # Start times tell a dead process from another that was given its number. They are derived from the
+        # wall clock, which may be adjusted, hence the tolerance.
+        started = _process_start(owner["pid"])
+        if started is None or abs(started - owner["process_started"]) > 5.0:
+            return None
+    return owner
+
+
+def _process_start(pid: int) -> float | None:
+    """Seconds since the epoch; None if there is no such process or only its unreaped remains."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
