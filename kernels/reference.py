@@ -45,7 +45,8 @@ def hidden(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
 def column_gemv(x: Tensor, wt: Tensor, t: Tensor, bias: Tensor | None = None) -> Tensor:
     """Sum of x_i wt[i] over the channels with |x_i| > t_i, plus bias. Returns [..., N].
 
-    t: fp32, 0-d or [K]. t < 0 keeps all channels, t = 0 drops exact zeros only.
+    t: fp32, 0-d or [K]. t < 0 keeps all channels, t = 0 drops exact zeros only. 2 to 16 rows read the union of their
+    channels.
     """
     return _matmul(torch.where(kept(x, t), x, torch.zeros_like(x)), wt, bias)
 
@@ -119,12 +120,12 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    length: Tensor | int,
+    length: Tensor,
     keep: Tensor | None = None,
     dropped: str = "exclude",
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one new token over the first `length` entries of a cache. Returns [B, H, 1, D].
+    """Attention of one new token over the first `length` (0-d integer) entries of a cache. Returns [B, H, 1, D].
 
     q: [B, H, 1, D]; k, v: [B, G, S, D], G divides H; keep: bool [B, G, S] or [B, H, S] (None keeps all).
     dropped="exclude": a dropped entry leaves the softmax. dropped="zeros": its key and value are 0, so it

@@ -170,7 +170,9 @@ def test_decode_attention(dtype, dropped, policy, g, rep, s, d, seed) -> None:
     assert_matches(kernels.decode_attention(*args), "decode_attention", *args)
     # a cache that is a view of a larger one
     wider = torch.cat([k, k], dim=1)[:, :g]
-    assert torch.equal(kernels.decode_attention(q, wider, v, s, keep, dropped), kernels.decode_attention(*args))
+    assert torch.equal(
+        kernels.decode_attention(q, wider, v, torch.tensor(s), keep, dropped), kernels.decode_attention(*args)
+    )
 
 
 def test_decode_attention_on_instruction_sets(isa) -> None:
@@ -417,7 +419,7 @@ def test_errors_name_the_kernel() -> None:
         kernels.column_gemv_glu(x, None, wt, t, "swish")
     with pytest.raises(IndexError, match="length 9"):
         q = torch.zeros(1, 1, 1, 4)
-        kernels.decode_attention(q, q, q, 9)
+        kernels.decode_attention(q, q, q, torch.tensor(9))
 
 
 def test_operators_pass_torchs_own_checks() -> None:

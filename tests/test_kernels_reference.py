@@ -1,5 +1,6 @@
 """kernels.reference against plain loops in float64: the definition itself has to be right."""
 
+import inspect
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
+import kernels
+from kernels import cuda, reference
+from kernels.cpu import fallback
 
 ACTS = {
     "silu": lambda z: z / (1 + math.exp(-z)),
@@ -127,3 +130,18 @@ def test_decode_attention_rejects_an_unknown_policy() -> None:
     q = torch.zeros(1, 1, 1, 2)
     with pytest.raises(ValueError, match="exclude or zeros"):
         reference.decode_attention(q, q, q, 1, None, "skip")
+
+
+def test_signatures_are_stated_once():
+    """Every implementation takes what the definition takes, by the same names and defaults; a GPU's may take more."""
+    for name in (n for n in kernels.__all__ if hasattr(torch.ops.dynact, n)):
+        defined = [(p.name, p.default) for p in inspect.signature(getattr(reference, name)).parameters.values()]
+        assert inspect.getdoc(getattr(kernels, name)) == inspect.getdoc(getattr(reference, name))
+        for home in (kernels, fallback, cuda):
+            try:
+                made = inspect.signature(getattr(home, name)).parameters.values()
+            except ImportError:  # no Triton
+                continue
+            names = [p.name for p in made][: len(defined)]
+            defaults = [p.default for p in made if p.name in dict(defined)]
+            assert list(zip(names, defaults, strict=True)) == defined, (home.__name__, name)

@@ -1,4 +1,8 @@
-"""Triton kernels for NVIDIA GPUs: the CUDA side of the kernel API (`kernels/reference.py` is the definition).
+"""Triton kernels for NVIDIA GPUs: the CUDA side of the kernel API.
+
+`kernels/reference.py` is the definition of each, its shapes and dtypes included; docstrings here say what is added.
+Index lists are int32 here. count: 0-d int32 on the device: only the first `count` entries of a list are used, so that
+a captured CUDA graph can replay with lists of changing length. tile: for tuning.
 
 Importing this package needs neither Triton nor a GPU: the kernels load on first use of a name. On CPU tensors
 they run only in Triton's interpreter (TRITON_INTERPRET=1 in the environment before the first use).

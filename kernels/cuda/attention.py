@@ -258,19 +258,16 @@ def decode_attention(
     *,
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """Attention of one new token over the first `length` >= 1 cache entries; returns [B, H, 1, D] in q's dtype.
+    """As the reference's, with length >= 1, an int too. Entries that [B, G, S] excludes are not read.
 
-    q: [B, H, 1, D]; k, v: [B, G, S, D], any strides with contiguous heads; length: int or 0-d integer tensor on the
-    device. keep: bool [B, G, S] or [B, H, S]: with dropped="exclude" the others leave the softmax (and with [B, G, S]
-    are not read), with "zeros" their key and value are 0 and keep their softmax mass. scale: default D**-0.5.
-    A head dimension that is no power of two >= 16 takes the plain-torch definition. tile: (splits, entries of a load
-    tile, warps), for tuning.
+    k, v: any strides with contiguous heads; a head dimension that is no power of two >= 16 takes the plain-torch
+    definition. tile: (splits, entries of a load tile, warps).
     """
     if dropped not in ("exclude", "zeros"):
         raise ValueError(f'dropped must be "exclude" or "zeros", got {dropped!r}')
     b, h, _, d = q.shape
     if d & (d - 1) or d < 16 or k.stride(3) != 1 or v.stride(3) != 1:
-        return reference.decode_attention(q, k, v, length, keep, dropped, scale)
+        return reference.decode_attention(q, k, v, torch.as_tensor(length), keep, dropped, scale)
     scale = d**-0.5 if scale is None else scale
     return _launch(
         q.contiguous(), k, v, length, torch.empty_like(q, memory_format=torch.contiguous_format), n_heads=h,

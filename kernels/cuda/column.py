@@ -435,11 +435,9 @@ def column_gemv(
     bias: Tensor | None = None,
     expected_sparsity: float = 0.5,
 ) -> Tensor:
-    """y[..., n] = sum of x_i wt[i, n] over channels with not |x_i| <= t_i, plus bias.
+    """As the reference's; t=None keeps all. More than 16 rows multiply densely.
 
-    x: [..., K]; wt: [K, N], same dtype; t: fp32, 0-d or [K] (None keeps all); bias: [N]. One row, and 2 to 16 rows
-    by the union of their channels, read only kept channels; more rows multiply densely. `expected_sparsity` (share
-    of dropped channels) only chooses the form.
+    expected_sparsity: the share of dropped channels only chooses the form.
     """
     y = x.new_empty(*x.shape[:-1], wt.shape[1])
     rows = _sparse_rows(x, wt)
@@ -457,11 +455,7 @@ def column_gemv(
 def column_gemv_index(
     x: Tensor, wt: Tensor, idx: Tensor, bias: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
-    """y[..., n] = sum of x_i wt[i, n] over the channels i in idx (int32 [m], unique), plus bias.
-
-    count: 0-d int32 on the device: only the first `count` entries of idx are used, so that a captured CUDA graph
-    can replay with lists of changing length.
-    """
+    """As the reference's, with `count`."""
     y = x.new_empty(*x.shape[:-1], wt.shape[1])
     if fast_path(x, wt):
         return column_list(x.reshape(-1).contiguous(), wt, idx, y=y.view(-1), count=count, bias=bias).view_as(y)
@@ -479,10 +473,7 @@ def column_gemv_glu(
     bias: Tensor | None = None,
     expected_sparsity: float = 0.5,
 ) -> Tensor:
-    """`column_gemv` of x = act(gate) * up (x = act(gate) without up), made inside the kernel for one row.
-
-    Both factors and their product are rounded to wt's dtype, as a module that computes x would.
-    """
+    """As the reference's; the product is made inside the kernel for one row."""
     if fast_path(gate, wt):
         y = gate.new_empty(*gate.shape[:-1], wt.shape[1])
         flat = None if up is None else up.reshape(-1).contiguous()
@@ -508,5 +499,5 @@ def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
 
 
 def dense_gemv(x: Tensor, wt: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Y = x W^T + bias on the same layout, every channel read: the kernel at 0 % and the tuned dense baseline."""
+    """As the reference's: the column kernel at 0 %."""
     return column_gemv(x, wt, None, bias)

@@ -239,7 +239,7 @@ def neurons(
 
 
 def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The tuned dense baseline, x w^T + bias, on row-major weights w [N, K]. x: [..., K], one row on the fast path."""
+    """As the reference's; one row on the fast path."""
     if not fast_path(x, w):
         return torch.nn.functional.linear(x, w, bias)
     y = x.new_empty(*x.shape[:-1], w.shape[0])
@@ -250,10 +250,7 @@ def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def row_gemv_index(
     x: Tensor, w: Tensor, idx: Tensor, bias: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
-    """X . w[n] + bias[n] for the rows n in idx (int32 [m], unique), zero elsewhere: [..., N].
-
-    count: as in `column_gemv_index`.
-    """
+    """As the reference's, with `count`."""
     if fast_path(x, w):
         y = x.new_zeros(*x.shape[:-1], w.shape[0])
         rows(x.reshape(-1).contiguous(), w, y=y.view(-1), idx=idx, count=count, bias=bias)
@@ -278,10 +275,7 @@ def neuron_mlp(
     b_down: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """The MLP restricted to the neurons in idx: act(x gate^T) * (x up^T) (act(x up^T) without a gate), then down.
-
-    w_gate, w_up: [F, K]; wt_down: [F, N]; idx: int32 [m], unique; count: as in `column_gemv_index`. Two launches.
-    """
+    """As the reference's, with `count`. Two launches."""
     if fast_path(x, w_gate, w_up, wt_down):
         h = torch.empty(idx.numel(), dtype=w_up.dtype, device=x.device)
         flat = x.reshape(-1).contiguous()
@@ -296,11 +290,7 @@ def neuron_mlp(
 
 
 def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor, act: str) -> Tensor:
-    """CATS: gate densely, drop the neurons with |act(gate)_i| <= t_i, and read up rows and down columns of the rest.
-
-    w_gate, w_up: [F, K]; wt_down: [F, N]; t: fp32, 0-d or [F]. Three launches.
-    Source: Lee et al., "CATS: Contextually-Aware Thresholding for Sparsity", 2024, section 4.
-    """
+    """As the reference's. Three launches."""
     if fast_path(x, w_gate, w_up, wt_down):
         f, k = w_up.shape
         flat = x.reshape(-1).contiguous()
