@@ -23,8 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
+from harness.console import complain, say, stderr
 from harness.errors import AssetError, ConfigError
 from harness.run.config import CONF, CellConfig, check, did_you_mean, options, whole
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from harness.results.store import CellView
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
-CONSOLE = Console(stderr=True, highlight=False)
-PIPED_WIDTH = 160  # a file or a pipe has no width of its own; 80 columns would cut the table's headings
 # What ended a job for good (a full disk, a model that can't be loaded). Hydra would print a traceback for it.
 FATAL: list[ConfigError | AssetError] = []
 
@@ -48,10 +46,10 @@ def main() -> None:
             return
         code = run([a for a in args if not a.startswith("-")], multirun=any(a.startswith("-") for a in args))
     except (ConfigError, AssetError) as error:
-        CONSOLE.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        complain(error)
         code = 2
     except KeyboardInterrupt:
-        CONSOLE.print("interrupted: finished probes are kept; the same command goes on from there")
+        say(stderr(), "interrupted: finished probes are kept; the same command goes on from there")
         code = 130
     sys.exit(code)
 
@@ -81,7 +79,7 @@ def run(overrides: list[str], multirun: bool) -> int:
 
     known = held(base["archived"]) if base["archived"] else frozenset()
     if again := [cell for cell in cells if id_of(cell) in known]:
-        CONSOLE.print(f"{len(again)} cells are in {base['archived']} already")
+        say(stderr(), f"{len(again)} cells are in {base['archived']} already")
         cells = [cell for cell in cells if id_of(cell) not in known]
     if not cells:
         return 0
@@ -96,23 +94,24 @@ def run(overrides: list[str], multirun: bool) -> int:
     for cell in cells:
         if plan[id_of(cell)] in ("run", "partial", "stale"):
             check_texts(cell)
-    print_plan(plan, CONSOLE)
+    print_plan(plan, stderr())
     if base["dry"]:
         return 0
     group = base["logger"]["group"] or (f"sweep-{content_key(sorted(plan))[:8]}" if len(cells) > 1 else None)
     if base["workers"] > 1:
         from harness.run.workers import run_cells
 
-        run_cells(cells, store, base["logger"] | {"group": group}, base["workers"], base["retry"], CONSOLE)
+        run_cells(cells, store, base["logger"] | {"group": group}, base["workers"], base["retry"], stderr())
     else:
         for job_overrides, many in jobs:
             sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides, f"logger.group={group or 'null'}"]
             do_job()
     collected = collect(store.root)
-    print_table(collected[collected["cell_id"].isin(plan)], Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    print_table(collected[collected["cell_id"].isin(plan)])
     outcomes = {name: outcome(store.view(name)) for name in plan}
-    print_summary(outcomes, CONSOLE)
-    CONSOLE.print(f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}")
+    print_summary(outcomes, stderr())
+    written = f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}"
+    say(stderr(), written)
     return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
 
 
@@ -152,15 +151,15 @@ def job(cfg: DictConfig) -> None:
     if plain["archived"] and id_of(config) in held(plain["archived"]):
         return
     try:
-        run_cell(config, Store(Path(plain["results"])), plain["logger"], CONSOLE, retry=plain["retry"])
+        run_cell(config, Store(Path(plain["results"])), plain["logger"], stderr(), retry=plain["retry"])
     except UnsupportedError as error:
-        CONSOLE.print(f"  unsupported: {error}", style="yellow")
+        say(stderr(), f"  unsupported: {error}", style="yellow")
     except LockedError as error:
-        CONSOLE.print(f"  {error}", style="yellow")
+        say(stderr(), f"  {error}", style="yellow")
     except (ConfigError, AssetError) as error:
         FATAL.append(error)
     except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
-        CONSOLE.print(f"  [red]failed:[/] {type(error).__name__}: {error}", soft_wrap=True)
+        say(stderr(), "  ", ("failed:", "red"), f" {type(error).__name__}: {error}")
 
 
 # ------------------------------------------------------------------------------------------- overrides

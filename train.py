@@ -18,11 +18,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
+from harness.console import complain, say, stdout
 from harness.errors import AssetError, ConfigError
+from harness.progress import counting
 from harness.training.adapter import cut, merge
 from harness.training.card import write_card
 from harness.training.checkpoints import read_checkpoint, save_checkpoint
@@ -42,7 +42,7 @@ def main() -> None:
     try:
         app()
     except (ConfigError, AssetError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
 
 
@@ -104,7 +104,7 @@ def write_text(cfg: DictConfig, model: Model, folder: Path, device: torch.device
     (real,) = read_tokens(folder, "real.safetensors")
     rounds = max(1, round(t.tokens / (t.batch * t.length)))
     done, since = [], time.perf_counter()
-    with bar("writing text", rounds * (t.length - 1)) as advance:
+    with counting(rounds * (t.length - 1), "writing text") as advance:
         for index in range(rounds):
             seed = t.seed * 1_000_003 + index
             generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def write_text(cfg: DictConfig, model: Model, folder: Path, device: torch.device
             write(writer, tokens, given.to(device), warmth, seed, device.type == "cuda", advance)
             done.append(tokens.to("cpu", torch.int32).flatten())
     stream = torch.cat(done)
-    print(f"wrote {len(stream):,} tokens at {len(stream) / (time.perf_counter() - since):,.0f} tokens/s")
+    say(stdout(), f"wrote {len(stream):,} tokens at {len(stream) / (time.perf_counter() - since):,.0f} tokens/s")
     heldout = min(t.heldout, len(stream) // 8)
     save_file({"tokens": stream[-heldout:].clone()}, folder / f"heldout-{t.seed}.safetensors")
     save_file({"tokens": stream[:-heldout].clone()}, target)
@@ -129,20 +129,21 @@ def train(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
     experts = None
     if recipe.expert_size:
         layers = model.shape.layers
-        with bar("clustering neurons", layers) as advance:
+        with counting(layers, "clustering neurons") as advance:
             path = text.parent / f"experts-{recipe.expert_size}.safetensors"
             experts = cached_cluster(model, recipe.expert_size, recipe.seed, path, advance)
     init = read_checkpoint(recipe.init_from).tensors if recipe.init_from else None
     trainer = Trainer(recipe, model, batches, device, init, experts)
     if trainer.load(folder):
-        print(f"{recipe.name}: going on from step {trainer.step:,}")
+        say(stdout(), f"{recipe.name}: going on from step {trainer.step:,}")
     speeds: list[dict[str, float]] = []
     started = time.perf_counter()
-    with bar(f"training {recipe.name}", recipe.steps, trainer.step) as advance, tracker(cfg, recipe) as track:
+    bar = counting(recipe.steps, f"training {recipe.name}", trainer.step, stays=True)
+    with bar as advance, tracker(cfg, recipe) as track:
 
         def report(entry: dict[str, float]) -> None:
             speeds.append(entry)
-            advance(int(entry["step"]))
+            advance.at(int(entry["step"]))
             track(entry)
 
         trainer.run(folder, cfg.log_every, cfg.save_every, report, cfg.stop_at)
@@ -226,10 +227,11 @@ def score(cfg: DictConfig, recipe: Recipe, model: Model, text: Path, device: tor
     (folder / "adapter" / "adapter.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "adapter" / "README.md").write_text(write_card(record))
     natural, base = record["evaluation"]["natural"], record["evaluation"]["base"]["natural"]
-    print(
+    say(
+        stdout(),
         f"{recipe.name}: perplexity {natural['perplexity']:.2f}, {natural['perplexity'] / base['perplexity']:.3f} "
         f"of the base; zeros {natural['zeros']:.1%}; KL {natural['kl']:.3f}, on own text "
-        f"{record['evaluation']['own']['kl']:.3f}"
+        f"{record['evaluation']['own']['kl']:.3f}",
     )
 
 
@@ -246,29 +248,14 @@ def merged(model: Model, tensors: dict[str, torch.Tensor], factor: float) -> Mod
 
 
 @contextmanager
-def bar(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; call it to go one on, or with the number done."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total, completed=done)
-
-        def advance(completed: int | None = None) -> None:
-            if completed is None:
-                progress.advance(task)
-            else:
-                progress.update(task, completed=completed)
-
-        yield advance
-
-
-@contextmanager
 def tracker(cfg: DictConfig, recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]]:
     """Print each entry of the curve and, with logger=wandb, log it there too (offline unless logged in)."""
 
     def show(entry: dict[str, float]) -> None:
         keys = ("kl", "zeros", "threshold", "chosen", "separability", "tokens_per_second")
         shown = {k: entry[k] for k in keys if k in entry}
-        print(f"{recipe.name} step {int(entry['step'])} " + " ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        numbers = " ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        say(stdout(), f"{recipe.name} step {int(entry['step'])} {numbers}")
 
     if cfg.logger.name == "none":
         yield show

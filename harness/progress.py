@@ -10,16 +10,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from harness.console import stderr
 
 T = TypeVar("T")
 
 
-def _bar() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+def _bar(transient: bool = True) -> Progress:
+    console = stderr()
+    columns = (
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -30,10 +36,10 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 @contextmanager
-def counting(total: int, description: str) -> Iterator[Callback]:
-    """A bar advanced by hand: the value is a function that takes how many more are done."""
-    with _bar() as progress:
-        yield Callback(progress, progress.add_task(description, total=total))
+def counting(total: int, description: str, done: int = 0, stays: bool = False) -> Iterator[Callback]:
+    """A bar advanced by hand. done: where it starts. stays: it is still to be seen when it is over."""
+    with _bar(transient=not stays) as progress:
+        yield Callback(progress, progress.add_task(description, total=total, completed=done))
 
 
 class Callback:
@@ -45,6 +51,10 @@ class Callback:
     def __call__(self, more: int = 1) -> None:
         """So many more are done."""
         self._progress.advance(self._task, more)
+
+    def at(self, done: int) -> None:
+        """So many are done in all."""
+        self._progress.update(self._task, completed=done)
 
 
 def quiet_libraries() -> None:

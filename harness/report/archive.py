@@ -30,6 +30,7 @@ from typing import Any
 import pandas as pd
 
 from harness import claims
+from harness.console import complain, say, stdout
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
 from harness.results.collect import read_rows, read_table, relate, twin_key
@@ -162,10 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         said = write(options.results, options.to)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     size = sum(file["bytes"] for file in said["files"].values()) / 2**20
-    print(f"{options.to}: cells {said['cells']}, {said['rows']} rows, {said['samples']} samples, {size:.1f} MiB")
+    say(
+        stdout(), f"{options.to}: cells {said['cells']}, {said['rows']} rows, {said['samples']} samples, {size:.1f} MiB"
+    )
     return 0
 
 

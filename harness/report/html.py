@@ -25,6 +25,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from harness import claims, figures
+from harness.console import complain, say, stdout
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
 from harness.report.terminal import OUTCOMES, PHASES
@@ -323,9 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(out, page.encode())
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
-    print(out)
+    say(stdout(), str(out))
     return 0
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.console import say, stdout, styled, table
 from harness.results.collect import headline
 from harness.results.store import State
 
@@ -29,14 +29,14 @@ LAYOUTS = ("tasks", "means", "short")  # by how much they show: every task, the 
 MASKED_NOTE = "masked: computed densely on zeroed inputs, to measure quality. Its time is not a measure of speed."
 
 
-def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
-    """Print quality, achieved sparsity and latency of every cell. `table`: from `harness.results.collect.collect`.
+def print_table(rows: pd.DataFrame, console: Console | None = None) -> None:
+    """Print quality, achieved sparsity and latency of every cell. `rows`: from `harness.results.collect.collect`.
 
     One block for each (model, phase policy, seed). Accuracy is shown by task where the width allows, else
     as the mean here and by task below.
     """
-    console = console or Console()
-    lines = headline(table)
+    console = console or stdout()
+    lines = headline(rows)
     for _, block in lines.groupby(["model", "phase", "dense_prefix", "seed", "limited"], sort=False, dropna=False):
         block = block.dropna(axis="columns", how="all")
         measured = block[block["status"] == "ok"]
@@ -46,49 +46,51 @@ def print_table(table: pd.DataFrame, console: Console | None = None) -> None:
             if layout != "tasks" and _tasks(measured):
                 console.print(_by_task(measured))
             if "execution" in measured and (measured["execution"] == "masked").any():
-                console.print(Text(MASKED_NOTE, style="yellow"))
+                say(console, MASKED_NOTE, style="yellow")
         for _, line in block[block["status"] != "ok"].iterrows():
             outcome = OUTCOMES.get(line["status"], line["status"])
             name = f"{line.get('model', '')} {_method(line)} {_number(line, 'sparsity_requested', '.2f')}"
-            console.print(Text(f"{name.strip()}: {outcome}: {line.get('message', '')}", style="red"))
+            say(console, f"{name.strip()}: {outcome}: {line.get('message', '')}", style="red")
         console.print()
 
 
 def print_plan(states: Mapping[str, State], console: Console | None = None) -> None:
     """Print what a run is about to do. `states`: cell id -> `Store.state`."""
-    console = console or Console()
+    console = console or stdout()
     listing = Table(box=None, pad_edge=False, show_header=False)
+    listing.add_column(overflow="fold")
+    listing.add_column()
     for name, state in states.items():
         words, style = PLAN[state]
-        listing.add_row(Text(name, overflow="fold"), Text(words, style=style))
+        listing.add_row(styled(name), styled(words, style=style))
     console.print(listing)
 
 
 def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:
     """Print how a sweep ended, naming what failed. `outcomes`: cell id -> (status, message)."""
-    console = console or Console()
+    console = console or stdout()
     bad = {name: outcome for name, outcome in outcomes.items() if outcome[0] in OUTCOMES}
     done = len(outcomes) - len(bad)
-    console.print(Text(f"{done} of {len(outcomes)} cells have results", style="bold red" if bad else "bold green"))
+    say(console, f"{done} of {len(outcomes)} cells have results", style="bold red" if bad else "bold green")
     for name, (status, message) in bad.items():
-        console.print(Text(f"  {name}: {OUTCOMES[status]}: {message}", style="red"))
+        say(console, f"  {name}: {OUTCOMES[status]}: {message}", style="red")
 
 
-def _fits(table: Table, console: Console) -> bool:
+def _fits(listing: Table, console: Console) -> bool:
     unbounded = console.options.update(max_width=10_000)
-    return console.measure(table, options=unbounded).maximum <= console.width
+    return console.measure(listing, options=unbounded).maximum <= console.width
 
 
 def _joined(lines: pd.DataFrame, layout: str) -> Table:
-    table = _frame(_title(lines.iloc[0]))
+    listing = table(_title(lines.iloc[0]))
     columns: list[tuple[str, Any]] = []
 
     def column(header: str, key: str, form: str, justify: Any = "right") -> None:
         if key in lines:
-            table.add_column(header, justify=justify, no_wrap=True)
+            listing.add_column(header, justify=justify, no_wrap=True)
             columns.append((key, form))
 
-    table.add_column("method", overflow="fold")  # a variant may be long
+    listing.add_column("method", overflow="fold")  # a variant may be long
     column("sparsity\nrequested", "sparsity_requested", ".2f")
     column("achieved\nMLP", "achieved_mlp", ".3f")
     column("achieved\nmodel", "achieved_model", ".3f")
@@ -105,38 +107,26 @@ def _joined(lines: pd.DataFrame, layout: str) -> Table:
     column("dense\nbeside", "dense:tpot_ms", ".1f")
     column("speed-up", "speedup", ".2fx")
     for _, line in lines.iterrows():
-        cells = [_time(line) if form == "time" else _number(line, key, form) for key, form in columns]
-        table.add_row(_method(line), *cells, style="bold" if line["method"] == "dense" else None)
-    return table
+        cells = [_time(line) if form == "time" else styled(_number(line, key, form)) for key, form in columns]
+        listing.add_row(styled(_method(line)), *cells, style="bold" if line["method"] == "dense" else None)
+    return listing
 
 
 def _by_task(lines: pd.DataFrame) -> Table:
-    table = _frame("accuracy by task (± standard error)")
+    listing = table("accuracy by task (± standard error)")
     tasks = _tasks(lines)
-    table.add_column("method", overflow="fold")  # a variant may be long
-    table.add_column("requested", justify="right", no_wrap=True)
+    listing.add_column("method", overflow="fold")  # a variant may be long
+    listing.add_column("requested", justify="right", no_wrap=True)
     for task in tasks:
-        table.add_column(task.replace("_", "\n"), justify="right", no_wrap=True)
+        listing.add_column(task.replace("_", "\n"), justify="right", no_wrap=True)
     for _, line in lines.iterrows():
         scores = []
         for task in tasks:
             error = _number(line, f"stderr:{task}", ".2f")
             scores.append(_number(line, f"acc:{task}", ".3f") + (f" ±{error.lstrip('0')}" if error else ""))
         style = "bold" if line["method"] == "dense" else None
-        table.add_row(_method(line), _number(line, "sparsity_requested", ".2f"), *scores, style=style)
-    return table
-
-
-def _frame(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        header_style="cyan",
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+        listing.add_row(styled(_method(line)), _number(line, "sparsity_requested", ".2f"), *scores, style=style)
+    return listing
 
 
 def _title(line: pd.Series) -> str:

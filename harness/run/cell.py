@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from harness.console import say
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
 from harness.execution.method import Method
@@ -56,7 +57,7 @@ def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], consol
     methods = build_methods(config["method"])
     name = id_of(config)
     with store.claim(name, config.plain, versions(methods), identity(config, methods)) as cell:
-        console.print(f"[bold]{name}[/]", highlight=False)
+        say(console, name, style="bold")
         with track(name, config.plain, root=store.root, group=logger["group"], logger=logger["name"]) as log:
             Run(config, store, cell, methods, twin, console).probes()
             cell.finish()
@@ -146,7 +147,7 @@ class Run:
             return
         lm = self.language_model()
         for name in missing:
-            self.console.print(f"  {name}", style="dim")
+            say(self.console, f"  {name}", style="dim")
             self.commit(
                 f"quality-{name}",
                 lambda name=name: quality.task(
@@ -223,13 +224,13 @@ class Run:
         def trial(level: float) -> pd.DataFrame:
             name = f"search-{knob}-{level:.6f}"
             if not self.cell.done(name):
-                self.console.print(f"  trying {knob} {level:.4g}", style="dim")
+                say(self.console, f"  trying {knob} {level:.4g}", style="dim")
             self.commit(name, lambda: make(level))
             return self.cell.read(name)
 
         self.commit("search", lambda: (search.measure(wanted, knob, high, settings["tolerance"], trial),))
         for line in search.summary(self.cell.read("search")):
-            self.console.print(f"  {line}", soft_wrap=True)
+            say(self.console, f"  {line}")
 
     def language_model(self) -> HarnessLM:
         """The model as lm-eval sees it."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from harness.console import say, to_file
 from harness.errors import AssetError, ConfigError, UnsupportedError
 from harness.progress import quiet_libraries
 from harness.results.store import LockedError, Store, content_key
@@ -49,7 +50,7 @@ def run_cells(
         _side_by_side(part, store, logger, many, retry, console)
     short = [cell for cell in others if store.view(id_of(cell)).status.get("status") == "oom"]
     if short and (alone := max(1, torch.cuda.device_count())) < workers:
-        console.print(f"{len(short)} cells ran out of memory beside others: again, by {alone} at a time")
+        say(console, f"{len(short)} cells ran out of memory beside others: again, by {alone} at a time")
         _side_by_side(short, store, logger, alone, True, console)
 
 
@@ -106,7 +107,7 @@ def _side_by_side(
                 continue
             done += 1
             tail = (f", {peak / 2**30:.1f} GiB" if peak else "") + (f": {message}" if message else "")
-            console.print(f"[{done}/{len(cells)}] {name}  {state}, {seconds:.0f} s{tail}", markup=False, soft_wrap=True)
+            say(console, f"[{done}/{len(cells)}] {name}  {state}, {seconds:.0f} s{tail}")
     except KeyboardInterrupt:
         for process in processes:
             if process.pid is not None and process.is_alive():
@@ -137,7 +138,7 @@ def _work(
     quiet_libraries()
     store = Store(root)
     with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere)
+        console = to_file(nowhere)
         try:
             while (at := _next(turn)) < len(cells):
                 cell, start = cells[at], time.perf_counter()

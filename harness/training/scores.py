@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.console import say, stdout
 from harness.errors import ConfigError
 from harness.files import write_atomic
 from harness.results.collect import read_rows
@@ -64,11 +65,12 @@ def main(root: Path) -> None:
         try:
             record["evaluation"]["tasks"] = scores(root, folder.name)
         except ConfigError as error:
-            print(f"{folder.name}: {error}")
+            say(stdout(), f"{folder.name}: {error}")
             continue
         write_atomic(folder / "adapter.json", (json.dumps(record, indent=1) + "\n").encode())
         write_atomic(folder / "README.md", write_card(record).encode())
-        print(folder.name, {k: f"{v['difference']:+.3f} ± {v['stderr']:.3f}" for k, v in _of(record).items()})
+        told = (f"{k} {v['difference']:+.3f} ± {v['stderr']:.3f}" for k, v in _of(record).items())
+        say(stdout(), f"{folder.name}: {', '.join(told)}")
 
 
 def _of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
