@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from harness.errors import ConfigError
 from harness.execution.masked import install
 from harness.execution.method import Method, State
+from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -58,9 +59,9 @@ class Attribution(Method):
         return True
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons and heads."""
-        return {} if self.sparsity == 0 else dict.fromkeys(TARGETS[self.targets], "output")
+        return {} if self.sparsity == 0 else dict.fromkeys(TARGETS[self.targets], OUTPUT)
 
     def attach(self, view: View, state: State) -> AbstractContextManager[None]:
         """Score and skip until the context ends; afterwards the model is bit for bit what it was."""

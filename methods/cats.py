@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import GATE, Sees
 from harness.model.selection import Thresholds
 from harness.model.step import Step
 from harness.model.view import View
@@ -29,9 +30,9 @@ class Cats(Method):
     needs: ClassVar[str] = "calibration"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons, seen at the activated gate."""
-        return {} if self.sparsity == 0 else {"neurons": "gate"}
+        return {} if self.sparsity == 0 else {"neurons": GATE}
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """Quantiles of |act(gate)| float32 [layers, grid]."""

@@ -13,6 +13,7 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import INPUT, Sees
 from harness.model.selection import Thresholds
 from harness.model.step import Step
 from harness.model.view import View
@@ -51,9 +52,9 @@ class Cett(Method):
         return self.cett is None
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Input channels of down."""
-        return {} if self.sparsity == 0 and self.cett is None else {"mlp_hidden": "input"}
+        return {} if self.sparsity == 0 and self.cett is None else {"mlp_hidden": INPUT}
 
     def fit_key(self) -> dict[str, Any]:
         """One fit serves every sparsity, and one (it takes longer) every CETT."""

@@ -14,6 +14,7 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.contribution import Contributions
+from harness.model.sees import INPUT, OUTPUT, Sees, residual
 from harness.model.selection import Mask, Selection, TopK, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -90,13 +91,14 @@ class DejaVu(Method):
         return self.predictor == "oracle"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons and heads, and what the predictor of each sees."""
-        sees = {"serial": "input", "random": "input", "oracle": "output"}.get(self.predictor, "residual")
-        return {} if self.sparsity == 0 else {site: self._sees(site, sees) for site in SITES[self.targets]}
+        return {} if self.sparsity == 0 else {site: self._sees(site) for site in SITES[self.targets]}
 
-    def _sees(self, site: str, sees: str) -> str:
-        return f"residual:{self.distance(site)}" if sees == "residual" else sees
+    def _sees(self, site: str) -> Sees:
+        if self.predictor == "lookahead":
+            return residual(self.distance(site))
+        return OUTPUT if self.predictor == "oracle" else INPUT
 
     def distance(self, site: str) -> int:
         """How many blocks earlier a look-ahead predictor looks."""

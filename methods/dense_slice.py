@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.execution.method import Method, State
+from harness.model.sees import INPUT, Sees
 from harness.model.selection import PROJECTIONS, Mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -23,9 +24,9 @@ class DenseSlice(Method):
     paper: ClassVar[str] = "-"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, "input")
+        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
 
     def plan(self, view: View, state: State) -> dict[int, Mask]:
         """Keep masks by number of channels."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from harness.model.sees import GATE, INPUT, Sees
 from methods.swap import ActivationSwap
 
 
@@ -18,6 +19,6 @@ class DRelu(ActivationSwap):
     activation: ClassVar[str] = "drelu"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons known from the gate, and columns of down where the product is zero."""
-        return {"neurons": "gate", "mlp_hidden": "input"}
+        return {"neurons": GATE, "mlp_hidden": INPUT}

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.model.sees import INPUT, Sees
 from harness.model.selection import Mask, TopK, keep_mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -50,9 +51,9 @@ class ExpertPrune(Method):
             )
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons, known before anything is computed."""
-        return {} if self.sparsity == 0 else {"neurons": "input"}
+        return {} if self.sparsity == 0 else {"neurons": INPUT}
 
     def unsupported(self, view: View) -> str | None:
         """Experts must divide the neurons."""

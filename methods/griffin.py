@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.execution.method import Method, State
+from harness.model.sees import PROMPT, Sees
 from harness.model.selection import Mask, TopK, keep_mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -29,9 +30,9 @@ class Griffin(Method):
     phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons, seen at the product before down while there is a prompt."""
-        return {} if self.sparsity == 0 else {"neurons": "prompt"}
+        return {} if self.sparsity == 0 else {"neurons": PROMPT}
 
     def plan(self, view: View, state: State) -> PromptMasks:
         """Room for what the prompts will say."""

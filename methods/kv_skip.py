@@ -17,6 +17,7 @@ from harness.execution import masked_heads as kv
 from harness.execution.masked_heads import Decide
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.model.sees import INPUT, OUTPUT, Sees
 from harness.model.selection import TopK, keep_mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -72,13 +73,13 @@ class KvSkip(Method):
         return self.select_by == "norm"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Heads, and what the decision sees."""
         if self.sparsity == 0:
             return {}
         if self.predictor is not None:
             return self.predictor.sites
-        return {"heads": "output" if self.select_by == "norm" else "input"}
+        return {"heads": OUTPUT if self.select_by == "norm" else INPUT}
 
     @property
     def predictor(self) -> DejaVu | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.model.sees import INPUT, Sees
 from harness.model.selection import Mask
 from harness.model.step import Step
 from harness.model.view import View
@@ -54,9 +55,9 @@ class Lte(Method):
         return False
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons, decided from the MLP's input."""
-        return {} if self.sparsity == 0 else {"neurons": "input"}
+        return {} if self.sparsity == 0 else {"neurons": INPUT}
 
     def unsupported(self, view: View) -> str | None:
         """Routers of another model choose at random."""

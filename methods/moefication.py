@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.model.sees import INPUT, OUTPUT, Sees
 from harness.model.selection import Mask, TopK, keep_mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -65,9 +66,9 @@ class MoEfication(Method):
         return self.router == "oracle"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons; a router sees the MLP's input, the oracle its hidden vector."""
-        return {} if self.sparsity == 0 else {"neurons": "output" if self.router == "oracle" else "input"}
+        return {} if self.sparsity == 0 else {"neurons": OUTPUT if self.router == "oracle" else INPUT}
 
     def unsupported(self, view: View) -> str | None:
         """Experts must divide the neurons."""

@@ -12,6 +12,7 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import INPUT, Sees
 from harness.model.selection import PROJECTIONS, Selection, Thresholds, TopK, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
@@ -43,9 +44,9 @@ class Oracle(Method):
         return True
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, "input")
+        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """Quantiles of the contributions float32 [layers, grid] by projection."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from harness.model.sees import GATE, INPUT, Sees
 from harness.model.view import View
 from methods.swap import ActivationSwap
 
@@ -22,9 +23,9 @@ class ReluStage2(ActivationSwap):
     activation: ClassVar[str] = "relu"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons known from the gate, and the zeros after both norms."""
-        return {"attn_in": "input", "mlp_in": "input", "neurons": "gate"}
+        return {"attn_in": INPUT, "mlp_in": INPUT, "neurons": GATE}
 
     @contextmanager
     def _swapped(self, view: View, thresholds: list[float]) -> Iterator[None]:

@@ -14,6 +14,7 @@ from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
 from harness.model.activations import ACTIVATIONS, GateActivation
+from harness.model.sees import GATE, Sees
 from harness.model.selection import Thresholds
 from harness.model.step import Step
 from harness.model.view import View
@@ -42,9 +43,9 @@ class ActivationSwap(Method):
     fit_fields: ClassVar[tuple[str, ...]] = ("threshold",)
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons, known from the gate."""
-        return {"neurons": "gate"}
+        return {"neurons": GATE}
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """gate: float32 [layers, grid], quantiles of the activated gate of the swapped model."""

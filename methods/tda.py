@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import PROMPT, Sees
 from harness.model.selection import Mask
 from harness.model.step import Step
 from harness.model.view import View
@@ -37,9 +38,9 @@ class Tda(Method):
     phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Neurons, seen at the product before down while there is a prompt."""
-        return {} if self.sparsity == 0 else {"neurons": "prompt"}
+        return {} if self.sparsity == 0 else {"neurons": PROMPT}
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """Quantiles of the scores float32 [layers, grid], every calibration window taken as a prompt."""

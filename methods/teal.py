@@ -13,6 +13,7 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import INPUT, Sees
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import Block, View
@@ -50,9 +51,9 @@ class Teal(Method):
             raise ConfigError(f"greedy allocation goes up to sparsity {HIGHEST}, not {self.sparsity}")
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, "input")
+        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
 
     def fit_key(self) -> dict[str, Any]:
         """A uniform fit knows no greedy parameters."""

@@ -18,6 +18,7 @@ from harness.execution.attach import attached
 from harness.execution.method import Method
 from harness.model.families import view_of
 from harness.model.lm import HarnessLM
+from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
 
@@ -33,8 +34,8 @@ class DecodeOnly(Method):
     phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     @property
-    def sites(self) -> Mapping[str, str]:
-        return {"neurons": "output"}
+    def sites(self) -> Mapping[str, Sees]:
+        return {"neurons": OUTPUT}
 
     def select(self, plan, site, layer, x: Tensor, step) -> TopK:
         return TopK(x.abs(), top_k_count(x.shape[-1], self.sparsity))

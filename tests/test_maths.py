@@ -11,6 +11,7 @@ from harness.execution.attach import attached
 from harness.execution.ledger import count_nonzero
 from harness.execution.masked import install
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import INPUT
 from harness.model.selection import Mask, Thresholds, TopK, apply, keep_mask, top_k_count
 from harness.model.step import Policy
 from methods.random import Random
@@ -128,7 +129,7 @@ def test_ledger_counts_by_hand():
     class OneSite(Random):
         @property
         def sites(self):
-            return {"attn_in": "input"}
+            return {"attn_in": INPUT}
 
         def select(self, plan, site, layer, x, step):
             return Mask(torch.arange(64) >= 16)

@@ -17,6 +17,7 @@ from harness.execution.attach import attached
 from harness.execution.ledger import Ledger
 from harness.fitting.contribution import Contributions
 from harness.fitting.scratch import Scratch
+from harness.model.sees import INPUT, OUTPUT, residual
 from harness.model.selection import keep_mask
 from harness.model.step import Policy
 from harness.probes.predictivity import auc, measure
@@ -128,10 +129,10 @@ def test_a_killed_fit_goes_on_by_layer(tmp_path, monkeypatch):
 
 
 def test_what_each_predictor_sees():
-    assert DejaVu(0.5).sites == {"neurons": "input", "heads": "input"}
-    assert DejaVu(0.5, predictor="lookahead").sites == {"neurons": "residual:0", "heads": "residual:1"}
-    assert DejaVu(0.5, predictor="lookahead", lookahead=2, targets="mlp").sites == {"neurons": "residual:1"}
-    assert DejaVu(0.5, predictor="oracle", targets="heads").sites == {"heads": "output"}
+    assert DejaVu(0.5).sites == {"neurons": INPUT, "heads": INPUT}
+    assert DejaVu(0.5, predictor="lookahead").sites == {"neurons": residual(0), "heads": residual(1)}
+    assert DejaVu(0.5, predictor="lookahead", lookahead=2, targets="mlp").sites == {"neurons": residual(1)}
+    assert DejaVu(0.5, predictor="oracle", targets="heads").sites == {"heads": OUTPUT}
     assert DejaVu(0.0).sites == {}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.errors import UnsupportedError
 from harness.execution.method import Method
+from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
 from harness.probes.sparsity import measure
@@ -30,8 +31,8 @@ class Neurons(Method):
     paper: ClassVar[str] = "-"
 
     @property
-    def sites(self) -> Mapping[str, str]:
-        return {"neurons": "output"}
+    def sites(self) -> Mapping[str, Sees]:
+        return {"neurons": OUTPUT}
 
     def select(self, plan, site, layer, x: Tensor, step) -> TopK:
         return TopK(x.abs(), top_k_count(x.shape[-1], self.sparsity))

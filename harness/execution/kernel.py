@@ -26,6 +26,7 @@ from harness.execution.attach import Fitted
 from harness.execution.fused_step import decode_attention
 from harness.execution.masked import Decide, Installation, own_selection
 from harness.execution.method import Method
+from harness.model.sees import GATE, OUTPUT, Sees
 from harness.model.selection import PROJECTIONS, Mask, Selection, Thresholds
 from harness.model.step import Policy
 from harness.model.view import View
@@ -54,7 +55,7 @@ def _selects(method: Method) -> bool:
 class KernelInstallation(Installation):
     """The hooks of one attached method, with projections replaced by kernels."""
 
-    def __init__(self, view: View, sites: Mapping[str, str], decide: Decide) -> None:
+    def __init__(self, view: View, sites: Mapping[str, Sees], decide: Decide) -> None:
         super().__init__(view, sites, decide)
         self.stack = ExitStack()
         self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
@@ -121,18 +122,18 @@ class KernelInstallation(Installation):
         if keep is not None and self._single(x):
             self.index[site, layer] = indices(Mask(keep))
 
-    def _install_neurons(self, layer: int, sees: str) -> None:
+    def _install_neurons(self, layer: int, sees: Sees) -> None:
         super()._install_neurons(layer, sees)
         block = self.view.blocks[layer]
-        rows = {"gate": ("up",), "output": ()}.get(sees, ("gate", "up"))
+        rows = {GATE: ("up",), OUTPUT: ()}.get(sees, ("gate", "up"))
         for projection in rows:
             if getattr(block, projection) is not None:
                 self._rows(projection, "neurons", layer, 1)
         self._skip_zeros("down", layer)
 
-    def _install_heads(self, layer: int, sees: str) -> None:
+    def _install_heads(self, layer: int, sees: Sees) -> None:
         super()._install_heads(layer, sees)
-        if sees != "output":
+        if sees != OUTPUT:
             self._rows("q", "heads", layer, self.view.head_dim)
         self._skip_zeros("o", layer)
 
@@ -264,7 +265,7 @@ def _dense(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _installed(view: View, sites: Mapping[str, str], decide: Decide) -> Iterator[KernelInstallation]:
+def _installed(view: View, sites: Mapping[str, Sees], decide: Decide) -> Iterator[KernelInstallation]:
     installation = KernelInstallation(view, sites, decide)
     try:
         installation.install()

@@ -22,15 +22,16 @@ import kernels
 from harness.execution import masked_heads as kv
 from harness.execution.kernel import indices, replaced, transposed
 from harness.execution.masked_heads import Decide, Heads
+from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import Mask
 from harness.model.step import Step
 from harness.model.view import View
 
 
 @contextmanager
-def skipping(view: View, sees: str, decide: Decide, kv_: str, dropped: str = "exclude") -> Iterator[KernelHeads]:
-    """As `masked_heads.skipping`, through kernels. sees: not "output", which is known only when all work is done."""
-    assert sees != "output", "a decision from outputs leaves nothing to skip"
+def skipping(view: View, sees: Sees, decide: Decide, kv_: str, dropped: str = "exclude") -> Iterator[KernelHeads]:
+    """As `masked_heads.skipping`, through kernels. sees: not OUTPUT, which is known only when all work is done."""
+    assert sees != OUTPUT, "a decision from outputs leaves nothing to skip"
     heads = KernelHeads(view, sees, decide, kv_, dropped)
     with kv.installed(heads):
         yield heads
@@ -41,7 +42,7 @@ class KernelHeads(Heads):
 
     touched = frozenset({"q", "k", "v", "o"})  # projections that have kernels
 
-    def __init__(self, view: View, sees: str, decide: Decide, kv_: str, dropped: str) -> None:
+    def __init__(self, view: View, sees: Sees, decide: Decide, kv_: str, dropped: str) -> None:
         super().__init__(view, sees, decide, kv_, dropped)
         self.stack = ExitStack()
         self.taken: set[str] = set()  # of these, the ones that a kernel has run

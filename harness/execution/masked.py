@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from harness.model.sees import GATE, OUTPUT, PROMPT, Sees
 from harness.model.selection import PROJECTIONS, Selection, SiteSelection, apply, keep_mask
 from harness.model.step import Step
 from harness.model.view import View
@@ -33,7 +34,7 @@ class Decided(NamedTuple):
 class Installation:
     """The hooks of one attached method: the sites that it touches, what is seen there, and how it decides."""
 
-    def __init__(self, view: View, sites: Mapping[str, str], decide: Decide) -> None:
+    def __init__(self, view: View, sites: Mapping[str, Sees], decide: Decide) -> None:
         self.view, self.sites, self.decide = view, sites, decide
         self.handles: list[Any] = []
         # By site. Holding x keeps its identity valid: q, k and v (gate and up) read the same tensor, and one decision
@@ -45,10 +46,7 @@ class Installation:
 
     def install(self) -> None:
         """Register the hooks of every declared site."""
-        distances = set()
         for site, sees in self.sites.items():
-            if sees.startswith("residual"):
-                distances.add(int(sees.partition(":")[2] or 0))
             for layer in range(self.view.n_layers):
                 if site in PROJECTIONS:
                     self._install_channels(site, layer)
@@ -58,8 +56,9 @@ class Installation:
                     self._install_heads(layer, sees)
                 else:
                     raise ValueError(f"unknown site {site!r}")
-        self.lookback = max(distances, default=0)
-        if distances:
+        back = [sees.blocks_back for sees in self.sites.values() if sees.point == "residual"]
+        self.lookback = max(back, default=0)
+        if back:
             for layer, block in enumerate(self.view.blocks):
                 self._before(block.layer, self._keep_residual(layer))
 
@@ -91,32 +90,32 @@ class Installation:
             if module is not None:
                 self._before(module, lambda x, p=projection: self._channels(site, layer, p, x))
 
-    def _install_neurons(self, layer: int, sees: str) -> None:
+    def _install_neurons(self, layer: int, sees: Sees) -> None:
         block = self.view.blocks[layer]
         first = block.gate if block.gate is not None else block.up
-        if sees == "gate":
+        if sees == GATE:
             self._after(block.act, lambda x: self._decide_rows("neurons", layer, x))
-        elif sees == "prompt":
+        elif sees == PROMPT:
             self._before(first, lambda x: None if self.step.has_prompt else self._decide_rows("neurons", layer, x))
-        elif sees != "output":
+        elif sees != OUTPUT:
             self._before(first, lambda x: self._decide_rows("neurons", layer, self._seen(sees, layer, x)))
 
         def drop(x: Tensor) -> Tensor | None:
-            if sees == "output" or (sees == "prompt" and self.step.has_prompt):
+            if sees == OUTPUT or (sees == PROMPT and self.step.has_prompt):
                 self._decide_rows("neurons", layer, x)
             return self._drop_rows("neurons", layer, x, 1)
 
         self._before(block.down, drop)
 
-    def _install_heads(self, layer: int, sees: str) -> None:
+    def _install_heads(self, layer: int, sees: Sees) -> None:
         block = self.view.blocks[layer]
-        if sees != "output":
+        if sees != OUTPUT:
             # Families compute q, k and v in different orders: whichever comes first decides.
             for module in (block.q, block.k, block.v):
                 self._before(module, lambda x: self._decide_once("heads", layer, x, sees))
 
         def drop(x: Tensor) -> Tensor | None:
-            if sees == "output":
+            if sees == OUTPUT:
                 self._decide_rows("heads", layer, x)
             return self._drop_rows("heads", layer, x, self.view.head_dim)
 
@@ -142,10 +141,8 @@ class Installation:
 
         return keep
 
-    def _seen(self, sees: str, layer: int, x: Tensor) -> Tensor:
-        if sees.startswith("residual"):
-            return self.residual[max(0, layer - int(sees.partition(":")[2] or 0))]
-        return x
+    def _seen(self, sees: Sees, layer: int, x: Tensor) -> Tensor:
+        return self.residual[max(0, layer - sees.blocks_back)] if sees.point == "residual" else x
 
     def _holds(self, site: str, layer: int, x: Tensor) -> bool:
         held = self.decided.get(site)
@@ -166,7 +163,7 @@ class Installation:
             applied[id(own)] = apply(own, self._shaped(x), self.step.sparse).view(x.shape)
         return applied[id(own)]
 
-    def _decide_once(self, site: str, layer: int, x: Tensor, sees: str) -> None:
+    def _decide_once(self, site: str, layer: int, x: Tensor, sees: Sees) -> None:
         if not self._holds(site, layer, x):
             self.decided[site] = Decided(layer, x, None, {})
             self._decide_rows(site, layer, self._seen(sees, layer, x))
@@ -185,14 +182,14 @@ class Installation:
 
     def _drop_rows(self, site: str, layer: int, x: Tensor, width: int) -> Tensor | None:
         # A decision from the prompt serves every step after it, any other one this pass only.
-        fixed = self.sites[site] == "prompt"
+        fixed = self.sites[site] == PROMPT
         keep = self.kept.get((site, layer)) if fixed else self.kept.pop((site, layer), None)
         if keep is None:
             return None
         shaped = self._shaped(x)
         keep = keep.expand(*shaped.shape[:2], keep.shape[-1])
         if self.view.ledger is not None:
-            self.view.ledger.rows(site, layer, keep, dense_gate=self.sites[site] == "gate")
+            self.view.ledger.rows(site, layer, keep, dense_gate=self.sites[site] == GATE)
         wide = keep if width == 1 else keep.repeat_interleave(width, dim=-1)
         return torch.where(wide, shaped, 0).view(x.shape)
 
@@ -203,7 +200,7 @@ def own_selection(selection: SiteSelection, projection: str) -> Selection | None
 
 
 @contextmanager
-def install(view: View, sites: Mapping[str, str], decide: Decide) -> Iterator[Installation]:
+def install(view: View, sites: Mapping[str, Sees], decide: Decide) -> Iterator[Installation]:
     """Apply what `decide` selects by masking until the context ends, even by an exception."""
     installation = Installation(view, sites, decide)
     try:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.model.families import attention
+from harness.model.sees import INPUT, OUTPUT, Sees
 from harness.model.step import Step
 from harness.model.view import View
 
@@ -46,11 +47,11 @@ attention.register(NAME, _attention, _explicit_mask)
 
 
 @contextmanager
-def skipping(view: View, sees: str, decide: Decide, kv: str, dropped: str = "exclude") -> Iterator[None]:
+def skipping(view: View, sees: Sees, decide: Decide, kv: str, dropped: str = "exclude") -> Iterator[None]:
     """Drop heads, and K and V with them, until the context ends.
 
-    sees: what `decide` is shown: "input" (of k), "residual:N" (the residual stream N blocks earlier) or "output" (the
-        heads' outputs [batch, tokens, heads * head_dim] over all entries, missing ones included: an oracle).
+    sees: what `decide` is shown: INPUT (of k), a residual, or OUTPUT (the heads' outputs
+        [batch, tokens, heads * head_dim] over all entries, missing ones included: an oracle).
     kv: mask_output (K and V of every token exist, a dropped head's output is zero), recompute (K and V of an entry that
         no kept head needs are not made; the layer's input is kept, and they are rebuilt from it once a head of the
         group is kept), skip (they are never made, and later queries do without).
@@ -75,11 +76,11 @@ def installed(heads: Heads) -> Iterator[None]:
 class Heads:
     """The state of one attached stretch. By layer: which heads the current tokens keep, and which entries exist."""
 
-    def __init__(self, view: View, sees: str, decide: Decide, kv: str, dropped: str) -> None:
+    def __init__(self, view: View, sees: Sees, decide: Decide, kv: str, dropped: str) -> None:
         self.view, self.sees, self.decide, self.kv, self.dropped = view, sees, decide, kv, dropped
         self.handles: list[Any] = []
         self.residual: dict[int, Tensor] = {}
-        self.lookback = int(sees.partition(":")[2] or 0)  # how many layers back the residual stream is looked at
+        self.lookback = sees.blocks_back
         self.seen: dict[tuple[int, str], Tensor] = {}  # inputs of k and v
         self.rotary: dict[int, tuple[Tensor, Tensor] | None] = {}  # cos and sin of the current tokens
         self.entries: dict[int, Tensor] = {}  # bool [batch, tokens so far, KV heads]
@@ -126,7 +127,7 @@ class Heads:
         run = partial(attention.dense_attention, self.view.blocks[layer].attn, query, **kwargs)
         step = self.view.tracker.step
         assert step is not None, "heads are dropped outside of a tracked forward pass"
-        out = run(key, value, attention_mask)[0] if self.kv == "mask_output" or self.sees == "output" else None
+        out = run(key, value, attention_mask)[0] if self.kv == "mask_output" or self.sees == OUTPUT else None
         keep = self._decide(layer, out, step)
         used = self._used(keep)
         if self.view.ledger is not None:
@@ -150,10 +151,10 @@ class Heads:
 
     def _decide(self, layer: int, out: Tensor | None, step: Step) -> Tensor:
         """Heads that the current tokens keep, bool [batch, tokens, heads]."""
-        if self.sees == "output":
+        if self.sees == OUTPUT:
             assert out is not None
             keep = self.decide(layer, out.flatten(2), step)
-        elif self.sees == "input":
+        elif self.sees == INPUT:
             keep = self.decide(layer, self.seen[layer, "k"], step)
         else:
             keep = self.decide(layer, self.residual[max(0, layer - self.lookback)], step)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.execution.masked import Decide, install
 from harness.fitting.calibration import Calibration
+from harness.model.sees import GATE, Sees
 from harness.model.selection import PROJECTIONS, SiteSelection
 from harness.model.step import Step
 from harness.model.view import View
@@ -29,11 +30,7 @@ class Method:
 
     Class facts:
         name: what the user types. paper: where it is from. version: raised when its numbers change.
-        sites: site -> what `select` is shown there. Channel sites always see the input of their projections. `neurons`
-            and `heads` see "input" (the sublayer's input), "residual:N" (the residual stream N blocks earlier, 0 = at
-            this block), "gate" (the activated gate, neurons only) or "output" (the product before down, or the heads'
-            outputs before o: oracles) or "prompt" (neurons only: the product before down while the pass holds prompt
-            tokens, for statistics; else the sublayer's input, so that dropped rows need no computing).
+        sites: site -> what `select` is shown there (see `Sees`). Channel sites always see INPUT.
         needs: "nothing", "calibration" or "training".
         phases: phase policies in which the method means something, the default first.
         batch_coupled: whether rows of a batch influence each other.
@@ -54,7 +51,7 @@ class Method:
     swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         """Site -> what `select` sees there."""
         return {}
 
@@ -82,7 +79,7 @@ class Method:
         found: set[str] = set()
         for site, sees in self.sites.items():
             if site == "neurons":
-                found |= {"up", "down"} if sees == "gate" else {"gate", "up", "down"}
+                found |= {"up", "down"} if sees == GATE else {"gate", "up", "down"}
             elif site == "heads":
                 found |= {"q", "o"}
             else:
@@ -93,7 +90,7 @@ class Method:
         """One sentence why this method makes no sense on this model, or None."""
         if self.families and view.family not in self.families:
             return f"{self.name} is not defined for the {view.family} family (only {', '.join(self.families)})"
-        if self.sites.get("neurons") == "gate" and not view.gated:
+        if self.sites.get("neurons") == GATE and not view.gated:
             return f"{self.name} decides from the gate, and the MLP of {view.name} has none"
         return None
 

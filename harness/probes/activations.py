@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.execution.attach import Fitted, attached
 from harness.execution.ledger import PHASES
 from harness.fitting.quantiles import Quantiles
+from harness.model.sees import GATE
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
@@ -95,7 +96,7 @@ def thresholds(view: View, methods: Fitted, policy: Policy) -> Iterator[Row]:
     that fix their thresholds by the prompt, and swapped activations (they drop exact zeros), have none to tell.
     """
     for place, (method, state) in enumerate(methods):
-        sites = [site for site, sees in method.sites.items() if site in PROJECTIONS or sees == "gate"]
+        sites = [site for site, sees in method.sites.items() if site in PROJECTIONS or sees == GATE]
         if method.swap or not sites:
             continue
         with attached(view, methods[:place], policy), method.rewrite(view, state):

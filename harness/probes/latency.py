@@ -38,6 +38,7 @@ from harness.execution.fused_step import DecodeLoop, Linear, ThresholdOf, fast_d
 from harness.execution.kernel import Check, check_kernels, has_kernels, kernel_execution, own_gemv, sliced
 from harness.execution.method import Method
 from harness.model.families import view_of
+from harness.model.sees import OUTPUT
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
@@ -180,7 +181,7 @@ def no_kernel(methods: Fitted) -> Row:
     """The columns of masked execution: which methods leave no choice, and why."""
     said = [
         f"{method.name} has no kernel"
-        + (": it decides from outputs, when the work is done" if "output" in method.sites.values() else "")
+        + (": it decides from outputs, when the work is done" if OUTPUT in method.sites.values() else "")
         for method, _ in methods
         if method.sites and not has_kernels(method)
     ]
