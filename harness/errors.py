@@ -11,3 +11,7 @@ class AssetError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """A (model, method) pair that makes no sense: the cell gets a row with status `unsupported`."""
+
+
+class MeasurementError(RuntimeError):
+    """What a model gives is no number, or an item can't be given to it: the cell fails with this sentence."""

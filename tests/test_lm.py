@@ -9,13 +9,16 @@ from typing import ClassVar
 import pytest
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from harness.data.tasks import load_tasks, task_manager
+from harness.errors import MeasurementError
 from harness.execution.attach import attached
 from harness.execution.method import Method
+from harness.model import logits
 from harness.model.families import view_of
 from harness.model.lm import HarnessLM
 from harness.model.sees import OUTPUT, Sees
@@ -132,3 +135,65 @@ def test_generation_runs_sparse(tiny_lm):
     ).tolist()
     assert prefill == 0.0
     assert decode == pytest.approx(0.5, abs=0.01)
+
+
+# ------------------------------------------------------------------ what does not fit, and what is no number
+
+
+def asks(kind: str, arguments: tuple, document: int = 0, task: str = "trivia") -> Instance:
+    return Instance(kind, {}, arguments, 0, (task, document, 1))
+
+
+def test_contexts_that_are_cut_are_counted_once_an_item(tiny_lm):
+    """512 tokens and the one that they predict fit; of an item with several choices any may be cut."""
+    word = " river"
+    fits, cut = word * 510, word * 600
+    tiny_lm.truncated.clear()
+    tiny_lm.loglikelihood([asks("loglikelihood", (text, " a b"), n) for n, text in enumerate((fits, "one"))])
+    assert tiny_lm.truncated == set()
+    several = [asks("loglikelihood", (cut, choice), 7) for choice in (" a", " b", " c d")]
+    tiny_lm.loglikelihood([*several, asks("loglikelihood", (cut, " a"), 7, "other")])
+    assert tiny_lm.truncated == {("trivia", 7), ("other", 7)}
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_counted(tiny_lm):
+    tiny_lm.truncated.clear()
+    facts = {"until": ["\n"], "max_gen_toks": 4}
+    prompts = [" river" * 508, " river" * 509]
+    tiny_lm.generate_until([asks("generate_until", (text, dict(facts)), n) for n, text in enumerate(prompts)])
+    assert tiny_lm.truncated == {("trivia", 1)}
+    with pytest.raises(MeasurementError, match="item 3 of task trivia asks for answers of up to 512 tokens"):
+        tiny_lm.generate_until([asks("generate_until", ("a", facts | {"max_gen_toks": 512}), 3)])
+
+
+def test_a_continuation_longer_than_the_model_is_one_sentence_that_names_its_item(tiny_lm):
+    requests = [asks("loglikelihood", ("one", " two")), asks("loglikelihood", ("one", " river" * 513), 5)]
+    with pytest.raises(MeasurementError, match=r"^item 5 of task trivia has a continuation of 513 tokens, and .* 512$"):
+        tiny_lm.loglikelihood(requests)
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+def test_logits_that_are_no_numbers_are_named(tiny_folder, tokenizer, kind):
+    """Compared with one another they would pass for a wrong answer."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float16).eval()
+    lm = HarnessLM(view_of(model, name="broken"), tokenizer, batch_size=2, max_length=64, max_gen_toks=2)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    what = " two" if kind == "loglikelihood" else {"until": ["\n"]}
+    with pytest.raises(MeasurementError, match=r"^the logits of broken are NaN, not a number, for .*float16 overflows"):
+        getattr(lm, kind)([asks(kind, ("one", what), 2)])
+
+
+def test_scoring_makes_few_logits_at_a_time_and_the_same_scores(tiny_lm, monkeypatch):
+    """The head never sees more positions at once than `PIECE` logits allow."""
+    requests = [asks("loglikelihood", ("one river", " stone" * n), n) for n in range(1, 9)]
+    whole = tiny_lm.loglikelihood(requests)
+    rows: list[int] = []
+    head = tiny_lm.view.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _m, _a, out: rows.append(out[..., 0].numel()))
+    monkeypatch.setattr(logits, "PIECE", 3 * head.weight.shape[0])
+    in_pieces = tiny_lm.loglikelihood(requests)
+    handle.remove()
+    assert max(rows) == 3 and sum(rows) >= 36
+    assert [greedy for _, greedy in in_pieces] == [greedy for _, greedy in whole]
+    assert [value for value, _ in in_pieces] == pytest.approx([value for value, _ in whole], abs=1e-4)

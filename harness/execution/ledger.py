@@ -1,7 +1,9 @@
 """The ledger: achieved sparsity, counted. Every share is kept as a numerator and a denominator, by valid token.
 
 Counting looks at the tensors that reach the projections after every method has had its say, so a method that only
-pretends to be sparse is counted as dense.
+pretends to be sparse is counted as dense. Of neurons and heads that are skipped as a whole masked execution
+tells it, and what several methods drop at one site is dropped once. Padding is no token, nor is what a batch feeds to a
+sequence that has ended.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Ledger:
     # By what a pass noted: numerators float64 [counted, 2] and tokens [2] of all passes that noted the same.
     _sums: dict[tuple[tuple[Note, ...], tuple[Note, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _step: object = None  # the pass that was noted last
-    _rows: dict[tuple[str, int], tuple[Share, bool]] = field(default_factory=dict)
+    _keep: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # masks of the sublayer under way
+    _dense_gate: bool = False  # whether a decision in it needed every gate row
     _columns: dict[str, Share] = field(default_factory=dict)
     _seen: tuple[Tensor, Tensor] | None = None
 
@@ -67,15 +70,15 @@ class Ledger:
     ) -> None:
         """Note which neurons or heads a method kept. keep: bool [batch, tokens, n].
 
-        dense_gate: the decision needed every gate row. kv_keep: bool [batch, tokens, KV heads] where K and V of
-        dropped heads are not made (None: they all are).
+        Of nested methods each notes its own: kept is what all of them keep. dense_gate: the decision needed every gate
+        row. kv_keep: bool [batch, tokens, KV heads] where K and V of dropped heads are not made (None: they all are).
         """
-        kept = _share(keep)
-        before = self._rows.get((site, layer))
-        self._rows[site, layer] = (kept if before is None else kept.times(before[0]), dense_gate)
-        if kv_keep is not None:
-            self._rows["kv", layer] = (_share(kv_keep), False)
-        self._note("kept", layer, site, kept)
+        self._starts_pass()
+        self._dense_gate |= dense_gate
+        for name, mask in ((site, keep), ("kv", kv_keep)):
+            if mask is not None:
+                before = self._keep.get((name, layer))
+                self._keep[name, layer] = mask if before is None else mask & before
 
     @contextmanager
     def counting(self) -> Iterator[Ledger]:
@@ -98,6 +101,7 @@ class Ledger:
         last = layer == self.view.n_layers - 1 and projection == "down"
 
         def hook(_: nn.Module, args: tuple) -> None:
+            self._starts_pass()
             x = args[0]
             columns = WHOLE
             if site in self.sites or projection == "down":
@@ -109,36 +113,47 @@ class Ledger:
                     self._note("kept", layer, site, nonzero)
             self._columns[projection] = columns
             if projection in ("o", "down"):  # by now all of the sublayer is decided, oracles included
-                for name, share in self._columns.items():
-                    self._note("touched", layer, name, self._row_share(name, layer).times(share))
-                self._columns.clear()
+                self._sublayer(layer)
             if last:
                 self._count()
 
         return hook
 
-    def _row_share(self, projection: str, layer: int) -> Share:
+    def _sublayer(self, layer: int) -> None:
+        """Note what the sublayer's decisions come to: neurons or heads kept, weights touched."""
+        rows = {name: _share(keep) for (name, _), keep in self._keep.items()}
+        for name, kept in rows.items():
+            if name != "kv":
+                self._note("kept", layer, name, kept)
+        for name, columns in self._columns.items():
+            self._note("touched", layer, name, self._row_share(name, rows).times(columns))
+        self._forget_sublayer()
+
+    def _row_share(self, projection: str, rows: dict[str, Share]) -> Share:
         """Share of the projection's rows (columns, for o and down) that the kept neurons or heads need."""
         if projection in ("gate", "up", "down"):
-            share, dense_gate = self._rows.get(("neurons", layer), (WHOLE, False))
             skipped = projection == "down" and "mlp_hidden" in self.sites  # then the columns are counted themselves
-            return WHOLE if skipped or (dense_gate and projection == "gate" and self.view.gated) else share
+            dense = self._dense_gate and projection == "gate" and self.view.gated
+            return WHOLE if skipped or dense else rows.get("neurons", WHOLE)
         if projection in ("k", "v"):
-            return self._rows.get(("kv", layer), (WHOLE, False))[0]
+            return rows.get("kv", WHOLE)
         if projection == "o" and "attn_out" in self.sites:
             return WHOLE
-        return self._rows.get(("heads", layer), (WHOLE, False))[0]
+        return rows.get("heads", WHOLE)
 
     def _nonzero(self, x: Tensor) -> Tensor:
         if self._seen is None or self._seen[0] is not x:
             self._seen = (x, count_nonzero(x).flatten())
         return self._seen[1]
 
-    def _note(self, what: str, layer: int, where: str, share: Share) -> None:
+    def _starts_pass(self) -> None:
+        """Where this is another pass than the one before: what an unfinished one has noted does not count."""
         step = self.view.tracker.step
-        if self._step is not step:  # whatever an unfinished pass has noted does not count
-            self._noted.clear()
+        if self._step is not step:
+            self._forget()
             self._step = step
+
+    def _note(self, what: str, layer: int, where: str, share: Share) -> None:
         self._noted.append(((what, layer, where, share.n), share.count))
 
     def _count(self) -> None:
@@ -158,21 +173,25 @@ class Ledger:
 
     def _forget(self) -> None:
         self._noted.clear()
-        self._rows.clear()
-        self._columns.clear()
+        self._forget_sublayer()
         self._seen = self._step = None
+
+    def _forget_sublayer(self) -> None:
+        self._keep.clear()
+        self._columns.clear()
+        self._dense_gate = False
 
     # --- reading it
 
     def _read(self, what: str, scale: Callable[[str, int], float], of_tokens: bool) -> dict[tuple[int, str], Tensor]:
-        found: dict[tuple[int, str], Tensor] = {}
+        totals: dict[tuple[int, str], Tensor] = {}
         for (counted, whole), (sums, tokens) in self._sums.items():
             for note, value in [*zip(counted, sums, strict=True), *((note, tokens) for note in whole)]:
                 kind, layer, where, n = note
                 if kind == what:
                     part = (tokens if of_tokens else value) * scale(where, n)
-                    found[layer, where] = found[layer, where] + part if (layer, where) in found else part
-        return found
+                    totals[layer, where] = totals[layer, where] + part if (layer, where) in totals else part
+        return totals
 
     @property
     def kept(self) -> dict[tuple[int, str], Tensor]:

@@ -5,7 +5,7 @@ Methods and probes read phase and padding from here and from nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ class Policy:
 class Step:
     """One forward pass of [batch, tokens].
 
-    valid: bool [batch, tokens], False on padding.
+    valid: bool [batch, tokens], False on padding and on what is fed to a sequence that has ended.
     decode: bool [batch, tokens], True on tokens of the decode phase, False on prompt tokens.
     position: int64 [batch, tokens], index within the own sequence, padding not counted (negative on left padding).
     sparse: bool [batch, tokens], or None when every token is.
@@ -72,6 +72,7 @@ class StepTracker:
         self.policy = Policy()
         self.step: Step | None = None
         self._hint: Hint | None = None
+        self._ended: Tensor | None = None
 
     @contextmanager
     def hint(self, valid: Tensor, decode: Tensor) -> Iterator[None]:
@@ -87,6 +88,22 @@ class StepTracker:
         finally:
             packed.remove()
             self._hint = before
+
+    @contextmanager
+    def generating(self) -> Iterator[Callable[[Tensor], None]]:
+        """Yields a function to be told, after each step, which sequences have ended: bool [batch].
+
+        A batch goes on until its last sequence has ended. What it feeds to the others is padding, or else what is
+        counted, and what batch-coupled methods select, would depend on who shares a batch with whom.
+        """
+
+        def tell(ended: Tensor) -> None:
+            self._ended = ended
+
+        try:
+            yield tell
+        finally:
+            self._ended = None
 
     @contextmanager
     def tracking(self, policy: Policy) -> Iterator[StepTracker]:
@@ -117,6 +134,8 @@ class StepTracker:
             valid = torch.ones((batch, length), dtype=torch.bool, device=tokens.device)
             decode = torch.full((batch, length), past > 0, device=tokens.device)
             position = torch.arange(past, past + length, device=tokens.device).expand(batch, length)
+        if self._ended is not None and past > 0:
+            valid = valid & ~self._ended[:, None]
         # In decode beyond the dense prefix every token is sparse: say so without a look at the device.
         settled = self._hint is None and past > 0 and past >= self.policy.dense_prefix and mask is None
         sparse = None if settled else self._sparse(decode, position)
