@@ -17,9 +17,10 @@ from harness.errors import ConfigError
 from harness.execution.masked import install
 from harness.execution.method import Method, State
 from harness.model.sees import OUTPUT, Sees
-from harness.model.selection import TopK, top_k_count
+from harness.model.selection import TopK
 from harness.model.step import Step
 from harness.model.view import View
+from methods.topk import best
 
 TARGETS = {"mlp": ("neurons",), "heads": ("heads",), "both": ("neurons", "heads")}
 
@@ -83,7 +84,7 @@ class Attribution(Method):
     def select(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> TopK | None:
         """Top-k of the scores of this forward pass; everything while they are being found."""
         scores = plan.scores.get((site, layer))
-        return None if scores is None else TopK(scores, top_k_count(scores.shape[-1], self.sparsity))
+        return None if scores is None else best(scores, self.sparsity)
 
 
 @dataclass(eq=False)

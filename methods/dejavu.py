@@ -11,25 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.errors import ConfigError
-from harness.execution.method import Method, State
+from harness.execution.method import State
 from harness.fitting.calibration import Calibration
 from harness.fitting.contribution import Contributions
 from harness.model.sees import INPUT, OUTPUT, Sees, residual
-from harness.model.selection import Mask, Selection, TopK, top_k_count
+from harness.model.selection import Mask, SiteSelection, keep_mask
 from harness.model.step import Step
 from harness.model.view import View
 from harness.progress import track
 from methods.predictors import train, unit_rms
+from methods.topk import Scored, best, of_position, random_table
 
 SITES = {"mlp": ("neurons",), "heads": ("heads",), "both": ("neurons", "heads")}
 PART = {"neurons": "mlp", "heads": "attn"}
 FLOOR = {"neurons": 0.005, "heads": 0.0}  # added to the negative weight of the loss
 GRID = 1001  # quantiles of the scores that are kept for select=score
-PERIOD = 64  # random scores a layer; a token's position picks one, so rows of a batch and reruns agree
 
 
 @dataclass(frozen=True)
-class DejaVu(Method):
+class DejaVu(Scored):
     """Keeps, for each token, the neurons and heads that a predictor scores highest (sections 3 and 4).
 
     targets: mlp (neurons), heads, or both. A head that is not kept loses its output; its K and V are still made.
@@ -159,8 +159,7 @@ class DejaVu(Method):
             if natural and site == "neurons":
                 marked[site][layer].append(score > 0)
                 return
-            top = score.topk(top_k_count(score.shape[-1], 1 - self.label_density), dim=-1, sorted=False).indices
-            marked[site][layer].append(torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, True))
+            marked[site][layer].append(keep_mask(best(score, 1 - self.label_density), score))
 
         visits: dict[str, Callable[[int, Tensor], None]] = {}
         for site in SITES[self.targets]:
@@ -188,25 +187,24 @@ class DejaVu(Method):
         return weights | {"scores": scores[at], "recall": torch.tensor(made.recall)}
 
     def plan(self, view: View, state: State) -> Plan:
-        """The predictors in the model's dtype, and how many or from which score on to keep."""
+        """The predictors in the model's dtype, and from which score on to keep."""
         plan = Plan(Contributions(view))
         generator = torch.Generator().manual_seed(self.seed)
         for site in self.sites:
             n = view.d_ff if site == "neurons" else view.n_heads
-            plan.k[site] = top_k_count(n, self.sparsity)
             for layer in range(view.n_layers):
                 if self.learns:
                     plan.weights[site, layer] = [w[layer].to(view.device, view.dtype) for w in _weights(state, site)]
                     grid = state[f"{site}.scores"][layer]
                     plan.cut[site, layer] = torch.lerp(*_around(grid, self.sparsity)).item()
                 elif self.predictor == "random":
-                    plan.random[site, layer] = torch.rand(PERIOD, n, generator=generator).to(view.device)
+                    plan.random[site, layer] = random_table(n, generator).to(view.device)
         return plan
 
-    def score(self, plan: Plan, site: str, layer: int, x: Tensor) -> Tensor | None:
-        """Scores [batch, tokens, n], larger for what is likelier active, from what `select` sees; None if random."""
+    def score(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> Tensor:
+        """Scores [batch, tokens, n], larger for what is likelier active, from what `select` sees."""
         if self.predictor == "random":
-            return None
+            return of_position(plan.random[site, layer], step)
         if self.predictor == "oracle":
             return plan.true.of(site, layer, x)
         x = unit_rms(x)
@@ -214,14 +212,11 @@ class DejaVu(Method):
             x = F.linear(x, weight)
         return x
 
-    def select(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> Selection:
+    def select(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
         """Top-k or all above the layer's cut. x: [batch, tokens, d_model], or at the oracle the sublayer's product."""
-        scores = self.score(plan, site, layer, x)
-        if scores is None:
-            scores = plan.random[site, layer][step.position % PERIOD]
         if self.select_by == "score":
-            return Mask(scores > plan.cut[site, layer])
-        return TopK(scores, plan.k[site])
+            return Mask(self.score(plan, site, layer, x, step) > plan.cut[site, layer])
+        return super().select(plan, site, layer, x, step)
 
     def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
         """The predictors' own weights."""
@@ -229,11 +224,10 @@ class DejaVu(Method):
 
 
 class Plan:
-    """What `select` needs: by (site, layer) the predictor's matrices, its cut, or random scores; by site the k."""
+    """What `select` needs: by (site, layer) the predictor's matrices, its cut, or random scores."""
 
     def __init__(self, true: Contributions) -> None:
         self.true = true
-        self.k: dict[str, int] = {}
         self.weights: dict[tuple[str, int], list[Tensor]] = {}
         self.cut: dict[tuple[str, int], float] = {}
         self.random: dict[tuple[str, int], Tensor] = {}

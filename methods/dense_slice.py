@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from harness.execution.method import Method, State
-from harness.model.sees import INPUT, Sees
-from harness.model.selection import PROJECTIONS, Mask, top_k_count
+from harness.model.sees import Sees
+from harness.model.selection import Mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
+from methods.topk import channels
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DenseSlice(Method):
     @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
+        return channels(self.sparsity)
 
     def plan(self, view: View, state: State) -> dict[int, Mask]:
         """Keep masks by number of channels."""

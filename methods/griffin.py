@@ -11,10 +11,11 @@ from torch import Tensor
 
 from harness.execution.method import Method, State
 from harness.model.sees import PROMPT, Sees
-from harness.model.selection import Mask, TopK, keep_mask, top_k_count
+from harness.model.selection import Mask, keep_mask
 from harness.model.step import Step
 from harness.model.view import View
 from methods.prompt import PromptMasks
+from methods.topk import best
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Griffin(Method):
             plan.forget(layer)
         if step.has_prompt:
             score = flocking(x, step.prompt)
-            k = top_k_count(x.shape[-1], self.sparsity)
-            plan.fix(layer, keep_mask(TopK(score, k), score), step)
+            plan.fix(layer, keep_mask(best(score, self.sparsity), score), step)
         return plan.of(layer, len(x))
 
 

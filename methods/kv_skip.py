@@ -18,13 +18,13 @@ from harness.execution.masked_heads import Decide
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.model.sees import INPUT, OUTPUT, Sees
-from harness.model.selection import TopK, keep_mask, top_k_count
+from harness.model.selection import keep_mask, top_k_count
 from harness.model.step import Step
 from harness.model.view import View
 from methods.dejavu import DejaVu
+from methods.topk import best, of_position, random_table
 
 SELECT = ("norm", "random", "serial", "lookahead")
-PERIOD = 64  # random scores a layer; a token's position picks one, so rows of a batch and reruns agree
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ class KvSkip(Method):
             with torch.no_grad():
                 plan = self.predictor.plan(view, state)
             score: Any = partial(self.predictor.score, plan, "heads")
-            return partial(self.decide, view, lambda layer, x, step: torch.sigmoid(score(layer, x).float()))
+            return partial(self.decide, view, lambda layer, x, step: torch.sigmoid(score(layer, x, step).float()))
         if self.select_by == "random":
             generator = torch.Generator().manual_seed(self.seed)
-            table = torch.rand(view.n_layers, PERIOD, view.n_heads, generator=generator).to(view.device)
-            return partial(self.decide, view, lambda layer, x, step: table[layer, step.position % PERIOD])
+            tables = [random_table(view.n_heads, generator).to(view.device) for _ in view.blocks]
+            return partial(self.decide, view, lambda layer, x, step: of_position(tables[layer], step))
         return partial(self.decide, view, lambda layer, x, step: head_energy(view, x))
 
     def decide(self, view: View, score: Any, layer: int, x: Tensor, step: Step) -> Tensor:
@@ -161,7 +161,7 @@ class KvSkip(Method):
         scores = score(layer, x, step)
         if self.unit == "group":
             scores = scores.unflatten(-1, (view.n_kv_heads, -1)).sum(-1)
-        keep = keep_mask(TopK(scores, top_k_count(scores.shape[-1], self.sparsity)), scores)
+        keep = keep_mask(best(scores, self.sparsity), scores)
         return keep.repeat_interleave(view.group_size, -1) if self.unit == "group" else keep
 
 

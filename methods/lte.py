@@ -82,14 +82,14 @@ class Lte(Method):
         pairs = zip(state["router"], state["expert_of"], strict=True)
         return [(router.to(view.device, view.dtype), expert_of.to(view.device)) for router, expert_of in pairs]
 
-    def score(self, plan: list[tuple[Tensor, Tensor]], site: str, layer: int, x: Tensor) -> Tensor:
+    def score(self, plan: list[tuple[Tensor, Tensor]], site: str, layer: int, x: Tensor, step: Step) -> Tensor:
         """The router's score of each neuron's expert, [batch, tokens, neurons]. x: the MLP's input."""
         router, expert_of = plan[layer]
         return torch.sigmoid(F.linear(x, router).float())[..., expert_of]
 
     def select(self, plan: list[tuple[Tensor, Tensor]], site: str, layer: int, x: Tensor, step: Step) -> Mask:
         """The neurons of the experts above one half. x: [batch, tokens, d_model]."""
-        return Mask(self.score(plan, site, layer, x) > CUT)
+        return Mask(self.score(plan, site, layer, x, step) > CUT)
 
     def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
         """The routers' own weights."""

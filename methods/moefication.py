@@ -14,15 +14,15 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.model.sees import INPUT, OUTPUT, Sees
-from harness.model.selection import Mask, TopK, keep_mask, top_k_count
+from harness.model.selection import Mask, keep_mask
 from harness.model.step import Step
 from harness.model.view import View
 from harness.progress import track
 from methods import experts
+from methods.topk import best, of_position, random_table
 
 SPLITS = ("kmeans", "coactivation")
 ROUTERS = ("mlp", "similarity", "oracle", "random")
-PERIOD = 64  # random scores a layer; a token's position picks one, so rows of a batch and reruns agree
 LEARNING_RATE, BATCH, HELD_OUT = 0.01, 512, 0.1  # of the released code
 COACTIVE_SHARE = 0.25  # neurons that count as active where no ReLU says so
 COACTIVE_TOKENS = 8192  # tokens that the co-activation graph is made from, at most
@@ -119,7 +119,7 @@ class MoEfication(Method):
         return state | {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
 
     def plan(self, view: View, state: State) -> Plan:
-        """The split, the router in the model's dtype and k."""
+        """The split, and the router in the model's dtype."""
         if state["expert_of"].shape != (view.n_layers, view.d_ff):
             layers, neurons = state["expert_of"].shape
             raise ConfigError(
@@ -131,27 +131,30 @@ class MoEfication(Method):
         table = None
         if self.router == "random":
             generator = torch.Generator().manual_seed(self.seed)
-            table = torch.rand(view.n_layers, PERIOD, n_experts, generator=generator).to(view.device)
+            table = torch.stack([random_table(n_experts, generator) for _ in view.blocks]).to(view.device)
         return Plan(
-            k=top_k_count(n_experts, self.sparsity),
             expert_of=state["expert_of"].to(view.device),
             sums=[experts.Sums(split) for split in state["expert_of"]],
             weights=[state[name].to(view.device, view.dtype) for name in names],
             table=table,
         )
 
-    def score(self, plan: Plan, layer: int, x: Tensor, step: Step) -> Tensor:
+    def score(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> Tensor:
+        """Each neuron's score [batch, tokens, neurons], its expert's, from what `select` sees."""
+        return self.expert_scores(plan, layer, x, step)[..., plan.expert_of[layer]]
+
+    def expert_scores(self, plan: Plan, layer: int, x: Tensor, step: Step) -> Tensor:
         """Scores of experts [batch, tokens, experts] from what `select` sees."""
         if plan.table is not None:
-            return plan.table[layer, step.position % PERIOD]
+            return of_position(plan.table[layer], step)
         if self.router == "oracle":
             return plan.sums[layer].of(x)
         return route(x, *(weight[layer] for weight in plan.weights))
 
     def select(self, plan: Plan, site: str, layer: int, x: Tensor, step: Step) -> Mask:
         """The neurons of the k best experts. x: [batch, tokens, d_model], or the hidden vector for the oracle."""
-        scores = self.score(plan, layer, x, step)
-        return Mask(keep_mask(TopK(scores, plan.k), scores)[..., plan.expert_of[layer]])
+        scores = self.expert_scores(plan, layer, x, step)
+        return Mask(keep_mask(best(scores, self.sparsity), scores)[..., plan.expert_of[layer]])
 
     def usage(self, view: View, state: State, batches: Iterable[Tensor]) -> Tensor:
         """By what the experts hold, whatever the router: see `experts.frequencies`."""
@@ -165,9 +168,8 @@ class MoEfication(Method):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """k, and by layer: expert_of int64 [neurons], sums, the router's matrices, random scores [PERIOD, experts]."""
+    """By layer: expert_of int64 [neurons], sums, the router's matrices, random scores [PERIOD, experts]."""
 
-    k: int
     expert_of: Tensor
     sums: list[experts.Sums]
     weights: list[Tensor]

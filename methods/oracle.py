@@ -9,17 +9,18 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from harness.errors import ConfigError
-from harness.execution.method import Method, State
+from harness.execution.method import State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
-from harness.model.sees import INPUT, Sees
-from harness.model.selection import PROJECTIONS, Selection, Thresholds, TopK, top_k_count
+from harness.model.sees import Sees
+from harness.model.selection import PROJECTIONS, SiteSelection, Thresholds
 from harness.model.step import Step
 from harness.model.view import View
+from methods.topk import Scored, channels
 
 
 @dataclass(frozen=True)
-class Oracle(Method):
+class Oracle(Scored):
     """Keeps, for every projection, the inputs i of largest contribution |x_i| * ||W[:, i]||_2.
 
     budget: "pooled" (the largest contributions over all tokens of the calibration text: a token whose activations are
@@ -46,7 +47,7 @@ class Oracle(Method):
     @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
+        return channels(self.sparsity)
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """Quantiles of the contributions float32 [layers, grid] by projection."""
@@ -70,15 +71,18 @@ class Oracle(Method):
             for (name, layer), norm in norms.items()
         }
 
-    def select(
+    def score(
         self, plan: dict[tuple[str, int], Any], site: str, layer: int, x: Tensor, step: Step
-    ) -> dict[str, Selection]:
-        """The largest contributions. x: [batch, tokens, channels]."""
-        names = [p for p in PROJECTIONS[site] if (p, layer) in plan]
-        if self.budget == "pooled":
-            return {p: plan[p, layer] for p in names}
-        size, k = x.float().abs(), top_k_count(x.shape[-1], self.sparsity)
-        return {p: TopK(size * plan[p, layer], k) for p in names}
+    ) -> dict[str, Tensor]:
+        """Contributions to each projection of x [batch, tokens, channels]."""
+        size = x.float().abs()
+        return {p: size * plan[p, layer] for p in PROJECTIONS[site] if (p, layer) in plan}
+
+    def select(self, plan: dict[tuple[str, int], Any], site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
+        """The largest contributions, of this token or of all. x: [batch, tokens, channels]."""
+        if self.budget == "token":
+            return super().select(plan, site, layer, x, step)
+        return {p: plan[p, layer] for p in PROJECTIONS[site] if (p, layer) in plan}
 
 
 def column_norms(view: View) -> dict[tuple[str, int], Tensor]:

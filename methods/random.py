@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from harness.execution.method import Method, State
-from harness.model.sees import INPUT, Sees
-from harness.model.selection import PROJECTIONS, Mask, top_k_count
+from harness.model.sees import Sees
+from harness.model.selection import PROJECTIONS, Mask, keep_mask
 from harness.model.step import Step
 from harness.model.view import View
-
-PERIOD = 64  # patterns per projection; a token's position picks one, so rows of a batch and reruns agree
+from methods.topk import best, channels, of_position, random_table
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Random(Method):
     @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
+        return channels(self.sparsity)
 
     def plan(self, view: View, state: State) -> dict[tuple[str, int], Tensor]:
         """Keep patterns bool [PERIOD, channels] by (projection, layer)."""
@@ -38,16 +37,12 @@ class Random(Method):
         patterns = {}
         for layer in range(view.n_layers):
             for projection in view.projection_names():
-                n = view.channels(projection)
-                kept = torch.rand(PERIOD, n, generator=generator).argsort(-1)[:, : top_k_count(n, self.sparsity)]
-                pattern = torch.zeros(PERIOD, n, dtype=torch.bool).scatter_(-1, kept, True)
-                patterns[projection, layer] = pattern.to(view.device)
+                scores = -random_table(view.channels(projection), generator)
+                patterns[projection, layer] = keep_mask(best(scores, self.sparsity), scores).to(view.device)
         return patterns
 
     def select(
         self, plan: dict[tuple[str, int], Tensor], site: str, layer: int, x: Tensor, step: Step
     ) -> dict[str, Mask]:
         """The pattern of each token's position. x: [batch, tokens, channels]."""
-        row = step.position % PERIOD
-        names = [p for p in PROJECTIONS[site] if (p, layer) in plan]
-        return {p: Mask(plan[p, layer][row]) for p in names}
+        return {p: Mask(of_position(plan[p, layer], step)) for p in PROJECTIONS[site] if (p, layer) in plan}

@@ -13,11 +13,12 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
-from harness.model.sees import INPUT, Sees
+from harness.model.sees import Sees
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import Block, View
 from harness.progress import track
+from methods.topk import channels
 
 HIGHEST = 0.9  # block sparsity at which the greedy path ends (section 4.2)
 
@@ -53,7 +54,7 @@ class Teal(Method):
     @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
-        return {} if self.sparsity == 0 else dict.fromkeys(PROJECTIONS, INPUT)
+        return channels(self.sparsity)
 
     def fit_key(self) -> dict[str, Any]:
         """A uniform fit knows no greedy parameters."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from harness.errors import ConfigError
 from harness.execution.attach import attached
 from harness.fitting.scratch import Scratch
+from harness.model.selection import top_k_count
 from harness.model.step import Policy
 from harness.probes import frequency
 from harness.results.rows import make_row
@@ -18,6 +19,7 @@ from methods.expert_prune import ExpertPrune, kept_experts
 from methods.experts import frequencies
 from methods.griffin import Griffin
 from methods.moefication import MoEfication, coactivations
+from methods.topk import PERIOD
 from tests import tiny
 
 TINY = {"expert_size": 8, "epochs": 3}
@@ -102,15 +104,15 @@ def test_routers_are_ordered_by_captured_activation():
     for router in ("oracle", "mlp", "similarity", "random"):
         method = MoEfication(0.5, router=router, **TINY)
         plan = method.plan(view, state)
-        shares = []
+        kept, shares = top_k_count(view.d_ff // 8, 0.5), []
         for layer in range(view.n_layers):
             sums = plan.sums[layer].of(seen["mlp_hidden"][layer])
             if router == "random":
-                scores = plan.table[layer][torch.arange(len(sums)) % moefication.PERIOD]
+                scores = plan.table[layer][torch.arange(len(sums)) % PERIOD]
             else:
                 x = seen["mlp_hidden" if router == "oracle" else "mlp_in"][layer]
-                scores = method.score(plan, layer, x, step)
-            shares.append(experts.captured(scores, sums)[plan.k - 1].item())
+                scores = method.expert_scores(plan, layer, x, step)
+            shares.append(experts.captured(scores, sums)[kept - 1].item())
         share[router] = sum(shares) / len(shares)
     assert share["oracle"] > share["mlp"] > share["similarity"]  # on random weights similarity knows next to nothing
     assert share["mlp"] > share["random"]

@@ -28,7 +28,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     (`Contributions`), without those that contribute nothing at all (a ReLU's zeros). Rows:
         density: share that the method keeps. recall: share of what matters that it keeps. precision: share of what it
         keeps that matters. captured: share of all contribution that it keeps. auc: chance that its score ranks what
-        matters above what does not, mean over tokens; only of methods whose `score(plan, site, layer, x)` gives one.
+        matters above what does not, mean over tokens; only of methods that have a `score(plan, site, layer, x, step)`.
 
     Every method looks at the activations that it would see if it dropped nothing itself (the methods outside it are
     attached), so rows of different sparsities and predictors speak of the same activations. Only tokens that the policy
@@ -105,7 +105,7 @@ def watching(method: Method, plan: Any, seen: dict[tuple[str, int], tuple[Tensor
         selection = method.select(plan, site, layer, x, step)
         assert not isinstance(selection, Mapping)
         keep = torch.ones((), dtype=torch.bool, device=x.device) if selection is None else keep_mask(selection, x)
-        seen[site, layer] = (keep, None if score is None else score(plan, site, layer, x))
+        seen[site, layer] = (keep, None if score is None else score(plan, site, layer, x, step))
 
     return decide
 
