@@ -52,6 +52,11 @@ class Cett(Method):
         return self.cett is None
 
     @property
+    def names_neurons(self) -> bool:
+        """The norms of their columns of down are part of the thresholds."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of down."""
         return {} if self.sparsity == 0 and self.cett is None else {"mlp_hidden": INPUT}

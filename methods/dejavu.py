@@ -91,6 +91,11 @@ class DejaVu(Scored):
         return self.predictor == "oracle"
 
     @property
+    def names_neurons(self) -> bool:
+        """Its predictors do."""
+        return "neurons" in SITES[self.targets]
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons and heads, and what the predictor of each sees."""
         return {} if self.sparsity == 0 else {site: self._sees(site) for site in SITES[self.targets]}

@@ -51,6 +51,11 @@ class ExpertPrune(Method):
             )
 
     @property
+    def names_neurons(self) -> bool:
+        """Experts are made of them."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons, known before anything is computed."""
         return {} if self.sparsity == 0 else {"neurons": INPUT}

@@ -55,6 +55,11 @@ class Lte(Method):
         return False
 
     @property
+    def names_neurons(self) -> bool:
+        """Routers were trained for them."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons, decided from the MLP's input."""
         return {} if self.sparsity == 0 else {"neurons": INPUT}

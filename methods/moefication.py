@@ -66,6 +66,11 @@ class MoEfication(Method):
         return self.router == "oracle"
 
     @property
+    def names_neurons(self) -> bool:
+        """Experts are made of them."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons; a router sees the MLP's input, the oracle its hidden vector."""
         return {} if self.sparsity == 0 else {"neurons": OUTPUT if self.router == "oracle" else INPUT}

@@ -45,6 +45,11 @@ class Oracle(Scored):
         return True
 
     @property
+    def names_neurons(self) -> bool:
+        """It reads the weights that every input will meet."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
         return channels(self.sparsity)

@@ -27,6 +27,12 @@ class ReluStage2(ActivationSwap):
         """Neurons known from the gate, and the zeros after both norms."""
         return {"attn_in": INPUT, "mlp_in": INPUT, "neurons": GATE}
 
+    def unsupported(self, view: View) -> str | None:
+        """There must be norms before attention and MLP."""
+        if "norms" in view.limits:
+            return f"{self.name} can't run on {view.name}: {view.limits['norms']}"
+        return super().unsupported(view)
+
     @contextmanager
     def _swapped(self, view: View, thresholds: list[float]) -> Iterator[None]:
         with super()._swapped(view, thresholds), ExitStack() as stack:

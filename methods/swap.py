@@ -39,13 +39,18 @@ class ActivationSwap(Method):
     activation: ClassVar[str]
     swap: ClassVar[bool] = True
     needs: ClassVar[str] = "calibration"
-    families: ClassVar[tuple[str, ...]] = ("llama",)
     fit_fields: ClassVar[tuple[str, ...]] = ("threshold",)
 
     @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons, known from the gate."""
         return {"neurons": GATE}
+
+    def unsupported(self, view: View) -> str | None:
+        """A plain MLP has no gate."""
+        if not view.gated:
+            return f"{self.name} changes the activation of the gate, and the MLP of {view.name} has none"
+        return super().unsupported(view)
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """gate: float32 [layers, grid], quantiles of the activated gate of the swapped model."""

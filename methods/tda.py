@@ -38,6 +38,11 @@ class Tda(Method):
     phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     @property
+    def names_neurons(self) -> bool:
+        """The prompt fixes them."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons, seen at the product before down while there is a prompt."""
         return {} if self.sparsity == 0 else {"neurons": PROMPT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from harness.claims.study import COUNTERPARTS
 from harness.errors import ConfigError, UnsupportedError
 from harness.model.families import ADAPTERS, view_of
+from harness.model.families.fused import SplitLinear
 from tests import tiny
 
 MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in Path("conf/model").glob("*.yaml")}
@@ -49,13 +51,18 @@ def test_the_models_of_the_study_are_there() -> None:
     assert all(MODELS[name]["source"] == "hub" for name in (*STUDY, *RELU))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+PLAIN = ("opt", "gpt_neox", "falcon")
+ACTIVATION = {"opt": "relu", "gpt_neox": "gelu", "falcon": "gelu"}
+ACTIVATION |= dict.fromkeys(("gemma", "gemma2", "gemma3"), "gelu_pytorch_tanh")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_view_has_the_shapes_of_its_model(family: str) -> None:
     view = tiny.view(family)
     config = view.model.config
-    assert view.family == ("opt" if family == "opt" else "llama")
+    assert view.family == ("llama" if family == "mistral" else family)
     assert (view.n_layers, view.d_model) == (config.num_hidden_layers, config.hidden_size)
-    assert view.gated == (family != "opt")
+    assert view.gated == (family not in PLAIN)
     assert view.n_heads * view.head_dim == view.channels("o")
     assert view.group_size * view.n_kv_heads == view.n_heads
     names = ["q", "k", "v", "o", "gate", "up", "down"] if view.gated else ["q", "k", "v", "o", "up", "down"]
@@ -68,9 +75,71 @@ def test_a_view_has_the_shapes_of_its_model(family: str) -> None:
         assert shapes["o"] == (view.d_model, wide)
         assert shapes["up"] == shapes.get("gate", shapes["up"]) == (view.d_ff, view.d_model)
         assert shapes["down"] == (view.d_model, view.d_ff)
+    assert view.activation == ACTIVATION.get(family, "silu")
+    if family in tiny.MIXTURES:
+        return  # their own test says what is counted
     inside = sum(m.weight.numel() for m in view.model.modules() if isinstance(m, nn.Linear)) - vocabulary_weights(view)
     assert view.block_weights * view.n_layers == inside, "every linear weight of the blocks is counted once"
-    assert view.activation == ("relu" if family == "opt" else "silu")
+
+
+@pytest.mark.parametrize("family", tiny.MIXTURES)
+def test_a_mixture_counts_the_experts_that_a_token_is_routed_to_and_no_others(family: str) -> None:
+    view = tiny.view(family)
+    experts = view.model.model.layers[0].mlp.experts
+    routed = view.model.config.num_experts_per_tok
+    all_of_them = sum(experts.get_submodule(p).weight.numel() for p in ("gate_proj", "up_proj", "down_proj"))
+    n_experts = len(experts.gate_proj.weight)
+    assert 1 < routed < n_experts
+    assert sum(view.weights(p) for p in ("gate", "up", "down")) * n_experts == all_of_them * routed
+    assert view.d_ff == routed * 64
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_a_view_changes_no_logits_and_copies_no_weights(family: str) -> None:
+    """Fused layers are taken apart and fused experts replaced: the same logits, the same bytes, as often as asked."""
+    model, ids = tiny.make(family), tiny.tokens(2, 33)
+    wanted, bytes_before = model(ids).logits, storage(model)
+    view = view_of(model)
+    assert torch.equal(model(ids).logits, wanted)
+    assert storage(model) == bytes_before
+    copied = copy.deepcopy(model)
+    again = view_of(copied)
+    assert torch.equal(copied(ids).logits, wanted)
+    again.blocks[1].q.weight.zero_()
+    assert not torch.equal(copied(ids).logits, wanted), "the projections of the view are those that the model runs"
+    assert torch.equal(view.model(ids).logits, wanted), "a copy shares nothing"
+
+
+def storage(model: nn.Module) -> int:
+    """Bytes that a model's parameters keep alive."""
+    found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(found.values())
+
+
+def test_the_parts_of_a_fused_layer_are_views_of_its_weight() -> None:
+    model = tiny.make("phi3")
+    fused = model.model.layers[1].mlp.gate_up_proj.weight
+    block = view_of(model).blocks[1]
+    assert block.gate.weight.data_ptr() == fused.data_ptr()
+    assert block.up.weight.data_ptr() == fused[128:].data_ptr()
+
+
+def test_a_hook_on_a_part_of_a_fused_layer_changes_that_part_alone() -> None:
+    for family in ("phi3", "gpt_neox", "falcon"):
+        view, seen = tiny.view(family), {}
+        block, ids = view.blocks[0], tiny.tokens(1, 5)
+        fused = next(m for m in view.model.modules() if isinstance(m, SplitLinear) and block.k in m.parts())
+        fused.register_forward_hook(lambda _m, _a, out, seen=seen: seen.update(fused=out))
+        for name in "qkv":
+            getattr(block, name).register_forward_hook(lambda _m, _a, out, n=name, seen=seen: seen.update({n: out}))
+        view.model(ids)
+        before = dict(seen)
+        block.k.register_forward_pre_hook(lambda _m, args: (args[0] * 0,))
+        view.model(ids)
+        changed = (seen["fused"] != before["fused"]).any(0).any(0).sum()
+        assert 0 < changed <= block.k.out_features
+        assert all(torch.equal(seen[name], before[name]) for name in "qv")
 
 
 def vocabulary_weights(view: Any) -> int:
@@ -78,7 +147,7 @@ def vocabulary_weights(view: Any) -> int:
     return view.model.get_output_embeddings().weight.numel()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "olmo2"])
 @torch.no_grad()
 def test_the_parts_of_a_view_are_the_parts_that_the_model_runs(family: str) -> None:
     """Final hidden states through the head are the logits; norms come before the projections that they feed."""
@@ -96,7 +165,7 @@ def test_the_parts_of_a_view_are_the_parts_that_the_model_runs(family: str) -> N
     logits = view.model(tiny.tokens(2, 7)).logits
     for hook in hooks:
         hook.remove()
-    assert torch.equal(view.logits(seen["final"]), logits)
+    assert torch.equal(view.logits(seen["final"]), logits), "capped where the model caps them"
     assert torch.equal(seen["final"], seen["final_norm"])
     assert torch.equal(seen["q"], seen["attn_norm"])
     assert torch.equal(seen["up"].flatten(), seen["mlp_norm"].flatten())
@@ -106,8 +175,14 @@ def test_the_parts_of_a_view_are_the_parts_that_the_model_runs(family: str) -> N
 def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
     model = nn.Linear(1, 1)
     model.config = SimpleNamespace(model_type="mamba")
-    with pytest.raises(UnsupportedError, match=r"'mamba' \(known: .*llama.*opt"):
+    with pytest.raises(UnsupportedError, match=r"'mamba' \(known: .*llama.*opt.*qwen3.*CONTRIBUTING.md"):
         view_of(model)
+    assert "## Add a family" in Path("CONTRIBUTING.md").read_text()
+
+
+def test_a_mixture_with_blocks_that_have_no_experts_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="blocks without experts"):
+        tiny.view("qwen3_moe", mlp_only_layers=[1])
 
 
 def test_no_two_adapters_claim_one_model_type() -> None:

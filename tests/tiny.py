@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
+import transformers
 
 from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
@@ -14,39 +15,64 @@ from harness.model.view import View
 VOCABULARY = 256
 
 
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OWN_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}  # wider together than the model
+WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+ROUTED = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+PLAIN = {"num_key_value_heads": None, "hidden_act": "gelu"}  # None drops a key
+
+# Family -> transformers' name for its classes and what differs from SIZES.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": (
+        "Mistral",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}
+        | {"tie_word_embeddings": True},
+    ),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", OWN_HEADS),
+    "gemma": ("Gemma", OWN_HEADS),
+    "gemma2": ("Gemma2", OWN_HEADS | WINDOW | {"query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3Text", OWN_HEADS | WINDOW | {"query_pre_attn_scalar": 16}),
+    "phi3": ("Phi3", {"pad_token_id": None}),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "pad_token_id": None}),
+    "gpt_neox": ("GPTNeoX", PLAIN),
+    "falcon": (
+        "Falcon",
+        {"intermediate_size": None, "num_key_value_heads": None, "ffn_hidden_size": 128, "activation": "gelu"}
+        | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    ),
+    "opt": (
+        "OPT",
+        {"intermediate_size": None, "num_key_value_heads": None}
+        | {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3Moe", OWN_HEADS | ROUTED),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64}),
+}
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+
+
 def make(family: str, vocabulary: int = VOCABULARY, **changes) -> torch.nn.Module:
-    """A random model: llama and mistral with grouped KV heads, opt with a plain ReLU MLP and biases."""
+    """A random model: grouped KV heads where the family has them; biases and norms that are not zero and one."""
     torch.manual_seed(0)
-    if family == "opt":
-        config = OPTConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            ffn_dim=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            word_embed_proj_dim=64,
-            max_position_embeddings=512,
-            dropout=0.0,
-            **changes,
-        )
-        model = OPTForCausalLM(config)
-    else:
-        config_class, model_class = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "mistral": (MistralConfig, MistralForCausalLM),
-        }[family]
-        sizes = {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-        }
-        if family == "mistral":
-            sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}
-        model = model_class(config_class(vocab_size=vocabulary, **(sizes | changes)))
+    name, own = FAMILIES[family]
+    sizes = {key: value for key, value in (SIZES | own).items() if value is not None or SIZES.get(key) is None}
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **(sizes | changes))
+    # Gemma 2 caps attention scores, which torch's own attention can't
+    attention = "eager" if family == "gemma2" else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # biases and norms at zero and one would hide mistakes
             if parameter.dim() == 1:

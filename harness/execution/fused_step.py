@@ -14,7 +14,7 @@ rounds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +48,9 @@ ACTIVATIONS = {
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """For one token without padding, what stands for its mask is how many cache entries are filled, a 0-d tensor."""
-    if kwargs["q_length"] == 1 and kwargs.get("attention_mask") is None:
+    window = kwargs.get("local_size")  # once full, it no longer sees every entry
+    whole = window is None or kwargs["kv_length"] < window
+    if kwargs["q_length"] == 1 and kwargs.get("attention_mask") is None and whole:
         return torch.as_tensor(kwargs["q_offset"] + 1, device=kwargs["device"])
     return attention.dense_mask(*args, **kwargs)
 
@@ -68,8 +70,8 @@ attention.register(ATTENTION, _attention, _mask)
 
 @contextmanager
 def decode_attention(model: nn.Module) -> Iterator[None]:
-    """The module's own attention decodes through the kernel, on any device and family, until the context ends."""
-    with attention.using(model, ATTENTION):
+    """The module's own attention decodes through the kernel, where it can be replaced, until the context ends."""
+    with attention.using(model, ATTENTION) if attention.replaceable(model) else nullcontext():
         yield
 
 

@@ -235,6 +235,8 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
     Yields the installations of those that run through kernels.
     Raises `UnsupportedError` if none of the methods has a kernel.
     """
+    if "kernels" in view.limits:
+        raise UnsupportedError(view.limits["kernels"])
     if not any(has_kernels(method) for method, _ in methods):
         raise UnsupportedError(f"{'+'.join(m.name for m, _ in methods)} has no kernel: only masked execution")
     with ExitStack() as stack:
@@ -359,7 +361,8 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> Check:
         out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
         handles = [
             module.register_forward_hook(
-                lambda _m, args, y, layer=layer, name=name: seen.append((layer, name, args[0], y))
+                # a copy: Falcon adds attention to what its MLP gave, in place
+                lambda _m, args, y, layer=layer, name=name: seen.append((layer, name, args[0], y.clone()))
             )
             for layer, block in enumerate(view.blocks)
             for name, module in block.projections()
@@ -417,7 +420,8 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> Check:
                 rows = needed[layer, "down"]
             compare(f"layer {layer} {name}", y.flatten(0, -2)[rows], expected.flatten(0, -2)[rows])
         for block, (layer, (args, kwargs, expected)) in zip(view.blocks, enumerate(attended), strict=False):
-            y = block.attn(*args, **(kwargs | {"past_key_values": out.past_key_values}))[0]
+            cache = {key: out.past_key_values for key in ("past_key_values", "layer_past") if key in kwargs}
+            y = block.attn(*args, **(kwargs | cache))[0]
             compare(f"layer {layer} attention", y, expected)
         touched, taken = (
             frozenset().union(*(getattr(installation, of) for installation in installations))

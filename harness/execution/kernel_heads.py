@@ -121,10 +121,14 @@ class KernelHeads(Heads):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Over the entries that exist and whose group is used, in the kernel; masked where the step is unfit for it."""
+        """Over the entries that exist and whose group is used, in the kernel; masked where the step is unfit for it.
+
+        So it is where scores are capped softly, which the kernel can't.
+        """
         step, keys = self._step(), key.shape[2]
         chosen = self.chosen.get(layer)
-        if chosen is None or chosen[0] is not step:
+        unfit = self.unfit.get(layer) is step or kwargs.get("softcap") is not None
+        if unfit or chosen is None or chosen[0] is not step:
             return super().attend(layer, query, key, value, attention_mask, **kwargs)
         keep = chosen[1]
         used = self._used(keep)

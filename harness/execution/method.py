@@ -66,6 +66,11 @@ class Method:
         return True
 
     @property
+    def names_neurons(self) -> bool:
+        """Whether it tells neurons apart by their place: learns of single ones, fixes them, or reads their weights."""
+        return False
+
+    @property
     def makes_experts(self) -> bool:
         """Whether it makes experts, whose use can be counted."""
         return type(self).usage is not Method.usage
@@ -85,6 +90,14 @@ class Method:
             else:
                 found |= set(PROJECTIONS[site])
         return frozenset(found)
+
+    def refusal(self, view: View) -> str | None:
+        """One sentence why it can't run on this model, by what the model rules out or by its own word, or None."""
+        ruled_out = {"neurons": self.names_neurons, "heads": "heads" in self.sites}
+        for topic, wanted in ruled_out.items():
+            if wanted and topic in view.limits:
+                return f"{self.name} can't run on {view.name}: {view.limits[topic]}"
+        return self.unsupported(view)
 
     def unsupported(self, view: View) -> str | None:
         """One sentence why this method makes no sense on this model, or None."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,8 @@ from harness.model.step import StepTracker
 @dataclass(frozen=True, eq=False)
 class Block:
     """One decoder block. All projections are nn.Linear; gate is None in a plain (not gated) MLP.
+
+    In a mixture of experts gate, up and down are `families.moe.RoutedLinear`, which look the same from outside.
 
     layer: the block itself; its first argument is the residual stream [batch, tokens, d_model].
     act: the activation module, applied to gate (to up in a plain MLP). act_at: the module and attribute that hold it.
@@ -46,7 +48,11 @@ class Block:
 class View:
     """A model seen through its family adapter.
 
-    norms: for every block its (attention, MLP) input norm modules. final_norm: the norm before the head.
+    norms: for every block its (attention, MLP) input norm modules, or nothing where norms come after the sublayers.
+    final_norm: the norm before the head. logit_cap: logits are capped softly at it (None: they are not).
+    limits: what the model rules out, topic -> one sentence: neurons (telling them apart by their place), heads
+        (dropping single ones), attention (another implementation in place of the model's own), recompute (K from the
+        block's input), norms (changing those before the sublayers), kernels.
     """
 
     model: Any  # a transformers causal language model; nn.Module would type every attribute as Tensor | Module
@@ -62,6 +68,8 @@ class View:
     final_norm: nn.Module | None
     name: str = "model"
     fingerprint: str = ""
+    logit_cap: float | None = None
+    limits: Mapping[str, str] = field(default_factory=dict)
     ledger: Any = None  # the harness.execution.ledger.Ledger that counts at the moment
 
     @cached_property
@@ -129,4 +137,5 @@ class View:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., vocabulary] of final hidden states [..., d_model]."""
-        return self.model.get_output_embeddings()(hidden)
+        logits = self.model.get_output_embeddings()(hidden)
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)

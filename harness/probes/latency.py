@@ -91,9 +91,10 @@ def variants(
     found = [Variant("dense", graph=False)]
     if not any(method.sites for method, _ in methods):
         return found + (compiled(view, None, {}, 1.0) if compiles else [])
-    kernel = execution == "kernel" or (execution == "auto" and any(has_kernels(m) for m, _ in methods))
-    if not kernel:
-        return [*found, Variant("masked", lambda: attached(view, methods, policy), no_kernel(methods))]
+    possible = "kernels" not in view.limits and any(has_kernels(m) for m, _ in methods)
+    if execution == "masked" or (execution == "auto" and not possible):
+        why = {"message": view.limits["kernels"]} if "kernels" in view.limits else no_kernel(methods)
+        return [*found, Variant("masked", lambda: attached(view, methods, policy), why)]
     error = check_kernels(view, methods, windows[:1, :64].to(view.device)).error
     batch = check_kernels(view, methods, prompts(windows, 2, 64).to(view.device))
     counted = sparsity_rows(view, methods, policy, windows[:1])

@@ -103,7 +103,7 @@ class Run:
             device=device_name(view.device),
         )
         for method in methods:
-            sentence = method.unsupported(view)
+            sentence = method.refusal(view)
             if config["scope"] == "model":
                 sentence = sentence or unsolvable([method])
             if config["phase"] not in method.phases:

@@ -5,12 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from harness.errors import UnsupportedError
-from harness.model.families import bamboo, llama, minicpm, opt, prosparse
+from harness.model.families import (
+    bamboo,
+    falcon,
+    gemma,
+    gpt_neox,
+    llama,
+    minicpm,
+    moe,
+    olmo2,
+    opt,
+    phi3,
+    prosparse,
+    qwen,
+    smollm3,
+)
 from harness.model.view import Block, View
 
 __all__ = ["Block", "View", "config_of", "view_of"]
 
-ADAPTERS = (llama, opt)
+ADAPTERS = (llama, qwen, gemma, phi3, olmo2, smollm3, gpt_neox, falcon, opt, moe)
 
 
 def config_of(source: str, revision: str | None) -> Any:
@@ -41,4 +55,7 @@ def view_of(model: Any, name: str = "model", fingerprint: str = "") -> View:
             view.name, view.fingerprint = name, fingerprint
             return view
     known = ", ".join(sorted(t for adapter in ADAPTERS for t in adapter.MODEL_TYPES))
-    raise UnsupportedError(f"no family adapter for model type {model_type!r} (known: {known})")
+    raise UnsupportedError(
+        f"no family adapter for model type {model_type!r} (known: {known}); "
+        "CONTRIBUTING.md says how to add one, under Add a family"
+    )
