@@ -15,6 +15,7 @@ from torch import Tensor
 from harness.execution.attach import Fitted, attached
 from harness.model.step import Policy
 from harness.model.view import View
+from harness.probes.bench import Bench
 
 Row = dict[str, Any]
 SPANS = (1, 2, 4, 8, 16, 32)  # earlier tokens for reuse; batch sizes and decoded tokens for unions
@@ -57,6 +58,12 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
                 for handle in handles:
                     handle.remove()
     return list(rows_of([torch.cat(parts) for parts in active]))
+
+
+def run(bench: Bench) -> None:
+    """One pass over held-out text."""
+    count = bench.config["probe"]["sparsity"]["windows"]
+    bench.commit("affinity", lambda: (measure(bench.view, bench.fitted, bench.policy, bench.windows(count)),))
 
 
 def rows_of(active: list[Tensor]) -> Iterator[Row]:

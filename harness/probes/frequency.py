@@ -10,6 +10,7 @@ from torch import Tensor
 from harness.execution.attach import Fitted, attached
 from harness.model.step import Policy
 from harness.model.view import View
+from harness.probes.bench import Bench
 
 Row = dict[str, Any]
 
@@ -31,6 +32,17 @@ def measure(view: View, methods: Fitted, policy: Policy, texts: Mapping[str, Ten
                 for expert, share in enumerate(shares):
                     rows.append(_row(name, layer, expert, share, windows.numel()))
     return rows
+
+
+def run(bench: Bench) -> None:
+    """Pass every text of `probe.frequency.texts` once."""
+    settings = bench.config["probe"]["frequency"]
+
+    def make() -> tuple[list[Row]]:
+        texts = {name: bench.text(name, settings["tokens"], settings["window"]) for name in settings["texts"]}
+        return (measure(bench.view, bench.fitted, bench.policy, texts),)
+
+    bench.commit("frequency", make)
 
 
 def _row(text: str, layer: int, expert: int, share: float, tokens: int) -> Row:

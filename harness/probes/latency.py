@@ -42,9 +42,11 @@ from harness.model.sees import OUTPUT
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
+from harness.probes.bench import Bench
 from harness.probes.sparsity import measure as sparsity_rows
 
 Row = dict[str, Any]
+WINDOWS = 4  # of the held-out text: what prompts are cut from
 NO_BATCH = "no kernel above batch 1 on this machine"
 
 
@@ -74,6 +76,17 @@ class Variant:
     first: list[float] = field(default_factory=list)  # seconds to the first token, one a round
     each: list[float] = field(default_factory=list)  # seconds a decode step, over all rounds
     rounds: list[float] = field(default_factory=list)  # median step of each round, in the order of the rounds
+
+
+def run(bench: Bench) -> None:
+    """Check the kernels, then time every variant."""
+
+    def make() -> tuple[list[Row]]:
+        view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS)
+        found = variants(view, bench.fitted, bench.policy, bench.config["sparsity"], settings, windows)
+        return (measure(view, found, windows, settings),)
+
+    bench.commit("latency", make)
 
 
 def variants(

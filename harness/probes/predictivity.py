@@ -15,6 +15,7 @@ from harness.fitting.contribution import Contributions
 from harness.model.selection import keep_mask, top_k_count
 from harness.model.step import Policy, Step
 from harness.model.view import View
+from harness.probes.bench import Bench
 
 Row = dict[str, Any]
 SITES = ("neurons", "heads")
@@ -42,6 +43,12 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
             with attached(view, methods[:place], policy), method.rewrite(view, state):
                 rows += _of(view, method, method.plan(view, state), policy, windows, watched)
     return rows
+
+
+def run(bench: Bench) -> None:
+    """One pass over held-out text."""
+    count = bench.config["probe"]["sparsity"]["windows"]
+    bench.commit("predictivity", lambda: (measure(bench.view, bench.fitted, bench.policy, bench.windows(count)),))
 
 
 def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, sites: list[str]) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,18 +18,56 @@ from torch import Tensor
 
 from harness.data import tasks
 from harness.execution.attach import Fitted, attached, overhead
-from harness.model.lm import HarnessLM
 from harness.model.step import Policy
 from harness.model.view import View
+from harness.probes.bench import Bench
 from harness.probes.sparsity import rows_of
 from harness.progress import track
 from harness.results import stats
+
+if TYPE_CHECKING:
+    from harness.model.lm import HarnessLM
 
 Row = dict[str, Any]
 WHOLE = 1000  # items from which on a task is no smoke run, if it has that many
 BOOTSTRAP = 1000  # for the standard errors that have no closed form
 WINDOWS_AT_ONCE = 8  # of the perplexity text, on a GPU
 CORRECT = ("acc", "acc_norm", "exact_match")  # per-item 0 or 1: flips and paired differences make sense
+
+
+def run(bench: Bench) -> None:
+    """Perplexity, then task after task; each is committed by itself."""
+    config, dense = bench.config, bench.dense_cell
+    text, tasks_ = config["probe"]["perplexity"], config["tasks"]
+
+    def on_text() -> tuple[Any, ...]:
+        kl, reference = text["kl_windows"], dense.tensors("perplexity") if dense and text["kl_windows"] else None
+        windows = bench.windows(text["windows"])
+        return perplexity(bench.view, bench.tokenizer, bench.fitted, bench.policy, windows, kl, reference)
+
+    bench.commit("perplexity", on_text)
+    missing = [name for name in tasks_["names"] if not bench.done(f"quality-{name}")]
+    lm = bench.language_model() if missing else None
+    for name in missing:
+        bench.note(name)
+        part = f"quality-{name}"
+
+        def on_task(name: str = name, part: str = part) -> tuple[Any, ...]:
+            assert lm is not None
+            return task(
+                lm,
+                bench.fitted,
+                bench.policy,
+                name,
+                config["data"]["source"],
+                tasks_["num_fewshot"],
+                tasks_["limit"],
+                config["seed"],
+                dense.samples(part) if dense else None,
+            )
+
+        bench.commit(part, on_task)
+
 
 # --------------------------------------------------------------------------------------------- perplexity
 

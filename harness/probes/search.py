@@ -15,11 +15,47 @@ from harness.model.lm import HarnessLM
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import quality, sparsity
-from harness.probes.goals import Goal, highest
+from harness.probes.bench import Bench
+from harness.probes.goals import Goal, at_level, goals, highest
 from harness.results.collect import ACCURACIES
 
 Row = dict[str, Any]
 VALUES = {"perplexity": "trial_perplexity", "average": "trial_average"}
+
+
+def run(bench: Bench) -> None:
+    """Try one level after another; every trial is committed by itself."""
+    config, view, policy = bench.config, bench.view, bench.policy
+    if not bench.methods or bench.done("search"):
+        return
+    settings, tasks, text = config["probe"]["search"], config["tasks"], config["probe"]["perplexity"]
+    knob, high, wanted = settings["knob"], settings["high"], goals(settings, tasks["names"])
+    fitted = bench.fit(at_level(bench.methods, knob, high))
+    windows, counted = bench.windows(text["windows"]), bench.windows(config["probe"]["sparsity"]["windows"])
+    lm = bench.language_model() if wanted[0].measures == "average" else None
+
+    def make(level: float) -> tuple[list[Row]]:
+        methods = at_level([method for method, _ in fitted], knob, level)
+        tried = [(method, state) for method, (_, state) in zip(methods, fitted, strict=False)]
+        if lm is None:
+            rows = on_text(view, bench.tokenizer, tried, policy, windows)
+        else:
+            facts = (config["data"]["source"], tasks["num_fewshot"], tasks["limit"], config["seed"])
+            rows = on_tasks(lm, tried, policy, tasks["names"], *facts)
+        rows += achieved(view, tried, policy, counted)
+        here = {"sparsity_requested": level} if knob == "sparsity" else {"variant": f"{knob}={level:g}"}
+        return ([row | here for row in rows],)
+
+    def trial(level: float) -> pd.DataFrame:
+        name = f"search-{knob}-{level:.6f}"
+        if not bench.done(name):
+            bench.note(f"trying {knob} {level:.4g}")
+        bench.commit(name, lambda: make(level))
+        return bench.read(name)
+
+    bench.commit("search", lambda: (measure(wanted, knob, high, settings["tolerance"], trial),))
+    for line in summary(bench.read("search")):
+        bench.note(line)
 
 
 def on_text(view: View, tokenizer: Any, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:

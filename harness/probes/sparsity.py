@@ -14,6 +14,7 @@ from harness.execution.ledger import ATTENTION, PHASES, Ledger
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import activations
+from harness.probes.bench import Bench
 
 Row = dict[str, Any]
 MLP = ("gate", "up", "down")
@@ -40,6 +41,12 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     rows = list(rows_of(view, ledger, overhead(view, methods)))
     told = [*(watch.rows() if watch else ()), *activations.thresholds(view, methods, policy)]
     return rows + [{"probe": "sparsity"} | row for row in told]
+
+
+def run(bench: Bench) -> None:
+    """One pass over held-out text."""
+    count = bench.config["probe"]["sparsity"]["windows"]
+    bench.commit("sparsity", lambda: (measure(bench.view, bench.fitted, bench.policy, bench.windows(count)),))
 
 
 def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None = None) -> Iterator[Row]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from harness.console import say
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
 from harness.execution.method import Method
 from harness.model.step import Policy
-from harness.probes.goals import at_level, goals
+from harness.probes.goals import at_level
 from harness.report.tracking import track
 from harness.results.rows import SCHEMA_VERSION
 from harness.results.store import Cell, Store, cell_id
@@ -59,7 +61,9 @@ def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], consol
     with store.claim(name, config.plain, versions(methods), identity(config, methods)) as cell:
         say(console, name, style="bold")
         with track(name, config.plain, root=store.root, group=logger["group"], logger=logger["name"]) as log:
-            Run(config, store, cell, methods, twin, console).probes()
+            run = Run(config, store, cell, methods, twin, console)
+            for probe in config["probe"]["names"]:
+                importlib.import_module(f"harness.probes.{probe}").run(run)
             cell.finish()
             log.log(pd.concat([cell.read(probe) for probe in cell.probes()], ignore_index=True))
     return "done"
@@ -87,15 +91,16 @@ def identity(config: CellConfig, methods: list[Method]) -> dict[str, Any]:
 
 
 class Run:
-    """The probes of one claimed cell."""
+    """One claimed cell: the `harness.probes.bench.Bench` that its probes are given."""
 
     def __init__(
         self, config: CellConfig, store: Store, cell: Cell, methods: list[Method], twin: Any, console: Console
     ) -> None:
-        self.config, self.store, self.cell, self.methods, self.twin = config, store, cell, methods, twin
-        self.console = console
+        self.config, self.store, self.cell, self.dense_cell, self.console = config, store, cell, twin, console
+        self.methods = methods = [] if config.method_name == "dense" else methods
         self.loaded = session.load(config)
-        view = self.loaded.view
+        self.view, self.tokenizer = self.loaded.view, self.loaded.tokenizer
+        view = self.view
         cell.describe(
             family=view.family,
             activation=view.activation,
@@ -116,151 +121,43 @@ class Run:
         if config["scope"] == "model":
             self.fitted = to_native(view, self.fitted, config["sparsity"])
 
-    def probes(self) -> None:
-        """Every probe of the config that is not committed yet."""
-        for name in self.config["probe"]["names"]:
-            getattr(self, name)()
+    def windows(self, count: int) -> Tensor:
+        """int64 [count, window]: held-out text."""
+        return session.evaluation_windows(self.loaded, self.config["probe"]["perplexity"], count)
 
-    def commit(self, probe: str, make: Callable[[], tuple]) -> None:
-        """Run `make` and commit (rows, samples, tensors), unless that is done already."""
-        if self.cell.done(probe):
-            return
-        rows, *rest = make()
-        self.cell.commit(probe, rows, *rest)
+    def text(self, name: str, tokens: int, window: int) -> Tensor:
+        """int64 [tokens // window, window]: one of the texts that methods may learn from."""
+        settings = {"path": None, "text": name, "tokens": tokens, "window": window}
+        return session.calibration_windows(self.loaded, settings)
 
-    def quality(self) -> None:
-        """Perplexity, then task after task; each is committed by itself."""
-        from harness.probes import quality
-
-        config, view, tokenizer = self.config, self.loaded.view, self.loaded.tokenizer
-        text = config["probe"]["perplexity"]
-        twin = self.twin
-
-        def perplexity() -> tuple:
-            windows = session.evaluation_windows(self.loaded, text, text["windows"])
-            dense = twin.tensors("perplexity") if twin and text["kl_windows"] else None
-            return quality.perplexity(view, tokenizer, self.fitted, self.policy, windows, text["kl_windows"], dense)
-
-        self.commit("perplexity", perplexity)
-        missing = [t for t in config["tasks"]["names"] if not self.cell.done(f"quality-{t}")]
-        if not missing:
-            return
-        lm = self.language_model()
-        for name in missing:
-            say(self.console, f"  {name}", style="dim")
-            self.commit(
-                f"quality-{name}",
-                lambda name=name: quality.task(
-                    lm,
-                    [] if config.method_name == "dense" else self.fitted,
-                    self.policy,
-                    name,
-                    config["data"]["source"],
-                    config["tasks"]["num_fewshot"],
-                    config["tasks"]["limit"],
-                    config["seed"],
-                    twin.samples(f"quality-{name}") if twin else None,
-                ),
-            )
-
-    def sparsity(self) -> None:
-        """Requested against achieved on held-out text."""
-        from harness.probes import sparsity
-
-        self._on_text("sparsity", sparsity.measure)
-
-    def predictivity(self) -> None:
-        """How well a method's predictor finds what contributes most: recall, precision, density, AUC by layer."""
-        from harness.probes import predictivity
-
-        self._on_text("predictivity", predictivity.measure)
-
-    def affinity(self) -> None:
-        """How far active neurons repeat from token to token, cluster, and unite over a batch."""
-        from harness.probes import affinity
-
-        self._on_text("affinity", affinity.measure)
-
-    def frequency(self) -> None:
-        """How often each expert is used, by text."""
-        from harness.probes import frequency
-
-        def make() -> tuple:
-            settings = dict(self.config["probe"]["frequency"])
-            windows = {
-                name: session.calibration_windows(self.loaded, settings | {"path": None, "text": name})
-                for name in settings["texts"]
-            }
-            return (frequency.measure(self.loaded.view, self.fitted, self.policy, windows),)
-
-        self.commit("frequency", make)
-
-    def search(self) -> None:
-        """The most sparsity at which quality holds; every trial is committed by itself."""
-        from harness.probes import search
-
-        config, loaded, policy = self.config, self.loaded, self.policy
-        if config.method_name == "dense" or self.cell.done("search"):
-            return
-        settings, tasks, text = config["probe"]["search"], config["tasks"], config["probe"]["perplexity"]
-        knob, high, wanted = settings["knob"], settings["high"], goals(settings, tasks["names"])
-        fitted = session.fitted(loaded, at_level(self.methods, knob, high), config, self.store)
-        windows = session.evaluation_windows(loaded, text, text["windows"])
-        counted = session.evaluation_windows(loaded, text, config["probe"]["sparsity"]["windows"])
-        lm = self.language_model() if wanted[0].measures == "average" else None
-
-        def make(level: float) -> tuple:
-            methods = at_level([method for method, _ in fitted], knob, level)
-            tried = [(method, state) for method, (_, state) in zip(methods, fitted, strict=False)]
-            if lm is None:
-                rows = search.on_text(loaded.view, loaded.tokenizer, tried, policy, windows)
-            else:
-                facts = (config["data"]["source"], tasks["num_fewshot"], tasks["limit"], config["seed"])
-                rows = search.on_tasks(lm, tried, policy, tasks["names"], *facts)
-            rows += search.achieved(loaded.view, tried, policy, counted)
-            here = {"sparsity_requested": level} if knob == "sparsity" else {"variant": f"{knob}={level:g}"}
-            return ([row | here for row in rows],)
-
-        def trial(level: float) -> pd.DataFrame:
-            name = f"search-{knob}-{level:.6f}"
-            if not self.cell.done(name):
-                say(self.console, f"  trying {knob} {level:.4g}", style="dim")
-            self.commit(name, lambda: make(level))
-            return self.cell.read(name)
-
-        self.commit("search", lambda: (search.measure(wanted, knob, high, settings["tolerance"], trial),))
-        for line in search.summary(self.cell.read("search")):
-            say(self.console, f"  {line}")
+    def fit(self, methods: list[Method]) -> Fitted:
+        """Nested methods with what they learn from the cell's calibration text."""
+        return session.fitted(self.loaded, methods, self.config, self.store)
 
     def language_model(self) -> HarnessLM:
         """The model as lm-eval sees it."""
         from harness.model.lm import HarnessLM
 
-        loaded, config = self.loaded, self.config
-        longest = config["tasks"]["max_gen_toks"]
-        return HarnessLM(loaded.view, loaded.tokenizer, config["batch_size"], loaded.max_length, longest)
+        longest = self.config["tasks"]["max_gen_toks"]
+        return HarnessLM(self.view, self.tokenizer, self.config["batch_size"], self.loaded.max_length, longest)
 
-    def _on_text(self, probe: str, measure: Callable[..., list[dict[str, Any]]]) -> None:
-        """A probe that looks at one pass over held-out text."""
-        text = self.config["probe"]["perplexity"]
+    def done(self, part: str) -> bool:
+        """Whether a part is committed already."""
+        return self.cell.done(part)
 
-        def make() -> tuple:
-            windows = session.evaluation_windows(self.loaded, text, self.config["probe"]["sparsity"]["windows"])
-            return (measure(self.loaded.view, self.fitted, self.policy, windows),)
+    def commit(self, part: str, make: Callable[[], tuple[Any, ...]]) -> None:
+        """Run `make` and commit (rows, samples, tensors), unless that is done already."""
+        if not self.done(part):
+            rows, *rest = make()
+            self.cell.commit(part, rows, *rest)
 
-        self.commit(probe, make)
+    def read(self, part: str) -> pd.DataFrame:
+        """The rows of a committed part."""
+        return self.cell.read(part)
 
-    def latency(self) -> None:
-        """Time to first token and per token, dense beside the method."""
-        from harness.probes import latency
-
-        def make() -> tuple:
-            view, config = self.loaded.view, self.config["probe"]["latency"]
-            windows = session.evaluation_windows(self.loaded, self.config["probe"]["perplexity"], 4)
-            found = latency.variants(view, self.fitted, self.policy, self.config["sparsity"], config, windows)
-            return (latency.measure(view, found, windows, config),)
-
-        self.commit("latency", make)
+    def note(self, line: str) -> None:
+        """Tell whoever looks on."""
+        say(self.console, f"  {line}", style="dim")
 
 
 def device_name(device: torch.device) -> str:
