@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import kernels.cuda as kc
-from harness.execution.fused_step import DecodeLoop, fast_decode
+from harness.execution.decode_loop import DecodeLoop
+from harness.execution.fused_step import fast_decode
 from harness.model.families import view_of
 from harness.model.view import View
 from harness.results.environment import environment

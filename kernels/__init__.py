@@ -3,11 +3,12 @@
 The public functions are in kernels.ops; kernels.reference defines each in plain torch. Weights are stored
 once: `wt` = W^T, contiguous [K, N] (nn.Linear.weight is then the view wt.t()), or row-major `w`, [N, K].
 Every kernel takes one row (batch 1, sequence 1): `fast_path` tells whether a call is one. The column kernels take
-2 to 16 rows too and read the union of their channels: `batch_path`.
+2 to 16 rows too and read the union of their channels: `batch_path`. `calls_by_torch` tells which calls none took.
 """
 
 from kernels.ops import (
     MAX_ROWS,
+    backend,
     batch_path,
     cats_mlp,
     column_gemv,
@@ -22,10 +23,13 @@ from kernels.ops import (
     read_bandwidth,
     row_gemv_index,
 )
+from kernels.ran import calls_by_torch
 
 __all__ = [
     "MAX_ROWS",
+    "backend",
     "batch_path",
+    "calls_by_torch",
     "cats_mlp",
     "column_gemv",
     "column_gemv_glu",

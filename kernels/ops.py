@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu import fallback, stream
+from kernels.cpu import fallback, instruction_set, stream
 from kernels.cpu.build import load_extension
+from kernels.ran import counted
 
 MAX_ROWS = 16  # of a batch that the column kernels take; kMaxRows in cpu/csrc/kernels.h
 
@@ -35,7 +36,7 @@ def cpu_extension() -> bool:
     loaded = load_extension()
     if not loaded:
         for name in _names:
-            _lib.impl(name, getattr(fallback, name), "CPU")
+            _lib.impl(name, counted(getattr(fallback, name)), "CPU")
     return loaded
 
 
@@ -49,8 +50,10 @@ def _cuda_function(name: str) -> Callable[..., Any] | None:
 
 
 def _cuda(name: str) -> Callable[..., Tensor]:
+    plain = counted(getattr(reference, name))
+
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        return (_cuda_function(name) or getattr(reference, name))(*args, **kwargs)
+        return (_cuda_function(name) or plain)(*args, **kwargs)
 
     return call
 
@@ -78,12 +81,12 @@ def _operator(
     schema = torch.library.infer_schema(definition, mutates_args=())
     _names.append(name)
     _lib.define(name + schema)
-    _lib.impl(name, definition, "CompositeExplicitAutograd")
+    _lib.impl(name, counted(definition), "CompositeExplicitAutograd")
     _lib.impl(name, _cuda(name), "CUDA")
     torch.library.register_fake(f"dynact::{name}", _fake(definition, weight, dim), lib=_lib)
     # where the C++ operators send the calls that their fast path does not take
     _lib.define(f"_torch_{name}{schema}")
-    _lib.impl(f"_torch_{name}", getattr(fallback, name), "CompositeExplicitAutograd")
+    _lib.impl(f"_torch_{name}", counted(getattr(fallback, name)), "CompositeExplicitAutograd")
     operator = getattr(torch.ops.dynact, name).default
 
     @functools.wraps(definition)
@@ -134,6 +137,14 @@ def _taken(name: str, x: Tensor, weights: tuple[Tensor | None, ...], fits: bool)
         and all(w is None or (w.is_contiguous() and w.dtype == x.dtype) for w in weights)
         and cpu_extension()
     )
+
+
+def backend(device: torch.device | str) -> str | None:
+    """Whose kernels this device has, "Triton" or "C++ <instruction set>", or None: torch's operators run everything."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "Triton" if _cuda_function("column_gemv") is not None else None
+    return f"C++ {instruction_set()}" if kind == "cpu" and cpu_extension() else None
 
 
 def read_bandwidth(device: torch.device | str, seconds: float = 1.0) -> float:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
-from harness.execution.fused_step import DecodeLoop, decode_attention
-from harness.execution.kernel import own_gemv
+from harness.execution.decode_loop import DecodeLoop
+from harness.execution.fused_step import decode_attention
+from harness.execution.layouts import own_gemv
 from harness.model.families import view_of
 
 

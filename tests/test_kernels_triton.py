@@ -462,7 +462,7 @@ class TestFusedDecode:
     def logits(self, view, loop=False):
         from transformers import StaticCache
 
-        from harness.execution.fused_step import DecodeLoop
+        from harness.execution.decode_loop import DecodeLoop
 
         cache = StaticCache(config=view.model.config, max_cache_len=9 + self.TOKENS)
         prompt = torch.arange(9)[None]

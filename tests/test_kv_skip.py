@@ -10,7 +10,8 @@ import torch
 import kernels
 from harness.errors import ConfigError
 from harness.execution.attach import attached
-from harness.execution.kernel import check_kernels, kernel_execution
+from harness.execution.check import check_kernels
+from harness.execution.kernel import kernel_execution
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.sparsity import measure

@@ -11,7 +11,8 @@ from safetensors.torch import load, save
 
 import kernels
 from harness.execution.attach import attached, overhead
-from harness.execution.kernel import KernelMismatchError, check_kernels, has_kernels, kernel_execution
+from harness.execution.check import KernelMismatchError, check_kernels
+from harness.execution.kernel import has_kernels, kernel_execution
 from harness.execution.ledger import Ledger
 from harness.model.step import Policy
 from harness.probes.sparsity import measure
@@ -233,7 +234,7 @@ def test_kernel_equals_masked(name, family):
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "taken", "masked"),
+    ("name", "family", "ran", "masked"),
     [
         ("teal", "llama", {"q", "k", "v", "o", "gate", "up", "down"}, set()),
         ("teal", "opt", {"q", "k", "v", "o", "up", "down"}, set()),
@@ -245,17 +246,17 @@ def test_kernel_equals_masked(name, family):
         ("kv_skip_zeros", "llama", set(), {"q", "k", "v", "o"}),
     ],
 )
-def test_kernels_take_a_batch_where_it_has_a_union(name, family, taken, masked):
+def test_kernels_take_a_batch_where_it_has_a_union(name, family, ran, masked):
     """Thresholds and zeros that dropped neurons and heads left; lists stay masked. More than 16 rows do too."""
     view = tiny.view(family)
     method = CASES[name].make(0.5)
     fitted = [(method, method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {})]
     check = check_kernels(view, fitted, tiny.tokens(2, 20))
-    assert (check.kernels, check.masked) == (taken, masked)
+    assert (check.ran, check.masked) == (ran, masked)
     many = check_kernels(view, fitted, tiny.tokens(17, 8))
-    assert (many.kernels, many.masked) == (set(), taken | masked)
+    assert (many.ran, many.masked) == (set(), ran | masked)
     one = check_kernels(view, fitted, tiny.tokens(1, 20))
-    assert (one.kernels, one.masked) == (taken | masked, set())
+    assert (one.ran, one.masked) == (ran | masked, set())
 
 
 def test_a_batch_that_is_sparse_in_part_is_masked():
@@ -277,7 +278,7 @@ def test_a_batch_that_is_sparse_in_part_is_masked():
         expected = step()
     with kernel_execution(view, fitted, policy) as (installation,):
         torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
-    assert not installation.taken
+    assert not installation.called
 
 
 @pytest.mark.parametrize("batch", [1, 2])

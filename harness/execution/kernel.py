@@ -11,9 +11,8 @@ only: those of a batch, prompts and larger batches are masked and take the libra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 import kernels
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
-from harness.execution.fused_step import decode_attention
+from harness.execution.layouts import replaced, transposed, tuned, tuned_rest
 from harness.execution.masked import Decide, Installation, own_selection
 from harness.execution.method import Method
 from harness.model.sees import GATE, OUTPUT, Sees
@@ -31,15 +30,7 @@ from harness.model.selection import PROJECTIONS, Mask, Selection, Thresholds
 from harness.model.step import Policy
 from harness.model.view import View
 
-# Largest relative L2 error of a projection against the masked definition on the same input, by dtype.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
 ATTENTION = frozenset({"attn_in", "attn_out", "heads"})  # sites whose weights are those of q, k, v and o
-
-
-class KernelMismatchError(RuntimeError):
-    """A kernel does not give what masked execution gives: its time would mean nothing."""
 
 
 def has_kernels(method: Method) -> bool:
@@ -61,8 +52,8 @@ class KernelInstallation(Installation):
         self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
         # By (layer, projection) the last thresholds and their tensor: most methods give the same ones for every token.
         self.limits: dict[tuple[int, str], tuple[Thresholds, Tensor]] = {}
-        self.touched: set[str] = set()  # projections that have kernels
-        self.taken: set[str] = set()  # of these, the ones that a kernel has run
+        self.with_kernel: set[str] = set()  # projections that a kernel stands behind
+        self.called: set[str] = set()  # of these, the ones whose kernel was called
 
     def remove(self) -> None:
         """Put forwards and weights back."""
@@ -96,7 +87,7 @@ class KernelInstallation(Installation):
                 if single or self._batch(x, wt):
                     selection = own_selection(self._decision(site, layer, x).selection, p)
                     if single or selection is None or isinstance(selection, Thresholds):
-                        self.taken.add(p)
+                        self.called.add(p)
                         if selection is None:
                             return kernels.dense_gemv(x, wt, m.bias)
                         if isinstance(selection, Thresholds):
@@ -105,7 +96,7 @@ class KernelInstallation(Installation):
                 masked = self._channels(site, layer, p, x)
                 return F.linear(x if masked is None else masked, m.weight, m.bias)
 
-            self.touched.add(projection)
+            self.with_kernel.add(projection)
             self.stack.enter_context(replaced(module, forward))
 
     def _limit(self, layer: int, projection: str, selection: Thresholds, device: torch.device) -> Tensor:
@@ -148,10 +139,10 @@ class KernelInstallation(Installation):
             if width > 1:
                 within = torch.arange(width, dtype=torch.int32, device=x.device)
                 index = (index[:, None] * width + within).flatten()
-            self.taken.add(projection)
+            self.called.add(projection)
             return kernels.row_gemv_index(x, module.weight, index, module.bias)
 
-        self.touched.add(projection)
+        self.with_kernel.add(projection)
         self.stack.enter_context(replaced(module, forward))
 
     def _skip_zeros(self, projection: str, layer: int) -> None:
@@ -163,10 +154,10 @@ class KernelInstallation(Installation):
         def forward(x: Tensor) -> Tensor:
             if not self._single(x) and not self._batch(x, weight):
                 return F.linear(x, module.weight, module.bias)
-            self.taken.add(projection)
+            self.called.add(projection)
             return kernels.column_gemv(x, weight, zero, module.bias)
 
-        self.touched.add(projection)
+        self.with_kernel.add(projection)
         self.stack.enter_context(replaced(module, forward))
 
 
@@ -178,52 +169,6 @@ def indices(selection: Selection) -> Tensor:
     if selection.k >= selection.score.shape[-1]:
         return torch.arange(selection.score.shape[-1], dtype=torch.int32, device=selection.score.device)
     return selection.score.reshape(-1).topk(selection.k, sorted=False).indices.sort().values.int()
-
-
-@contextmanager
-def transposed(module: nn.Linear) -> Iterator[Tensor]:
-    """W^T [in, out], contiguous, as the module's only weight copy until the context ends."""
-    before = module.weight.data
-    if before.t().is_contiguous():  # an outer context has done it
-        yield before.t()
-        return
-    stored = before.t().contiguous()
-    module.weight.data = stored.t()
-    del before
-    try:
-        yield stored
-    finally:
-        module.weight.data = stored.t().contiguous()
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace a module's forward until the context ends."""
-    outer = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if outer is None:
-            del module.forward
-        else:
-            module.forward = outer
-
-
-@contextmanager
-def tuned_rest(view: View) -> Iterator[None]:
-    """What no method skips, as fast as it can be: the head through the tuned dense GEMV, decode attention in a kernel.
-
-    The head is a fifth of a small model's bytes. Library attention opens a parallel region in every layer, which on two
-    shared cores took longer than all projections together.
-    """
-    head = view.model.get_output_embeddings()
-
-    def forward(x: Tensor) -> Tensor:  # no partial: one compiled step serves several models with closures only
-        return _dense(head, x)
-
-    with replaced(head, forward), decode_attention(view.model):
-        yield
 
 
 @contextmanager
@@ -255,15 +200,8 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
         for block in view.blocks:
             for _, module in block.projections():
                 if "forward" not in module.__dict__:
-                    stack.enter_context(_tuned(module))
+                    stack.enter_context(tuned(module))
         yield installations
-
-
-def _dense(module: nn.Linear, x: Tensor) -> Tensor:
-    """A projection, by the tuned dense GEMV where it is one token."""
-    if x.numel() != x.shape[-1]:
-        return F.linear(x, module.weight, module.bias)
-    return kernels.dense_gemv_rows(x, module.weight, module.bias)
 
 
 @contextmanager
@@ -274,157 +212,3 @@ def _installed(view: View, sites: Mapping[str, Sees], decide: Decide) -> Iterato
         yield installation
     finally:
         installation.remove()
-
-
-@contextmanager
-def own_gemv(view: View, limits: Mapping[tuple[str, int], float | Tensor] | None = None) -> Iterator[None]:
-    """Every projection on the kernels' own layout, with nothing decided at run time (torch.compile sees it whole).
-
-    limits: threshold by (projection, layer) for the column kernel, -1 where missing. None: the tuned dense GEMV. With
-    empty limits it is the column kernel that drops nothing: what the kernel alone is worth. Prompts are dense, by the
-    library, but where a family flattens batch and tokens: there up to 16 tokens pass for a batch.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(tuned_rest(view))
-        for layer, block in enumerate(view.blocks):
-            for name, module in block.projections():
-                limit = None
-                if limits is not None:
-                    limit = torch.as_tensor(limits.get((name, layer), -1.0), dtype=torch.float32, device=view.device)
-                stack.enter_context(_tuned(module, limit))
-        yield
-
-
-@contextmanager
-def _tuned(module: nn.Linear, limit: Tensor | None = None) -> Iterator[None]:
-    """One token, or one each of several sequences, by the tuned dense GEMV, or by the column kernel with a limit."""
-    with transposed(module) as weight:
-
-        def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, t: Tensor | None = limit) -> Tensor:
-            if x.numel() != x.shape[-1] and not ((x.dim() == 2 or x.shape[1] == 1) and kernels.batch_path(x, wt)):
-                return F.linear(x, m.weight, m.bias)
-            return kernels.dense_gemv(x, wt, m.bias) if t is None else kernels.column_gemv(x, wt, t, m.bias)
-
-        with replaced(module, forward):
-            yield
-
-
-@contextmanager
-def sliced(view: View, sparsity: float) -> Iterator[None]:
-    """The speed ceiling: every projection reads only its first (1 - sparsity) input channels, with the tuned GEMV."""
-    with ExitStack() as stack:
-        stack.enter_context(tuned_rest(view))
-        for block in view.blocks:
-            for _, module in block.projections():
-                weight = stack.enter_context(transposed(module))
-                part = weight[: max(1, round(weight.shape[0] * (1 - sparsity)))]
-
-                def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = part) -> Tensor:
-                    if x.numel() != x.shape[-1]:
-                        return F.linear(x, m.weight, m.bias)
-                    return kernels.dense_gemv(x[..., : wt.shape[0]].contiguous(), wt, m.bias)
-
-                stack.enter_context(replaced(module, forward))
-        yield
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a comparison of kernels with masked execution found.
-
-    error: largest relative L2 error. kernels: the projections that a kernel took. masked: those that have a kernel, but
-    none for this batch.
-    """
-
-    error: float
-    kernels: frozenset[str]
-    masked: frozenset[str]
-
-
-@torch.no_grad()
-def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> Check:
-    """Compare kernels with masked execution, projection by projection, on one decode step's own inputs and masks.
-
-    Deep logits of a thresholded model amplify rounding (a flip near a threshold breeds flips), so each projection is
-    shown the input that masked execution showed it. Where heads are dropped, so is each attention as a whole, over the
-    cache of the prompt. prompt: int64 [batch, tokens], its last token is decoded.
-    Raises `KernelMismatchError` where the relative L2 error is above the dtype's tolerance.
-    """
-    from harness.execution.attach import attached
-
-    policy = Policy("all")
-    seen: list[tuple[int, str, Tensor, Tensor]] = []
-    attended: list[tuple[tuple, dict[str, Any], Tensor]] = []
-    residual: dict[int, Tensor] = {}  # what look-ahead predictors see
-    sites = {site for method, _ in methods for site in method.sites}
-    with attached(view, methods, policy):
-        out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
-        handles = [
-            module.register_forward_hook(
-                # a copy: Falcon adds attention to what its MLP gave, in place
-                lambda _m, args, y, layer=layer, name=name: seen.append((layer, name, args[0], y.clone()))
-            )
-            for layer, block in enumerate(view.blocks)
-            for name, module in block.projections()
-        ]
-        handles += [
-            block.layer.register_forward_pre_hook(lambda _m, args, layer=layer: residual.update({layer: args[0]}))
-            for layer, block in enumerate(view.blocks)
-        ]
-        handles += [
-            block.attn.register_forward_hook(
-                lambda _m, args, kwargs, y: attended.append((args, kwargs, y[0])), with_kwargs=True
-            )
-            for block in view.blocks
-            if "heads" in sites
-        ]
-        try:
-            view.model(prompt[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        step = view.tracker.step
-    needed = {(layer, name): x.flatten(0, -2) != 0 for layer, name, x, _ in seen if name in ("o", "down")}  # [batch, K]
-    # K and V of groups that no kept head uses need not exist where a method leaves holes in the cache.
-    holes = any(method.own_kernels for method, _ in methods)
-    worst = 0.0
-
-    def compare(what: str, y: Tensor, expected: Tensor) -> None:
-        nonlocal worst
-        error = ((y.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)).item()
-        worst = max(worst, error)
-        if not error <= TOLERANCE[view.dtype]:
-            raise KernelMismatchError(
-                f"{what}: the kernel differs from masked execution by {error:.1e} "
-                f"(tolerance {TOLERANCE[view.dtype]:.0e})"
-            )
-
-    with kernel_execution(view, methods, policy) as installations:
-        out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)  # who decides from a prompt decides here
-        view.tracker.step = step
-        for installation in installations:
-            installation.residual.update(residual)
-        for layer, name, x, expected in seen:
-            block = view.blocks[layer]
-            y = getattr(block, name)(x)
-            if name == "gate":
-                block.act(y)  # methods that decide from the gate decide here
-            # Rows of dropped heads and neurons are not computed and never read: compare those that are.
-            rows: Any = slice(None)
-            if name == "q" and "heads" in sites:
-                rows = needed[layer, "o"]
-            elif name in ("k", "v") and holes:
-                groups = needed[layer, "o"].unflatten(-1, (view.n_kv_heads, -1)).any(-1)
-                rows = groups.repeat_interleave(view.head_dim, -1)
-            elif name in ("gate", "up") and "neurons" in sites:
-                rows = needed[layer, "down"]
-            compare(f"layer {layer} {name}", y.flatten(0, -2)[rows], expected.flatten(0, -2)[rows])
-        for block, (layer, (args, kwargs, expected)) in zip(view.blocks, enumerate(attended), strict=False):
-            cache = {key: out.past_key_values for key in ("past_key_values", "layer_past") if key in kwargs}
-            y = block.attn(*args, **(kwargs | cache))[0]
-            compare(f"layer {layer} attention", y, expected)
-        touched, taken = (
-            frozenset().union(*(getattr(installation, of) for installation in installations))
-            for of in ("touched", "taken")
-        )
-    return Check(worst, taken, touched - taken)

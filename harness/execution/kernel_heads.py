@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import kernels
 from harness.execution import masked_heads as kv
-from harness.execution.kernel import indices, replaced, transposed
+from harness.execution.kernel import indices
+from harness.execution.layouts import replaced, transposed
 from harness.execution.masked_heads import Decide, Heads
 from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import Mask
@@ -40,16 +41,16 @@ def skipping(view: View, sees: Sees, decide: Decide, kv_: str, dropped: str = "e
 class KernelHeads(Heads):
     """The hooks of masked execution, with projections and attention replaced for single tokens."""
 
-    touched = frozenset({"q", "k", "v", "o"})  # projections that have kernels
+    with_kernel = frozenset({"q", "k", "v", "o"})  # projections that have kernels
 
     def __init__(self, view: View, sees: Sees, decide: Decide, kv_: str, dropped: str) -> None:
         super().__init__(view, sees, decide, kv_, dropped)
         self.stack = ExitStack()
-        self.taken: set[str] = set()  # of these, the ones that a kernel has run
+        self.called: set[str] = set()  # of these, the ones whose kernel was called
         # By layer what one step keeps: that step, bool [1, 1, heads], rows of q, rows of k and v (int32).
         self.chosen: dict[int, tuple[Step, Tensor, Tensor, Tensor]] = {}
-        self.unfit: dict[int, Step] = {}  # by layer, a step whose token does not see every other one in the cache
-        self.looked: tuple[Tensor | None, bool] = None, True  # an attention mask, and whether it hides nothing
+        self.partly_blind: dict[int, Step] = {}  # by layer, a step whose token does not see all others in the cache
+        self.last_mask: tuple[Tensor | None, bool] = None, True  # an attention mask, and whether it hides nothing
 
     def install(self) -> None:
         """Also replace the forwards of q, k, v and o."""
@@ -68,15 +69,15 @@ class KernelHeads(Heads):
         super().remove()
         self.stack.close()
         self.chosen.clear()
-        self.unfit.clear()
+        self.partly_blind.clear()
 
     def _see_mask(self, layer: int, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Padding and a sliding window that is full are for masked execution."""
         step, mask = self._step(), kwargs["attention_mask"]
-        if self.looked[0] is not mask:  # one mask serves many layers, and asking it waits for the device
-            self.looked = mask, mask.shape[-1] > step.past and bool(mask[..., : step.past + 1].all())
-        if not self.looked[1]:
-            self.unfit[layer] = step
+        if self.last_mask[0] is not mask:  # one mask serves many layers, and asking it waits for the device
+            self.last_mask = mask, mask.shape[-1] > step.past and bool(mask[..., : step.past + 1].all())
+        if not self.last_mask[1]:
+            self.partly_blind[layer] = step
 
     def _step(self) -> Step:
         step = self.view.tracker.step
@@ -86,7 +87,8 @@ class KernelHeads(Heads):
     def _single(self, layer: int, x: Tensor) -> bool:
         """One decode token of one sequence that sees all the others, which the method may touch."""
         step = self._step()
-        return x.numel() == x.shape[-1] and step.sparse is None and step.past > 0 and self.unfit.get(layer) is not step
+        alone = x.numel() == x.shape[-1] and step.sparse is None and step.past > 0
+        return alone and self.partly_blind.get(layer) is not step
 
     def _choose(self, layer: int, x: Tensor) -> tuple[Step, Tensor, Tensor, Tensor]:
         step = self._step()
@@ -106,7 +108,7 @@ class KernelHeads(Heads):
     def _rows(self, layer: int, name: str, module: nn.Linear, x: Tensor) -> Tensor:
         if not self._single(layer, x):
             return F.linear(x, module.weight, module.bias)
-        self.taken.add(name)
+        self.called.add(name)
         _, _, heads, groups = self._choose(layer, x)
         if name != "q" and self.kv == "mask_output":
             return kernels.dense_gemv_rows(x, module.weight, module.bias)
@@ -115,20 +117,20 @@ class KernelHeads(Heads):
     def _columns(self, layer: int, module: nn.Linear, weight: Tensor, zero: Tensor, x: Tensor) -> Tensor:
         if not self._single(layer, x):
             return F.linear(x, module.weight, module.bias)
-        self.taken.add("o")
+        self.called.add("o")
         return kernels.column_gemv(x, weight, zero, module.bias)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Over the entries that exist and whose group is used, in the kernel; masked where the step is unfit for it.
+        """Over the entries that exist and whose group is used, in the kernel.
 
-        So it is where scores are capped softly, which the kernel can't.
+        Masked where the token does not see all the others, and where scores are capped softly, which the kernel can't.
         """
         step, keys = self._step(), key.shape[2]
         chosen = self.chosen.get(layer)
-        unfit = self.unfit.get(layer) is step or kwargs.get("softcap") is not None
-        if unfit or chosen is None or chosen[0] is not step:
+        masked = self.partly_blind.get(layer) is step or kwargs.get("softcap") is not None
+        if masked or chosen is None or chosen[0] is not step:
             return super().attend(layer, query, key, value, attention_mask, **kwargs)
         keep = chosen[1]
         used = self._used(keep)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
-from harness.results.rows import COLUMNS, to_frame
+from harness.results.rows import COLUMNS, to_frame, with_engine
 from harness.results.store import STATUS_PROBE, SchemaError, Store, content_key
 
 # Config keys in which a cell and its dense counterpart may differ; all the others must be equal.
@@ -106,7 +106,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"there is no table {path}: run a cell first")
-    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False)
+    frame = with_engine(pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False))
     types = {str(name): str(kind) for name, kind in _empty().dtypes.items()}
     if list(frame.columns) != list(types):
         differing = sorted(set(frame.columns) ^ set(types)) or ["the order of the columns"]

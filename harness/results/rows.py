@@ -34,6 +34,7 @@ COLUMNS: dict[str, str] = {
     "n": "Int64",  # how many items, tokens or repeats the value rests on
     "unit": "string",
     "execution": "string",  # masked | kernel | dense_slice | dense; a compiled step: kernel_compiled | dense_compiled
+    "engine": "string",  # what launched the timed step: eager | graph (CUDA, fused where it can be) | compiled
     "batch": "Int64",
     "context": "Int64",  # latency: tokens already in the KV cache; perplexity: tokens a window
     "dtype": "string",
@@ -67,6 +68,27 @@ def make_row(**facts: Any) -> dict[str, Any]:
         if row["value"] is None or (isinstance(row["value"], float) and math.isnan(row["value"])):
             raise RowError(f"row {row['metric']!r} has no value")
     return row
+
+
+def with_engine(frame: pd.DataFrame) -> pd.DataFrame:
+    """A stored table as it is, or with the column `engine` if it is from before there was one.
+
+    Then compiled steps had executions of their own, and on a CPU all others were eager. On a GPU a cell was either
+    eager, with an ideal slice beside its kernels, or all of it ran in CUDA graphs, without one.
+    """
+    if "engine" in frame.columns or not {"cell_id", "probe", "variant", "execution", "batch", "device"} <= set(frame):
+        return frame
+    timed = (frame["probe"] == "latency") & frame["batch"].notna()
+    compiled = timed & frame["execution"].isin(["dense_compiled", "kernel_compiled"])
+    tuned, slices = frame["variant"] == "tuned GEMV", frame["execution"] == "dense_slice"
+    graphs = timed & ~frame["device"].astype("string").str.startswith("cpu").fillna(True)
+    graphs &= frame["cell_id"].isin(frame.loc[tuned.fillna(False), "cell_id"])
+    graphs &= ~frame["cell_id"].isin(frame.loc[slices.fillna(False), "cell_id"])
+    engine = pd.Series("eager", index=frame.index, dtype="string").mask(graphs, "graph").mask(compiled, "compiled")
+    engine = engine.where(timed)
+    frame = frame.copy()
+    frame.insert(frame.columns.get_loc("execution") + 1, "engine", engine)
+    return frame
 
 
 def to_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

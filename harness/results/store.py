@@ -40,7 +40,7 @@ from harness.errors import AssetError, ConfigError, UnsupportedError
 from harness.files import json_bytes, now, place_errors, read_json, write_atomic
 from harness.results.environment import environment
 from harness.results.lock import Lock, LockedError, live_owner
-from harness.results.rows import COLUMNS, SCHEMA_VERSION, make_row, to_frame
+from harness.results.rows import COLUMNS, SCHEMA_VERSION, make_row, to_frame, with_engine
 
 State = Literal["run", "partial", "skip", "stale", "failed", "unsupported", "locked"]
 
@@ -244,7 +244,7 @@ class CellView:
     def read(self, probe: str) -> pd.DataFrame:
         """Rows of a committed probe, typed as `harness.results.rows.COLUMNS`; `SchemaError` if they have drifted."""
         path = self._file(probe, "rows.parquet")
-        frame = pd.read_parquet(path)
+        frame = with_engine(pd.read_parquet(path))
         if list(frame.columns) != list(COLUMNS):
             differing = sorted(set(frame.columns) ^ set(COLUMNS)) or ["the order of the columns"]
             raise SchemaError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cuda.common import DTYPES, cdiv, dot_dtype, power_of_two
+from kernels.ran import by_torch
 
 KEEP = {None: 0, "exclude": 1, "zeros": 2}
 
@@ -267,6 +268,7 @@ def decode_attention(
         raise ValueError(f'dropped must be "exclude" or "zeros", got {dropped!r}')
     b, h, _, d = q.shape
     if d & (d - 1) or d < 16 or k.stride(3) != 1 or v.stride(3) != 1:
+        by_torch()
         return reference.decode_attention(q, k, v, torch.as_tensor(length), keep, dropped, scale)
     scale = d**-0.5 if scale is None else scale
     return _launch(

@@ -35,6 +35,7 @@ from kernels.cuda.common import (
     finish,
     power_of_two,
 )
+from kernels.ran import by_torch
 
 # What a kernel compares channels with.
 KEEP_ALL = tl.constexpr(0)
@@ -60,11 +61,17 @@ def channel_values(x_ptr, up_ptr, rk, live, ACT: tl.constexpr, HAS_UP: tl.conste
 
 @triton.jit
 def drop(x, t_ptr, segment, rk, live, K, TEST: tl.constexpr):
-    """X with dropped channels zeroed; the thresholds of a segment of outputs are t[segment] or t[segment, rk]."""
+    """X with dropped channels zeroed; the thresholds of a segment of outputs are t[segment] or t[segment, rk].
+
+    A zero is kept where the threshold is negative, so that the kernel at 0 % reads everything also where a ReLU made
+    zeros. It becomes the smallest normal number, since callers tell what is kept by its not being zero.
+    """
     if TEST == SCALAR:
-        x = tl.where(tl.abs(x) <= tl.load(t_ptr + segment), 0.0, x)
+        dropped = tl.abs(x) <= tl.load(t_ptr + segment)
+        x = tl.where(dropped, 0.0, tl.where((x == 0.0) & live, 1.1754943508222875e-38, x))
     if TEST == PER_CHANNEL:
-        x = tl.where(tl.abs(x) <= tl.load(t_ptr + segment * K + rk, mask=live, other=0.0), 0.0, x)
+        dropped = tl.abs(x) <= tl.load(t_ptr + segment * K + rk, mask=live, other=0.0)
+        x = tl.where(dropped, 0.0, tl.where((x == 0.0) & live, 1.1754943508222875e-38, x))
     return x
 
 
@@ -442,6 +449,7 @@ def column_gemv(
     y = x.new_empty(*x.shape[:-1], wt.shape[1])
     rows = _sparse_rows(x, wt)
     if not 1 <= rows <= MAX_ROWS:
+        by_torch()
         kept = x if t is None else torch.where(x.abs().float() <= t, 0, x)
         return kept @ wt if bias is None else kept @ wt + bias
     if rows == 1:

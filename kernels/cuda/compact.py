@@ -101,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(CHANNELS, BLOCKS) compact(
   for (int z = thread; z < n_zero; z += gridDim.x * gridDim.y * CHANNELS) zero[z] = 0.f;
 
   float x = 0.f;
+  bool keep = false;
   if (k < K) {
     x = value(x_ptr, k);
 #if ACT
@@ -109,9 +110,9 @@ extern "C" __global__ void __launch_bounds__(CHANNELS, BLOCKS) compact(
     x = rounded(x * value(up_ptr, k));
 #endif
 #endif
-    if (test >= 2 && fabsf(x) <= t_ptr[test == 2 ? segment : segment * K + k]) x = 0.f;
+    // NaN is kept, and so is a zero under a negative threshold: at 0 % everything is read.
+    keep = test >= 2 ? !(fabsf(x) <= t_ptr[test == 2 ? segment : segment * K + k]) : !(x == 0.f);
   }
-  const bool keep = !(x == 0.f);  // NaN is kept
   const u32 ballot = __ballot_sync(~0u, keep);
   if (lane == 0) counts[warp] = __popc(ballot);
   __syncthreads();

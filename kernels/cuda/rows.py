@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.cuda.column import column, column_list, fast_path, glu
 from kernels.cuda.common import DTYPES, act_code, activate, cdiv
+from kernels.ran import by_torch
 
 
 @triton.jit
@@ -241,6 +242,7 @@ def neurons(
 def dense_gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """As the reference's; one row on the fast path."""
     if not fast_path(x, w):
+        by_torch()
         return torch.nn.functional.linear(x, w, bias)
     y = x.new_empty(*x.shape[:-1], w.shape[0])
     rows(x.reshape(-1).contiguous(), w, y=y.view(-1), bias=bias)
@@ -255,6 +257,7 @@ def row_gemv_index(
         y = x.new_zeros(*x.shape[:-1], w.shape[0])
         rows(x.reshape(-1).contiguous(), w, y=y.view(-1), idx=idx, count=count, bias=bias)
         return y
+    by_torch()
     return torch.nn.functional.linear(x, w, bias) * _listed(idx, count, w.shape[0]).to(x.dtype)
 
 
@@ -283,6 +286,7 @@ def neuron_mlp(
         y = x.new_empty(*x.shape[:-1], wt_down.shape[1])
         column_list(h, wt_down, idx, y=y.view(-1), count=count, by_position=True, bias=b_down)
         return y
+    by_torch()
     up = torch.nn.functional.linear(x, w_up, b_up)
     h = glu(up, None, act) if w_gate is None else glu(torch.nn.functional.linear(x, w_gate, b_gate), up, act)
     y = torch.where(_listed(idx, count, w_up.shape[0]), h, 0) @ wt_down
@@ -303,6 +307,7 @@ def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor
         y = x.new_empty(*x.shape[:-1], wt_down.shape[1])
         column(h, wt_down, 0.0, y=y.view(-1), expected_sparsity=1.0)
         return y
+    by_torch()
     a = glu(torch.nn.functional.linear(x, w_gate), None, act)
     a = torch.where(a.abs().float() <= t, 0, a)
     return (a * torch.nn.functional.linear(x, w_up)) @ wt_down

@@ -1,0 +1,43 @@
+"""Latency probe: time to first token and time per token of the patched Hugging Face module, beside the dense one.
+
+Every round times every variant once, so that drift hits all of them, each round in another order; the first round is
+warm-up and dropped. Kernels are compared with masked execution before anything is timed, and where none ran, nothing
+is called kernel execution. Masked execution is timed only to show what it costs: it skips no bytes, and no figure draws
+a speed-up from it.
+
+Rows say by which engine a step ran:
+    eager: the module, launched operation by operation.
+    graph: a CUDA graph of the step, fused where the model allows it.
+    compiled: torch.compile of the step (on a CPU, with `compile`), under an execution of its own (`dense_compiled`,
+        `kernel_compiled`), compared with compiled dense only.
+The dense variants depend on the model and the machine alone, never on the method, and `time_ratio` is always to the
+fastest of them. A method that decides on the host can't be captured, so on a GPU it is eager beside a dense graph:
+`time_ratio_engine` compares it with the fastest dense run of its own engine.
+
+Above batch 1 a step reads each channel that any of its sequences keeps: `union_touched` says how much that is, counted
+over the masks of the same prompts. Kernels take batches of up to 16 where thresholds decide. Where they take only some
+of a method's projections, its rows are masked and say which.
+
+variants: what is timed. plans: which variants a method gets. timing: rounds, and the clock. watch: who else was at work
+meanwhile, and peak memory. reads: what a step must read. rows: what is told of it.
+"""
+
+from harness.probes.bench import Bench
+from harness.probes.latency.plans import variants
+from harness.probes.latency.rows import measure
+from harness.probes.latency.variants import Row
+
+__all__ = ["measure", "run", "variants"]
+
+WINDOWS = 4  # of the held-out text: what prompts are cut from
+
+
+def run(bench: Bench) -> None:
+    """Check the kernels, then time every variant."""
+
+    def make() -> tuple[list[Row]]:
+        view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS)
+        plan = variants(view, bench.fitted, bench.policy, bench.config["sparsity"], settings, windows)
+        return (measure(view, plan, windows, settings),)
+
+    bench.commit("latency", make)

@@ -1,0 +1,238 @@
+"""Which variants are timed: the dense ones, the same for every method, and what the method can be run as."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from harness.execution.attach import Fitted, attached
+from harness.execution.check import Check, NoKernelRanError, check_kernels
+from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_fused_step
+from harness.execution.kernel import has_kernels, kernel_execution
+from harness.execution.layouts import own_gemv, sliced
+from harness.execution.method import Method
+from harness.model.families import view_of
+from harness.model.sees import OUTPUT
+from harness.model.selection import PROJECTIONS, Thresholds
+from harness.model.step import Policy, Step
+from harness.model.view import View
+from harness.probes.latency.reads import ideal_slice, union_read
+from harness.probes.latency.timing import prompts
+from harness.probes.latency.variants import Attach, Row, Variant
+from harness.probes.sparsity import measure as sparsity_rows
+
+NO_BATCH = "no kernel above batch 1 on this machine"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What is known of a method's kernels before they are timed.
+
+    thresholds: its fixed thresholds, where it comes to those alone. message: how kernels compared with masks. skipped:
+    share of the block weights that a decode token was counted to skip. no_zero_batch, no_batch: what keeps the kernel
+    at 0 %, and the method, from a batch, in words. ran: the projections that a kernel ran in a batch.
+    """
+
+    thresholds: ThresholdOf | None
+    message: str
+    skipped: float
+    no_zero_batch: str | None
+    no_batch: str | None
+    ran: frozenset[str]
+
+
+def variants(
+    view: View, methods: Fitted, policy: Policy, sparsity: float, config: Mapping[str, Any], windows: Tensor
+) -> list[Variant]:
+    """Dense first, then (for a method) its kernels at 0 %, itself, and the ideal slice. Kernels are checked before.
+
+    config: `execution` (auto, kernel or masked) and `compile` (also the compiled step, on a CPU). Raises
+    `KernelMismatchError` where kernels and masks disagree, and with execution=kernel `NoKernelRanError` where torch's
+    operators took the place of every kernel; with auto the method is then masked, and its rows say why.
+    """
+    plan = dense_variants(view)
+    compiles = config["compile"] and view.device.type != "cuda"
+    if not any(method.sites for method, _ in methods):
+        return plan + (compiled(view, None, {}, 1.0) if compiles else [])
+    masked = Variant("masked", lambda: attached(view, methods, policy), no_kernel(view, methods))
+    possible = "kernels" not in view.limits and any(has_kernels(method) for method, _ in methods)
+    if config["execution"] == "masked" or (config["execution"] == "auto" and not possible):
+        return [*plan, masked]
+    try:
+        known = checked(view, methods, policy, windows)
+    except NoKernelRanError as error:
+        if config["execution"] == "kernel":
+            raise
+        masked.columns = {"message": str(error)}
+        return [*plan, masked]
+    union = None if known.no_batch else partial(union_read, view, methods, policy, known.ran)
+    if fits_fused_step(view) and known.thresholds is not None:
+        return plan + fused_plan(view, known, sparsity, union)
+    return plan + module_plan(view, methods, policy, known, union, compiles)
+
+
+def fits_fused_step(view: View) -> bool:
+    """Whether this model's step runs fused, in a CUDA graph, on this machine."""
+    return view.device.type == "cuda" and kernels.backend(view.device) is not None and no_fused_step(view) is None
+
+
+def dense_variants(view: View) -> list[Variant]:
+    """Every dense way that this model has on this machine, the library's first: baselines of all methods alike."""
+    plan = [Variant("dense")]
+    if has_tuned_gemv(view):
+        plan.append(Variant("dense", lambda: own_gemv(view), {"variant": "tuned GEMV"}))
+    if fits_fused_step(view):
+        plan.append(Variant("dense", fused(view, "library"), captured=True))
+        plan.append(Variant("dense", fused(view, "rows"), {"variant": "tuned GEMV"}, captured=True))
+    return plan
+
+
+def has_tuned_gemv(view: View) -> bool:
+    """Whether a kernel takes the dense projections. Where torch's operators would, there is nothing to time."""
+    if "kernels" in view.limits:
+        return False
+    weight = view.blocks[0].up.weight
+    x = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return kernels.fast_path(x, weight if weight.is_contiguous() else weight.t())
+
+
+def fused(view: View, linear: Linear, thresholds: ThresholdOf | None = None, expected: float = 0.5) -> Attach:
+    """How the fused step is attached."""
+    return lambda: fast_decode(view, linear, thresholds, expected_sparsity=expected)
+
+
+def fused_plan(view: View, known: Kernels, sparsity: float, union: Any) -> list[Variant]:
+    """Fixed thresholds in the fused step of a GPU, and the same kernels at 0 %."""
+    return [
+        Variant(
+            "kernel", fused(view, "columns", expected=sparsity), {"sparsity_requested": 0.0}, captured=True,
+            attach_batch=lambda: own_gemv(view, limits={}), no_batch=known.no_zero_batch,
+        ),
+        Variant(
+            "kernel", fused(view, "columns", known.thresholds, sparsity), {"message": known.message}, 1 - known.skipped,
+            captured=True, attach_batch=lambda: own_gemv(view, known.thresholds), no_batch=known.no_batch, union=union,
+        ),
+    ]  # fmt: skip
+
+
+def module_plan(
+    view: View, methods: Fitted, policy: Policy, known: Kernels, union: Any, compiles: bool
+) -> list[Variant]:
+    """Kernels inside the module, launched by the host: at 0 %, the method, the ideal slice; on a CPU also compiled."""
+    message = known.message
+    if compiles and known.thresholds is None:
+        message += "; not compiled: the method decides more at run time than fixed thresholds"
+    # How much of the cache is skipped is not counted.
+    cache = 0.0 if any(method.own_kernels for method, _ in methods) else 1.0
+    shares = ideal_slice(view, methods, known.skipped)
+    weights = sum(share * view.weights(name) for name, share in shares.items())
+    plan = [
+        Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}, no_batch=known.no_zero_batch),
+        Variant(
+            "kernel", lambda: kernel_execution(view, methods, policy), {"message": message}, 1 - known.skipped, cache,
+            no_batch=known.no_batch, union=union,
+        ),
+        Variant("dense_slice", lambda: sliced(view, shares), {}, 1 - weights / view.block_weights),
+    ]  # fmt: skip
+    if compiles and known.thresholds is not None:
+        plan += compiled(view, known.thresholds, {"message": message}, 1 - known.skipped)
+    return plan
+
+
+def checked(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> Kernels:
+    """Compare kernels with masks for one sequence and for two, and count what the method skips."""
+    one = check_kernels(view, methods, windows[:1, :64].to(view.device))
+    two = check_kernels(view, methods, prompts(windows, 2, 64).to(view.device))
+    message = f"kernel equals masked within {max(one.error, two.error):.1e} ({kernels.backend(view.device)})"
+    if one.masked:
+        message += f"; no kernel for {', '.join(sorted(one.masked))}"
+    nothing = None if kernels.batch_path(torch.zeros(2, 1, dtype=view.dtype, device=view.device)) else NO_BATCH
+    counted = sparsity_rows(view, methods, policy, windows[:1])
+    skipped = next(
+        row["value"]
+        for row in counted
+        if (row["metric"], row["site"], row["step_phase"], row["layer"]) == ("achieved", "model", "decode", None)
+    )
+    thresholds = static_thresholds(view, methods)
+    return Kernels(thresholds, message, skipped, nothing, nothing or left_masked(two), two.ran)
+
+
+def left_masked(check: Check) -> str | None:
+    """Which projections kernels leave masked in a batch, in words, or None."""
+    if not check.masked:
+        return None
+    kept = f"; only {', '.join(sorted(check.ran))} skip in a batch" if check.ran else ""
+    return f"no kernel for a batch of {', '.join(sorted(check.masked))}{kept}"
+
+
+def no_kernel(view: View, methods: Fitted) -> Row:
+    """The columns of masked execution: why the model or its methods leave no choice."""
+    if "kernels" in view.limits:
+        return {"message": view.limits["kernels"]}
+    reasons = [
+        f"{method.name} has no kernel"
+        + (": it decides from outputs, when the work is done" if OUTPUT in method.sites.values() else "")
+        for method, _ in methods
+        if method.sites and not has_kernels(method)
+    ]
+    return {"message": "; ".join(reasons)} if reasons else {}
+
+
+def compiled(view: View, thresholds: ThresholdOf | None, columns: Row, reads: float) -> list[Variant]:
+    """The compiled twins: the library's dense, and with thresholds the tuned GEMV, the kernel at 0 % and the method.
+
+    The model is copied twice: as it is, and with transposed weights, which the last three share.
+    """
+    plan = [Variant("dense_compiled", decoder=copy.deepcopy(view.model))]
+    if thresholds is None:
+        return plan
+    model = copy.deepcopy(view.model)
+    for execution, limits, own, share in (
+        ("dense_compiled", None, {"variant": "tuned GEMV"}, 1.0),
+        ("kernel_compiled", {}, {"sparsity_requested": 0.0}, 1.0),
+        ("kernel_compiled", thresholds, columns, reads),
+    ):
+        shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+        variant = Variant(execution, columns=own, reads=share, decoder=copy.deepcopy(model, shared))
+        variant.held.enter_context(own_gemv(view_of(variant.decoder), limits=limits))
+        plan.append(variant)
+        model = variant.decoder  # its weights are transposed by now
+    return plan
+
+
+def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
+    """(projection, layer) -> threshold, where nested methods come to fixed thresholds at channel sites; else None."""
+    thresholds: dict[tuple[str, int], Tensor | float] = {}
+    if len(methods) != 1:
+        return None
+    method, state = methods[0]
+    if not has_kernels(method) or type(method).rewrite is not Method.rewrite:
+        return None
+    plan = method.plan(view, state)
+    for site in method.sites:
+        for layer in range(view.n_layers):
+            for projection in PROJECTIONS.get(site, ()):
+                if projection not in view.projection_names():
+                    continue
+                x = torch.zeros(1, 1, view.channels(projection), dtype=view.dtype, device=view.device)
+                chosen = method.select(plan, site, layer, x, single_step(view.device))
+                own = chosen.get(projection) if isinstance(chosen, Mapping) else chosen
+                if not isinstance(own, Thresholds):
+                    return None
+                thresholds[projection, layer] = own.t
+        if site not in PROJECTIONS:
+            return None
+    return thresholds
+
+
+def single_step(device: torch.device) -> Step:
+    """The step of one decode token, to ask a method what it decides."""
+    yes = torch.ones(1, 1, dtype=torch.bool, device=device)
+    return Step(valid=yes, decode=yes, position=yes.long(), sparse=None, past=1, input_ids=None)

@@ -1,0 +1,59 @@
+"""A variant: one way to run a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Row = dict[str, Any]
+Engine = Literal["eager", "graph", "compiled"]
+Attach = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass
+class Variant:
+    """One way to run the step.
+
+    execution: dense, masked, kernel or dense_slice; dense_compiled or kernel_compiled.
+    attach: a context in which the view's model decodes that way. attach_batch: the one above batch 1, where it differs.
+    columns: row columns that set this variant apart from the others of the cell.
+    reads: share of the block weights that a step reads. reads_cache: share of the KV cache that it reads for sure.
+    no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to 16.
+    union: of a prompt [batch, context], the share of the block weights that a step after it reads, and tokens counted.
+    captured: the step runs in a CUDA graph.
+    decoder: a model of this variant's own whose step is compiled; None decodes the view's. held: what its forwards live
+        in. step: its compiled forward, for the shapes of one grid point.
+    """
+
+    execution: str
+    attach: Attach = nullcontext
+    columns: Row = field(default_factory=dict)
+    reads: float = 1.0
+    reads_cache: float = 1.0
+    attach_batch: Attach | None = None
+    no_batch: str | None = "no kernel above batch 1"
+    union: Callable[[Tensor], tuple[float, int]] | None = None
+    captured: bool = False
+    decoder: nn.Module | None = None
+    held: ExitStack = field(default_factory=ExitStack)
+    step: Callable[..., Any] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What launches its steps."""
+        if self.decoder is not None:
+            return "compiled"
+        return "graph" if self.captured else "eager"
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a baseline: a dense step at the model's own size."""
+        return self.execution in ("dense", "dense_compiled")
+
+    def attached(self, batch: int) -> AbstractContextManager[Any]:
+        """The context in which a batch of this size decodes that way."""
+        return (self.attach if batch == 1 else self.attach_batch or self.attach)()
