@@ -125,6 +125,30 @@ def test_threshold_zero_drops_zeros_only_and_negative_keeps_all(form):
     assert error(kc.column_gemv(x, wt, torch.tensor(-1.0), None, form), x.double() @ wt.double()) <= 1e-6
 
 
+def check_everything_is_read_at_zero_percent(device):
+    """Under a negative threshold also what a ReLU left at zero: its weights' NaN then show in the result."""
+    for form in (0.5, 0.9):
+        for t in (torch.tensor(-1.0), torch.full((512,), -1.0)):
+            for rows in (1, 3):
+                x, wt = randn(rows, 512, dtype=torch.bfloat16).relu(), randn(512, 256, dtype=torch.bfloat16)
+                x[:, 7] = 0
+                x, wt, t = x.to(device), wt.to(device), t.to(device)
+                want = x.double() @ wt.double()
+                assert error(kc.column_gemv(x, wt, t, None, form), want) <= ROUNDING[x.dtype]
+                wt[7] = torch.nan
+                assert kc.column_gemv(x, wt, t, None, form).isnan().all(), (form, t.shape, rows)
+
+
+@interpreted
+def test_everything_is_read_at_zero_percent():
+    check_everything_is_read_at_zero_percent("cpu")
+
+
+@pytest.mark.gpu
+def test_everything_is_read_at_zero_percent_on_a_gpu():
+    check_everything_is_read_at_zero_percent("cuda")
+
+
 @interpreted
 @pytest.mark.parametrize("form", [0.5, 0.9])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -26,8 +26,8 @@ from harness.probes.latency import plans, reads, timing, watch
 from harness.probes.latency import rows as latency_rows
 from harness.probes.latency.timing import Sample, Timing
 from harness.probes.latency.variants import Variant
-from harness.results.collect import headline, relate
-from harness.results.rows import make_row, to_frame
+from harness.results.collect import headline, relate, time_ratios
+from harness.results.rows import make_row, to_frame, with_engine
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
@@ -349,6 +349,50 @@ def test_eager_and_compiled_never_meet():
     assert speedup["kernel", 0.5] == pytest.approx(2) and speedup["kernel_compiled", 0.5] == pytest.approx(1.5)
     line = headline(table).iloc[0]
     assert (line["execution"], line["tpot_ms"], line["speedup"]) == ("kernel", 200, pytest.approx(2))
+
+
+def test_a_dense_cells_time_is_its_fastest():
+    """Its rows tell the library's step and the tuned one; which comes first must not matter."""
+    rows = cell(("dense", None, 0.0, 0.4), ("dense", "tuned GEMV", 0.0, 0.2)).assign(method="dense")
+    assert headline(rows).iloc[0]["tpot_ms"] == pytest.approx(200)
+
+
+def test_claims_compare_within_an_engine_and_take_older_cells_as_they_are():
+    row = {"execution": "kernel", "value": 1.0, "batch": 1}
+    rows = pd.DataFrame(
+        [
+            row | {"cell_id": "new", "metric": "time_ratio", "value": 0.3},
+            row | {"cell_id": "new", "metric": "time_ratio_engine", "value": 1.2},
+            row | {"cell_id": "old", "metric": "time_ratio", "value": 1.5},
+            row | {"cell_id": "old", "metric": "tpot_median", "value": 0.1},
+        ]
+    )
+    assert list(time_ratios(rows)["value"]) == [1.2, 1.5]
+
+
+def test_a_table_from_before_engines_were_told_is_read():
+    """On a GPU a cell ran in CUDA graphs, or it had an ideal slice beside its eager kernels."""
+
+    def one(cell_id, execution, device="NVIDIA H100", **more):
+        facts = {"metric": "tpot_median", "value": 1.0, "unit": "s", "n": 1, "probe": "latency", "batch": 1} | more
+        return make_row(cell_id=cell_id, execution=execution, device=device, **facts)
+
+    rows = [
+        *(one("fused", "dense", variant=v) for v in (None, "tuned GEMV")),
+        one("fused", "kernel"),
+        *(one("module", "dense", variant=v) for v in (None, "tuned GEMV")),
+        one("module", "dense_slice"),
+        one("dense", "dense"),
+        one("cpu", "dense", "cpu: a", variant="tuned GEMV"),
+        one("cpu", "kernel_compiled", "cpu: a"),
+        one("cpu", "dense", "cpu: a", metric="read_bandwidth", batch=None),
+        one("cpu", "masked", "cpu: a", probe="quality"),
+    ]
+    read = with_engine(to_frame(rows).drop(columns="engine"))
+    assert list(read.columns) == list(to_frame(rows).columns)
+    expected = [*["graph"] * 3, *["eager"] * 5, "compiled", None, None]
+    assert [None if pd.isna(e) else e for e in read["engine"]] == expected
+    assert with_engine(read) is read
 
 
 def test_masked_time_is_no_speedup():

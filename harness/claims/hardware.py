@@ -7,7 +7,7 @@ import pandas as pd
 from harness.claims.evidence import Evidence
 from harness.claims.length import PROMPT_FIXED
 from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used
-from harness.results.collect import TIME_RATIO
+from harness.results.collect import time_ratios
 
 LEFT = 0.5  # share of a token's sparsity that a batch must leave, or it needs many more neurons
 
@@ -58,8 +58,8 @@ def batch_unites(study: Study) -> Evidence:
 
 
 def _kernel_times(study: Study) -> pd.DataFrame:
-    """Paired time ratios of methods' own kernels: cell, batch, context, value. Masked execution never counts."""
-    rows = study.rows[(study.rows["metric"] == TIME_RATIO) & (study.rows["execution"] == "kernel")]
+    """Paired time ratios of methods' own kernels to dense of their engine. Masked execution never counts."""
+    rows = time_ratios(study.rows[study.rows["execution"] == "kernel"])
     rows = rows[rows["cell_id"].isin(study.counted) & (rows["sparsity_requested"] > 0)]
     return need(rows, "kernel times of a method (masked execution is no time)")
 
