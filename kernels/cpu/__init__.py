@@ -1,6 +1,6 @@
-"""The CPU kernels: C++ (csrc/) for AVX-512, AVX2 and plain loops, picked at run time; fp32 and bf16.
+"""The CPU kernels in C++ (csrc/), for AVX-512 (with VNNI or without), AVX2 and plain loops, picked at run time.
 
-Built on first use (about 20 s; a C++ compiler and ninja) into $DYNACT_CACHE/kernels or
+Built on first use (about a minute on two cores; a C++ compiler and ninja) into $DYNACT_CACHE/kernels or
 ~/.cache/dynact/kernels. Without a compiler everything runs through kernels.cpu.fallback, after one warning.
 
 Threads: a kernel uses as many threads as torch.get_num_threads() says, and one where a part would be under 1 MiB. The
@@ -21,7 +21,7 @@ from kernels.cpu.build import load_extension
 
 
 def instruction_set(name: str = "") -> str:
-    """The instruction set in use: "avx512", "avx2" or "generic". A name switches to it, for tests.
+    """The instruction set in use: "avx512vnni", "avx512", "avx2" or "generic". A name switches to it, for tests.
 
     Raises ValueError where this CPU cannot run it, RuntimeError where the extension is missing.
     """

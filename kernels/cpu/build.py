@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 def load_extension() -> bool:
     """Load the extension's operators, building them if the cache has none for these sources and this torch.
 
-    Takes about 20 s the first time, milliseconds later. Returns False, after one warning, where it cannot be
+    Takes about a minute the first time, milliseconds later. Returns False, after one warning, where it cannot be
     built (no C++ compiler, no ninja): the operators then run through kernels.cpu.fallback.
     """
     try:

@@ -1,202 +1,15 @@
-// The CPU side of the dynact operators: checks, threads and the choice of instruction set. The schemas are defined in
-// kernels/ops.py, and so are the dynact::_torch_* operators that take every call off the fast path.
-#include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
+// The dynact operators on the CPU: checks, and what runs on which rows. The schemas are defined in kernels/ops.py, and so
+// are the dynact::_torch_* operators that take every call off the fast path.
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <optional>
-#include <string>
 #include <string_view>
-#include <vector>
 
-#include "kernels.h"
-#include "pool.h"
+#include "checks.h"
+#include "lowbit.h"
+#include "runtime.h"
 
 namespace dynact {
 namespace {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-const Table* supported(const std::string& name) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
-    return avx512_table();
-  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_table();
-#endif
-  return name == "generic" ? generic_table() : nullptr;
-}
-
-const Table* best() {
-  for (const char* name : {"avx512", "avx2"})
-    if (const Table* t = supported(name)) return t;
-  return generic_table();
-}
-
-const Table*& table() {
-  static const Table* t = best();
-  return t;
-}
-
-template <typename T>
-const Kernels<T>& kernels();
-template <>
-const Kernels<float>& kernels() {
-  return table()->f32;
-}
-template <>
-const Kernels<bf16>& kernels() {
-  return table()->b16;
-}
-
-// Calls f with a null pointer of the element type.
-template <typename F>
-auto by_type(const Tensor& x, F f) {
-  return x.scalar_type() == at::kFloat ? f(static_cast<float*>(nullptr)) : f(static_cast<bf16*>(nullptr));
-}
-
-template <typename T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-// Buffers that a thread keeps between calls: a fresh allocation costs as much as a small kernel.
-struct Scratch {
-  std::vector<float> x, gate, up, val, y, parts;
-  std::vector<int32_t> idx;
-};
-
-Scratch& scratch() {
-  thread_local Scratch s;
-  return s;
-}
-
-float* room(std::vector<float>& v, int64_t n) {
-  if (static_cast<int64_t>(v.size()) < n) v.resize(n);
-  return v.data();
-}
-
-int32_t* room(std::vector<int32_t>& v, int64_t n) {
-  if (static_cast<int64_t>(v.size()) < n) v.resize(n);
-  return v.data();
-}
-
-// ---- threads -------------------------------------------------------------------------------------------------------
-// As many parts as torch has threads, and one where a part would be shorter than waking a thread. The parts are fixed
-// by the sizes alone, so a result repeats bit for bit at a given number of threads.
-int64_t parts_for(int64_t items, int64_t bytes) {
-  constexpr int64_t kBytesWorthAThread = 1 << 20;
-  if (at::in_parallel_region()) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>({at::get_num_threads(), items, bytes / kBytesWorthAThread}));
-}
-
-// f(begin, end) over [0, items).
-template <typename F>
-void split(int64_t items, int64_t bytes, F f) {
-  int64_t parts = parts_for(items, bytes);
-  if (parts == 1) return f(0, items);
-  Pool::get().run(parts, [&](int64_t p) { f(p * items / parts, (p + 1) * items / parts); });
-}
-
-// The channels that take part in a product: m of them, listed in idx (nullptr: 0 ... m - 1, of one row), and their values
-// in each of B rows of x, ld apart.
-struct Channels {
-  const int32_t* idx;
-  const float* val;
-  int64_t m, B = 1, ld = 0;
-};
-
-// y[b] += sum_j val[b][j] * wt[row_j]: active rows are shared out, each part has a y of its own, summed in a fixed order.
-template <typename T>
-void add_rows(const T* wt, int64_t N, const Channels& c, float* y) {
-  int64_t parts = parts_for(c.m, c.m * N * static_cast<int64_t>(sizeof(T)));
-  const auto& k = kernels<T>();
-  auto add = [&](int64_t from, int64_t to, float* sum) {
-    if (c.B > 1) return k.axpy_batch(wt, N, c.idx + from, c.val + from, c.ld, to - from, c.B, sum);
-    k.axpy_rows(wt, N, c.idx ? c.idx + from : nullptr, c.idx ? 0 : from, c.val + from, to - from, sum);
-  };
-  if (parts == 1) return add(0, c.m, y);
-  int64_t size = c.B * N;
-  float* own = room(scratch().parts, (parts - 1) * size);
-  std::fill(own, own + (parts - 1) * size, 0.0f);
-  Pool::get().run(parts, [&](int64_t p) {
-    add(p * c.m / parts, (p + 1) * c.m / parts, p ? own + (p - 1) * size : y);
-  });
-  for (int64_t p = 1; p < parts; ++p)
-    for (int64_t n = 0; n < size; ++n) y[n] += own[(p - 1) * size + n];
-}
-
-template <typename T>
-void all_dots(const T* w, int64_t K, const int32_t* idx, int64_t m, const float* x, float* out) {
-  split(m, m * K * static_cast<int64_t>(sizeof(T)), [&](int64_t a, int64_t b) {
-    kernels<T>().dot_rows(w, K, idx ? idx + a : nullptr, idx ? 0 : a, b - a, x, out + a);
-  });
-}
-
-// ---- checks --------------------------------------------------------------------------------------------------------
-void check_weight(const Tensor& x, const Tensor& w, int64_t dim, const char* name) {
-  TORCH_CHECK(x.dim() >= 1 && w.dim() == 2, name, " needs x [..., K] and a 2-d weight, got ", x.sizes(), " and ",
-              w.sizes());
-  TORCH_CHECK(x.size(-1) == w.size(dim), name, ": x has ", x.size(-1), " channels, the weight has ", w.size(dim));
-  TORCH_CHECK(x.scalar_type() == w.scalar_type(), name, ": x is ", x.scalar_type(), ", the weight is ",
-              w.scalar_type());
-}
-
-void check_bias(const OptTensor& bias, int64_t n, const char* name) {
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), name, ": the bias must have ", n, " values");
-}
-
-void check_threshold(const Tensor& t, int64_t n, const char* name) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat && (t.dim() == 0 || (t.dim() == 1 && t.size(0) == n)), name,
-              ": t must be fp32, 0-d or [", n, "]");
-}
-
-// The indices as checked, contiguous int32.
-Tensor checked_index(const Tensor& idx, int64_t n, const char* name) {
-  TORCH_CHECK(idx.dim() == 1 && at::isIntegralType(idx.scalar_type(), false), name, ": idx must be a 1-d list of integers");
-  Tensor i = idx.to(at::kInt).contiguous();
-  const int32_t* p = i.const_data_ptr<int32_t>();
-  int32_t low = 0, high = -1;
-  for (int64_t j = 0; j < i.numel(); ++j) {
-    low = std::min(low, p[j]);
-    high = std::max(high, p[j]);
-  }
-  TORCH_CHECK_INDEX(low >= 0 && high < n, name, ": idx must lie in [0, ", n, ")");
-  return i;
-}
-
-Act parse_act(std::string_view act) {
-  if (act == "silu") return Act::silu;
-  if (act == "relu") return Act::relu;
-  if (act == "relu2") return Act::relu2;
-  if (act == "gelu_tanh") return Act::gelu_tanh;
-  if (act == "gelu") return Act::gelu;
-  TORCH_CHECK_VALUE(false, "act must be one of silu, relu, relu2, gelu_tanh, gelu; got ", act);
-}
-
-int64_t rows_of(const Tensor& x) {
-  int64_t k = x.size(-1);
-  return x.numel() == k ? 1 : k ? x.numel() / k : 0;
-}
-
-// One row (up to `most`) of a type that the kernels know, against weights as they lie in memory.
-bool fast(const Tensor& x, std::initializer_list<const Tensor*> weights, int64_t most = 1) {
-  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) return false;
-  if (rows_of(x) < 1 || rows_of(x) > most) return false;
-  for (const Tensor* w : weights)
-    if (!w->is_contiguous()) return false;
-  return true;
-}
-
-template <typename Signature>
-auto slow(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // ---- pieces --------------------------------------------------------------------------------------------------------
 // x as floats: its own memory where it is contiguous fp32. `held` keeps a copy alive.
@@ -240,22 +53,6 @@ Tensor sum_rows(const Tensor& x, const Tensor& wt, const Channels& c, const OptT
     by_type(wt, [&](auto* tag) { add_rows(data<std::remove_pointer_t<decltype(tag)>>(wt), N, c, y); });
     for (int64_t b = 0; b < c.B; ++b) add_bias(bias, nullptr, N, y + b * N);
   });
-}
-
-// The channels of x [B, K] that one threshold (stride 0) or one for each (1) keeps in any row.
-Channels select(const float* x, const float* t, int64_t t_stride, int64_t K, int64_t B) {
-  auto& s = scratch();
-  int64_t ld = K + 16;
-  int32_t* idx = room(s.idx, ld);
-  float* val = room(s.val, B * ld);
-  int64_t m = B == 1 ? table()->compact(x, t, t_stride, K, idx, val)
-                     : table()->compact_batch(x, t, t_stride, K, B, idx, val);
-  return {idx, val, m, B, ld};
-}
-
-Channels select(const float* x, const Tensor& t, int64_t K, int64_t B = 1) {
-  Tensor limits = t.contiguous();
-  return select(x, data<float>(limits), limits.dim(), K, B);
 }
 
 // ---- operators -----------------------------------------------------------------------------------------------------
@@ -453,93 +250,47 @@ Tensor cats_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const
   return sum_rows(x, wt_down, kept, std::nullopt);
 }
 
-Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& length, const OptTensor& keep,
-                        std::string_view dropped, std::optional<double> scale) {
-  TORCH_CHECK(q.dim() == 4 && q.size(2) == 1 && k.dim() == 4 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
-                  k.size(3) == q.size(3) && q.size(1) % k.size(1) == 0,
-              "decode_attention needs q [B, H, 1, D] and k, v [B, G, S, D] with G dividing H, got ", q.sizes(), ", ",
-              k.sizes(), ", ", v.sizes());
-  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-              "decode_attention: q, k and v must have one type");
-  TORCH_CHECK_VALUE(dropped == "exclude" || dropped == "zeros", "dropped must be exclude or zeros, got ", dropped);
-  int64_t B = q.size(0), H = q.size(1), G = k.size(1), S = k.size(2), D = k.size(3);
-  int64_t L = length.item<int64_t>();
-  TORCH_CHECK_INDEX(L >= 0 && L <= S, "decode_attention: length ", L, " is outside the cache of ", S);
-  TORCH_CHECK(!keep || (keep->scalar_type() == at::kBool && keep->dim() == 3 && keep->size(0) == B &&
-                        (keep->size(1) == G || keep->size(1) == H) && keep->size(2) == S),
-              "decode_attention: keep must be bool [B, G, S] or [B, H, S]");
-  auto rows = [](const Tensor& c) { return c.stride(3) == 1 && c.stride(2) == c.size(3); };
-  if ((q.scalar_type() != at::kFloat && q.scalar_type() != at::kBFloat16) || !rows(k) || !rows(v)) {
-    static auto op = slow<decltype(decode_attention)>("dynact::_torch_decode_attention");
-    return op.call(q, k, v, length, keep, dropped, scale);
-  }
-  Tensor qc = q.contiguous(), kc = keep ? keep->contiguous() : Tensor();
-  Tensor out = at::empty(q.sizes(), q.options());
-  float factor = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(D)));
-  bool zeros = dropped == "zeros";
-  by_type(q, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    const auto& ks = kernels<T>();
-    auto head = [&](int64_t b, int64_t h) {
-      auto& s = scratch();
-      int64_t g = h / (H / G), m = L;
-      const int32_t* idx = nullptr;
-      if (keep) {
-        int64_t rows = kc.size(1);
-        const bool* p = kc.const_data_ptr<bool>() + (b * rows + (rows == H ? h : g)) * S;
-        int32_t* list = room(s.idx, L + 1);
-        m = 0;
-        for (int64_t i = 0; i < L; ++i) {
-          list[m] = static_cast<int32_t>(i);
-          m += p[i];
-        }
-        idx = list;
-      }
-      float *x = room(s.x, D), *logits = room(s.val, m), *y = room(s.y, D);
-      ks.to_float(data<T>(qc) + (b * H + h) * D, D, x);
-      for (int64_t i = 0; i < D; ++i) x[i] *= factor;
-      ks.dot_rows(data<T>(k) + b * k.stride(0) + g * k.stride(1), D, idx, 0, m, x, logits);
-      bool phantom = zeros && m < L;  // dropped entries whose logit is 0
-      float peak = phantom ? 0.0f : -INFINITY;
-      for (int64_t i = 0; i < m; ++i) peak = std::max(peak, logits[i]);
-      float total = table()->exp_sum(logits, m, peak);
-      if (phantom) total += static_cast<float>(L - m) * std::exp(-peak);
-      std::fill(y, y + D, 0.0f);
-      ks.axpy_rows(data<T>(v) + b * v.stride(0) + g * v.stride(1), D, idx, 0, logits, m, y);
-      if (m)
-        for (int64_t i = 0; i < D; ++i) y[i] /= total;
-      ks.from_float(y, D, static_cast<T*>(out.mutable_data_ptr()) + (b * H + h) * D);
-    };
-    split(B * H, 2 * B * H * L * D * static_cast<int64_t>(sizeof(T)), [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) head(i / H, i % H);
-    });
-  });
-  return out;
+// ---- low-bit lines, for one row of x -------------------------------------------------------------------------------
+void check_packed(const Tensor& x, int64_t inputs, const char* name) {
+  TORCH_CHECK(fast(x, {}) && x.size(-1) == inputs, name, " needs one row of ", inputs, " fp32 or bf16 channels, got ",
+              x.sizes(), " ", x.scalar_type());
 }
 
-int64_t stream(const Tensor& buffer) {
-  constexpr int64_t kPage = 4096;
-  const char* p = static_cast<const char*>(buffer.const_data_ptr());
-  int64_t pages = static_cast<int64_t>(buffer.nbytes()) / kPage;
-  std::vector<uint64_t> sums(std::max(1, at::get_num_threads()));
-  int64_t parts = static_cast<int64_t>(sums.size());
-  Pool::get().run(parts, [&](int64_t i) {
-    int64_t a = i * pages / parts, b = (i + 1) * pages / parts;
-    sums[i] = table()->read(p + a * kPage, (b - a) * kPage);
-  });
-  uint64_t total = 0;
-  for (uint64_t s : sums) total ^= s;
-  return static_cast<int64_t>(total);
+Tensor packed_columns(const Tensor& x, const Tensor& codes, const Tensor& peaks, int64_t bits, int64_t width,
+                      const OptTensor& t, const OptTensor& idx) {
+  Packed w(codes, peaks, bits, width);
+  check_packed(x, w.lines, "packed_columns");
+  auto& s = scratch();
+  Tensor held, list;
+  const float* xf = floats(x, s.x, held);
+  Channels c{nullptr, xf, w.lines};
+  if (idx) {
+    list = checked_index(*idx, w.lines, "packed_columns");
+    c = {list.const_data_ptr<int32_t>(), room(s.val, list.numel()), list.numel()};
+    for (int64_t j = 0; j < c.m; ++j) s.val[j] = xf[c.idx[j]];
+  } else if (t) {
+    check_threshold(*t, w.lines, "packed_columns");
+    c = select(xf, *t, w.lines);
+  }
+  return make_rows(x, w.panels * width, [&](float* y) { add_lines(w, c, y); });
 }
 
-// The instruction set in use; a name switches to that one (for tests and comparisons).
-std::string isa(std::string_view name) {
-  if (!name.empty()) {
-    const Table* t = supported(std::string(name));
-    TORCH_CHECK_VALUE(t, "this machine cannot run ", name);
-    table() = t;
-  }
-  return table()->name;
+Tensor packed_rows(const Tensor& x, const Tensor& codes, const Tensor& peaks, int64_t bits, int64_t width,
+                   const OptTensor& idx) {
+  Packed w(codes, peaks, bits, width);
+  check_packed(x, width, "packed_rows");
+  TORCH_CHECK(w.panels == 1, "packed_rows takes one panel");
+  auto& s = scratch();
+  Tensor held, list;
+  const float* xf = floats(x, s.x, held);
+  return make_rows(x, w.lines, [&](float* y) {
+    if (!idx) return dot_lines(w, xf, nullptr, w.lines, y);
+    list = checked_index(*idx, w.lines, "packed_rows");
+    const int32_t* rows = list.const_data_ptr<int32_t>();
+    float* some = room(s.val, list.numel());
+    dot_lines(w, xf, rows, list.numel(), some);
+    for (int64_t j = 0; j < list.numel(); ++j) y[rows[j]] = some[j];
+  });
 }
 
 }  // namespace
@@ -553,12 +304,15 @@ TORCH_LIBRARY_IMPL(dynact, CPU, m) {
   m.impl("row_gemv_index", row_gemv_index);
   m.impl("neuron_mlp", neuron_mlp);
   m.impl("cats_mlp", cats_mlp);
-  m.impl("decode_attention", decode_attention);
 }
 
-TORCH_LIBRARY(dynact_cpu, m) {
-  m.def("stream(Tensor buffer) -> int", stream);
-  m.def("isa(str name) -> str", isa);
+TORCH_LIBRARY_FRAGMENT(dynact_cpu, m) {
+  m.def(
+      "packed_columns(Tensor x, Tensor codes, Tensor peaks, int bits, int width, Tensor? t=None, Tensor? idx=None) -> "
+      "Tensor",
+      packed_columns);
+  m.def("packed_rows(Tensor x, Tensor codes, Tensor peaks, int bits, int width, Tensor? idx=None) -> Tensor",
+        packed_rows);
 }
 
 }  // namespace dynact

@@ -35,6 +35,39 @@ struct Kernels {
   void (*from_float)(const float* x, int64_t n, T* out);
 };
 
+// Low-bit lines: chunks of 64 bytes that hold 32 16-bit words, then a signed 16-bit scale for every 32 weights. A word
+// holds 16 / bits weights, lowest first: weight 32 j + 16 h + d of a chunk is the j-th of word 8 (d / 4) + 4 h + d % 4,
+// stored as code + 2^(bits - 1). Two lines interleaved word by word are then pairs for a 16-bit dot product, whose sums
+// lie in natural order. A weight is code * scale * peak / 2^15, peak being the group's.
+constexpr int64_t chunk_weights(int64_t bits) { return 512 / bits; }
+constexpr int64_t line_chunks(int64_t bits, int64_t width) {
+  return (width + chunk_weights(bits) - 1) / chunk_weights(bits);
+}
+constexpr int64_t line_groups(int64_t bits, int64_t width) {
+  return line_chunks(bits, width) * (chunk_weights(bits) / 32);
+}
+constexpr int64_t line_bytes(int64_t bits, int64_t width) {
+  return line_chunks(bits, width) * 64 + line_groups(bits, width) * 2;
+}
+// int32 values that axpy_lines needs to work in
+constexpr int64_t lowbit_room(int64_t bits, int64_t width) {
+  return line_groups(bits, width) * (32 + 1 + 4) + 5 * 16;
+}
+
+struct LowBit {
+  // x as 16-bit integers; returns the unit, |largest| / 32767 (NaN where there is one). x has room for n + 16.
+  float (*narrow)(const float* val, int64_t n, int16_t* x);
+  // y[n] += unit * sum_j x[j] * line[idx[j]][n]; idx nullptr: lines first + j. work: lowbit_room.
+  void (*axpy_lines)(const uint8_t* lines, int64_t stride, int64_t bits, int64_t width, const float* peak,
+                     const int32_t* idx, int64_t first, const int16_t* x, float unit, int64_t m, int32_t* work, float* y);
+  // x * peak as 16-bit integers in the order of a line's words, and for each group what its codes' offset adds, as the
+  // dword lanes of a vector; returns the unit.
+  float (*spread)(const float* x, int64_t width, int64_t bits, const float* peak, int16_t* own, int32_t* less);
+  // out[j] = unit * line[idx[j]] . x
+  void (*dot_lines)(const uint8_t* lines, int64_t stride, int64_t bits, int64_t groups, const int32_t* idx, int64_t first,
+                    const int16_t* own, const int32_t* less, float unit, int64_t m, float* out);
+};
+
 struct Table {
   const char* name;
   Kernels<float> f32;
@@ -50,9 +83,11 @@ struct Table {
   float (*exp_sum)(float* logits, int64_t n, float peak);
   // Streams n bytes (a multiple of 4096) through the registers.
   uint64_t (*read)(const char* p, int64_t n);
+  LowBit low;
 };
 
-const Table* avx512_table();  // nullptr where the compiler's target has no such instructions
+const Table* vnni_table();  // AVX-512 with VNNI; nullptr where the compiler's target has no such instructions
+const Table* avx512_table();
 const Table* avx2_table();
 const Table* generic_table();
 

@@ -1,5 +1,6 @@
 // The kernels, written once over simd.h's vector. Included by isa_*.cpp, each with its own target.
 #pragma once
+#include "lowbit_impl.h"
 #include "simd.h"
 
 namespace dynact {
@@ -377,7 +378,8 @@ constexpr Kernels<T> kernels_for() {
 }
 
 const Table* table(const char* name) {
-  static const Table t = {name, kernels_for<float>(), kernels_for<bf16>(), compact, compact_batch, exp_sum, read};
+  static const Table t = {name, kernels_for<float>(), kernels_for<bf16>(), compact, compact_batch, exp_sum, read,
+                          kLowBit};
   return &t;
 }
 

@@ -1,0 +1,384 @@
+"""The fused decode step on a CPU: one token of one sequence runs in C++, on the module's own weights and cache.
+
+The Hugging Face module stays the definition: prompts, batches and whatever the step does not know take its own path,
+masked. Where thresholds decide, a step is one call; where a method decides anew for each token, the step stops before
+the stage that the decision is about and asks it. With `packed` weights the module holds what they stand for meanwhile,
+so that it is the definition of the low-bit step too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from harness.errors import UnsupportedError
+from harness.execution.attach import Fitted
+from harness.execution.fused_step import ACTIVATIONS
+from harness.execution.kernel import has_kernels, indices
+from harness.execution.layouts import replaced, transposed
+from harness.execution.masked import Installation, install, own_selection
+from harness.execution.method import Method
+from harness.model.activations import ACTIVATIONS as GATED
+from harness.model.families.outputs import output
+from harness.model.sees import GATE, OUTPUT, Sees
+from harness.model.selection import PROJECTIONS, Mask, Selection, Thresholds, TopK, keep_mask
+from harness.model.step import Policy
+from harness.model.step import Step as Pass
+from harness.model.view import View
+from kernels.cpu.build import load_extension
+from kernels.cpu.step import BEFORE, STAGES, Step
+from kernels.lowbit import Packed, pack
+
+PER_LAYER = len(STAGES)
+FAMILIES = ("llama", "qwen2")  # blocks of the same parts in the same order
+# What a method sees of a layer, by site: the buffer that holds it when it is asked.
+SEEN = {"attn_in": "normed", "attn_out": "attended", "mlp_in": "normed", "mlp_hidden": "hidden"}
+PANELS = (512, 256, 128)  # outputs of a panel of the packed head, the first that divides the vocabulary
+# By (layer, projection), and (-1, "head").
+PackedWeights = Mapping[tuple[int, str], Packed]
+
+
+def unfit(view: View) -> str | None:
+    """Why the fused step can't run this model, or None."""
+    if view.family not in FAMILIES:
+        return f"the fused CPU step knows Llama-like blocks only, not the {view.family} family"
+    if view.device.type != "cpu":
+        return f"the fused CPU step runs on a CPU, not on {view.device.type}"
+    if view.dtype not in (torch.float32, torch.bfloat16):
+        return f"the fused CPU step runs in float32 or bfloat16, not {view.dtype}"
+    if view.activation not in ACTIVATIONS and view.activation not in GATED:
+        return f"no kernel for the activation {view.activation!r}"
+    rotary = getattr(view.model.base_model, "rotary_emb", None)
+    if rotary is None or getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+        return "the fused CPU step needs rotary angles that depend on the position alone"
+    config = view.model.config
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        return "the fused CPU step knows no sliding windows"
+    if not load_extension():
+        return "the fused CPU step needs the C++ kernels"
+    return None
+
+
+def unfit_methods(methods: Fitted) -> str | None:
+    """Why the fused step can't run these methods, or None."""
+    selecting = [method for method, _ in methods if method.sites]
+    for method in selecting:
+        if method.own_kernels:
+            return f"{method.name} leaves holes in the cache, which the fused CPU step does not know"
+        if not has_kernels(method):
+            return f"{method.name} has no kernel: only masked execution"
+    sites = [site for method in selecting for site in method.sites]
+    if len(sites) != len(set(sites)):
+        return "two methods decide at one site, and the fused CPU step takes one decision there"
+    return None
+
+
+def by_columns(methods: Fitted) -> frozenset[str]:
+    """The projections whose input channels are skipped: they lie transposed, the others as they are."""
+    found: set[str] = set()
+    for method, _ in methods:
+        for site in method.sites:
+            found |= set(PROJECTIONS.get(site, ())) | {"neurons": {"down"}, "heads": {"o"}}.get(site, set())
+    return frozenset(found)
+
+
+def by_rows(methods: Fitted) -> frozenset[str]:
+    """The projections of which outputs are skipped: in low bits their lines are outputs."""
+    found: set[str] = set()
+    for method, _ in methods:
+        found |= {"gate", "up"} if "neurons" in method.sites else set()
+        found |= {"q"} if "heads" in method.sites else set()
+    return frozenset(found - by_columns(methods))
+
+
+def packed_weights(view: View, bits: int, methods: Fitted = ()) -> dict[tuple[int, str], Packed]:
+    """All projections and the head in int4 or int8, with lines as these methods skip them."""
+    rows = by_rows(methods)
+    found = {
+        (layer, name): pack(module.weight if name in rows else module.weight.t(), bits)
+        for layer, block in enumerate(view.blocks)
+        for name, module in block.projections()
+    }
+    head = view.model.get_output_embeddings().weight
+    panel = next((p for p in PANELS if head.shape[0] % p == 0), None)
+    found[-1, "head"] = pack(head.t(), bits, panel)
+    return found
+
+
+@contextmanager
+def dequantised(view: View, packed: PackedWeights, methods: Fitted = ()) -> Iterator[None]:
+    """The module holds the values of packed weights, in its own type, until the context ends."""
+    rows, saved = by_rows(methods), []
+    head = view.model.get_output_embeddings()
+    modules = {
+        (layer, name): module for layer, block in enumerate(view.blocks) for name, module in block.projections()
+    } | {(-1, "head"): head}
+    try:
+        for key, module in modules.items():
+            values = packed[key].values().to(view.dtype)
+            values = values if key[1] in rows else values.t()
+            saved.append((module, module.weight))  # the parameter itself: the head's may be the embedding's too
+            module.weight = nn.Parameter(values.contiguous(), requires_grad=False)
+        yield
+    finally:
+        for module, weight in saved:
+            module.weight = weight
+
+
+@contextmanager
+def fused_decode(
+    view: View, methods: Fitted = (), policy: Policy | None = None, packed: PackedWeights | None = None
+) -> Iterator[FusedStep]:
+    """While the context lasts, one-token steps of `view.model` with a `StaticCache` run fused; other calls are masked.
+
+    packed: of `packed_weights` for these methods. Raises UnsupportedError where the step fits model or methods not.
+    """
+    reason = unfit(view) or unfit_methods(methods)
+    if reason is not None:
+        raise UnsupportedError(reason)
+    with ExitStack() as stack:
+        stack.enter_context(view.tracker.tracking(policy or Policy()))
+        if packed is not None:
+            stack.enter_context(dequantised(view, packed, methods))
+        for method, state in methods:
+            stack.enter_context(method.rewrite(view, state))
+        reason = unfit(view) or _hooked(view)  # a rewrite may have changed the model
+        if reason is not None:
+            raise UnsupportedError(reason)
+        columns = by_columns(methods)
+        if packed is None:
+            for block in view.blocks:
+                for name, module in block.projections():
+                    if name in columns:
+                        stack.enter_context(transposed(module))
+        installations = [
+            (method, stack.enter_context(install(view, method.sites, method.decider(view, state))))
+            for method, state in methods
+            if method.sites
+        ]
+        step = FusedStep(view, installations, columns, packed, by_rows(methods))
+        stack.enter_context(replaced(view.model, step.forward_of(view.model.forward)))
+        yield step
+
+
+def _hooked(view: View) -> str | None:
+    relu_on_up = view.activation in GATED and GATED[view.activation].relu_on_up
+    for block in view.blocks:
+        for module in block.layer.modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                if not (module is block.up and relu_on_up):
+                    return "the method puts hooks of its own into the blocks, which the fused CPU step does not run"
+    return None
+
+
+@dataclass
+class Stop:
+    """A stage before which something is asked or kept."""
+
+    stage: int
+    act: Callable[[], None]
+
+
+class FusedStep:
+    """The C++ step of a view, with the decisions of the attached methods."""
+
+    def __init__(
+        self,
+        view: View,
+        installations: list[tuple[Method, Installation]],
+        columns: frozenset[str],
+        packed: PackedWeights | None,
+        rows: frozenset[str],
+    ) -> None:
+        self.view = view
+        block = view.blocks[0]
+        act = ACTIVATIONS.get(view.activation, "relu")  # fatrelu and drelu are ReLUs
+        self.step = Step(
+            view.n_layers, view.n_heads, view.n_kv_heads, view.head_dim, view.d_ff, act, view.dtype, block.attn.scaling
+        )
+        self._weights(columns, packed, rows)
+        self.fused = 0  # steps that ran here
+        self.cache: StaticCache | None = None
+        self.residual: dict[int, Tensor] = {}
+        self.last: dict[tuple[int, str], Any] = {}  # the selection that a slot holds
+        stops = [stop for _, installation in installations for stop in self._stops(installation)]
+        self.stops = sorted(stops, key=lambda stop: stop.stage)
+
+    def _weights(self, columns: frozenset[str], packed: PackedWeights | None, rows: frozenset[str]) -> None:
+        view, step = self.view, self.step
+        for layer, block in enumerate(view.blocks):
+            first, second = view.norms[layer]
+            step.norms(layer, first.weight, first.variance_epsilon, second.weight, second.variance_epsilon)
+            gated = GATED.get(view.activation)
+            cut = torch.as_tensor(getattr(block.act, "threshold", 0.0)).to(view.dtype)
+            step.activation(layer, float(cut), gated is not None and gated.relu_on_up)
+            for name, module in block.projections():
+                bias = module.bias
+                if packed is not None:
+                    step.packed(layer, name, packed[layer, name], name not in rows, bias)
+                elif name in columns:
+                    step.weight(layer, name, module.weight.t(), True, bias)
+                else:
+                    step.weight(layer, name, module.weight, False, bias)
+        final = view.final_norm
+        assert final is not None
+        step.final_norm(final.weight, final.variance_epsilon)
+        head = view.model.get_output_embeddings()
+        if packed is not None:
+            step.packed(-1, "head", packed[-1, "head"], True, head.bias)
+        else:
+            step.weight(-1, "head", head.weight, False, head.bias)
+
+    # --- decisions
+
+    def _stops(self, installation: Installation) -> Iterator[Stop]:
+        for site, sees in installation.sites.items():
+            for layer in range(self.view.n_layers):
+                at = layer * PER_LAYER
+                if site in PROJECTIONS:
+                    if self._static(installation, site, layer, self.view.channels(PROJECTIONS[site][0])):
+                        continue
+                    yield Stop(at + BEFORE[site], lambda s=site, n=layer: self._channels(installation, s, n))
+                    continue
+                if sees == GATE and self._static(installation, site, layer, self.view.d_ff):
+                    continue
+                if sees.point == "residual":
+                    yield Stop(at, lambda n=layer: self._keep(n))
+                if sees == GATE:
+                    yield Stop(at + BEFORE["neurons"], lambda n=layer: self.step.index(n, "neurons", None))
+                late = {"neurons": "mlp_hidden", "heads": "attn_out"}[site] if sees == OUTPUT else site
+                stage = BEFORE["gate" if sees == GATE else late]
+                yield Stop(at + stage, lambda s=site, v=sees, n=layer: self._rows(installation, s, v, n))
+
+    def _keep(self, layer: int) -> None:
+        self.residual[layer] = self._seen("residual").clone()
+
+    def _seen(self, buffer: str) -> Tensor:
+        return self.step.buffer(buffer).view(1, 1, -1).to(self.view.dtype)
+
+    def _static(self, installation: Installation, site: str, layer: int, channels: int) -> bool:
+        """Set thresholds that are the same whatever is seen; False where something is decided for each token."""
+        yes = torch.ones(1, 1, dtype=torch.bool)
+        asked = Pass(valid=yes, decode=yes, position=yes.long(), sparse=None, past=1, input_ids=None)
+        answers = [
+            installation.decide(site, layer, x.to(self.view.dtype), asked)
+            for x in (torch.zeros(1, 1, channels), torch.linspace(-1, 1, channels).view(1, 1, -1))
+        ]
+        names = PROJECTIONS.get(site, ("neurons",))
+        limits: dict[str, Thresholds | None] = {}
+        for name in names:
+            first, second = (own_selection(answer, name) for answer in answers)
+            if first is None and second is None:
+                limits[name] = None
+            elif isinstance(first, Thresholds) and isinstance(second, Thresholds) and _same(first.t, second.t):
+                limits[name] = first
+            else:
+                return False
+        for name, limit in limits.items():
+            if name == "neurons" or getattr(self.view.blocks[layer], name) is not None:
+                self.step.limit(layer, name, None if limit is None else limit.t)
+        if site == "neurons":
+            self.step.limit(layer, "down", 0.0)
+        return True
+
+    def _channels(self, installation: Installation, site: str, layer: int) -> None:
+        selection = installation.decide(site, layer, self._seen(SEEN[site]), installation.step)
+        for name in PROJECTIONS[site]:
+            self._set(layer, name, own_selection(selection, name))
+
+    def _set(self, layer: int, name: str, selection: Selection | None) -> None:
+        if self.last.get((layer, name), self) is selection:
+            return
+        self.last[layer, name] = selection
+        limit = selection.t if isinstance(selection, Thresholds) else None
+        self.step.limit(layer, name, limit)
+        self.step.index(layer, name, indices(selection) if isinstance(selection, Mask | TopK) else None)
+
+    def _rows(self, installation: Installation, site: str, sees: Sees, layer: int) -> None:
+        if sees.point == "residual":
+            x = self.residual[max(0, layer - sees.blocks_back)]
+        else:
+            late = {"gate": "gate", "output": "hidden" if site == "neurons" else "attended"}
+            x = self._seen(late.get(sees.point, "normed"))
+        selection = installation.decide(site, layer, x, installation.step)
+        if sees != GATE and self.last.get((layer, site), self) is selection:
+            return
+        self.last[layer, site] = selection
+        assert selection is None or isinstance(selection, Mask | TopK | Thresholds)
+        kept = None if selection is None else indices(_listed(selection, x))
+        down = "down" if site == "neurons" else "o"
+        if sees == OUTPUT:  # all is computed; the decision says what is read of it
+            if kept is not None and site == "heads":
+                kept = (kept[:, None] * self.view.head_dim + torch.arange(self.view.head_dim)).flatten().int()
+            self.step.index(layer, down, kept)
+            return
+        self.step.index(layer, site, kept)
+        self.step.limit(layer, down, None if kept is None else 0.0)  # what was not computed is zero
+
+    # --- the step
+
+    def forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward for the model: fused where it can be, else `own`."""
+
+        def forward(input_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+            if input_ids is None or not self._fits(input_ids, past_key_values, kwargs):
+                return own(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+            return output(self(input_ids, past_key_values), past_key_values)
+
+        return forward
+
+    def _fits(self, input_ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> bool:
+        if input_ids.numel() != 1 or not isinstance(cache, StaticCache) or kwargs.get("attention_mask") is not None:
+            return False
+        if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions", "labels")):
+            return False
+        sparse = self.view.tracker.step.sparse if self.view.tracker.step is not None else None
+        return all(layer.is_initialized for layer in cache.layers) and (sparse is None or bool(sparse.all()))
+
+    def bind(self, cache: StaticCache) -> None:
+        """Decode into this cache from now on."""
+        if self.cache is cache:
+            return
+        capacity = cache.layers[0].max_cache_len
+        rotary = self.view.model.base_model.rotary_emb
+        cos, sin = rotary(torch.zeros(1, 1, 1, dtype=self.view.dtype), torch.arange(capacity)[None])
+        self.step.rotary(cos[0], sin[0])
+        layers = cache.layers
+        self.step.cache([c.keys for c in layers], [c.values for c in layers], [c.cumulative_length for c in layers])
+        self.cache = cache
+
+    def run(self, first: int, last: int) -> None:
+        """Stages first to last, with what is decided on the way."""
+        at = first
+        for stop in self.stops:
+            if first <= stop.stage < last:
+                if stop.stage > at:
+                    self.step.run(at, stop.stage)
+                    at = stop.stage
+                stop.act()
+        self.step.run(at, last)
+
+    @torch.no_grad()
+    def __call__(self, token: Tensor, cache: StaticCache) -> Tensor:
+        """Logits [1, 1, vocabulary] after a token (int64, one element); the cache holds it afterwards."""
+        self.bind(cache)
+        self.step.begin(self.view.model.get_input_embeddings().weight[int(token)])
+        self.run(0, self.step.stages)
+        self.fused += 1
+        return self.step.buffer("logits")
+
+
+def _listed(selection: Selection, x: Tensor) -> Selection:
+    return Mask(keep_mask(selection, x)) if isinstance(selection, Thresholds) else selection
+
+
+def _same(a: Tensor | float, b: Tensor | float) -> bool:
+    return a is b or torch.equal(torch.as_tensor(a), torch.as_tensor(b))

@@ -1,0 +1,65 @@
+// One projection of the fused step.
+#pragma once
+#include "lowbit.h"
+#include "runtime.h"
+
+namespace dynact {
+
+// A projection: weights as they lie in memory, and what the selection of its input channels is at the moment.
+struct Matrix {
+  Tensor weight, bias, limit, index;  // bias fp32; limit fp32, 0-d or [K]; index int32
+  bool columns = false;               // W^T [K, N]; else W [N, K]
+  std::optional<Packed> packed;       // low-bit lines instead of `weight`: channels where columns, else outputs
+  int64_t inputs = 0, outputs = 0;
+
+  // y [outputs] = x W^T + bias over the channels that the selection keeps.
+  template <typename T>
+  void apply(const float* x, float* y) const {
+    if (columns) {
+      std::fill(y, y + outputs, 0.0f);
+      Channels c = channels(x);
+      if (packed)
+        add_lines(*packed, c, y);
+      else
+        add_rows(data<T>(weight), outputs, c, y);
+    } else {
+      rows<T>(x, nullptr, outputs, y);
+    }
+    if (bias.defined()) add(nullptr, outputs, y);
+  }
+
+  // y[j] = output rows[j] of x W^T + bias, for a weight that lies by rows.
+  template <typename T>
+  void some(const float* x, const int32_t* list, int64_t m, float* y) const {
+    rows<T>(x, list, m, y);
+    if (bias.defined()) add(list, m, y);
+  }
+
+ private:
+  Channels channels(const float* x) const {
+    if (index.defined()) {
+      const int32_t* list = index.const_data_ptr<int32_t>();
+      const int64_t m = index.numel();
+      float* val = room(scratch().val, m);
+      for (int64_t j = 0; j < m; ++j) val[j] = x[list[j]];
+      return {list, val, m};
+    }
+    if (limit.defined()) return select(x, data<float>(limit), limit.dim(), inputs, 1);
+    return {nullptr, x, inputs};
+  }
+
+  template <typename T>
+  void rows(const float* x, const int32_t* list, int64_t m, float* y) const {
+    if (packed)
+      dot_lines(*packed, x, list, m, y);
+    else
+      all_dots(data<T>(weight), inputs, list, m, x, y);
+  }
+
+  void add(const int32_t* list, int64_t m, float* y) const {
+    const float* p = data<float>(bias);
+    for (int64_t j = 0; j < m; ++j) y[j] += p[list ? list[j] : j];
+  }
+};
+
+}  // namespace dynact

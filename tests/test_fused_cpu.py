@@ -1,0 +1,164 @@
+"""The fused CPU step: every method whose selection kernels can run, and that it gives way where it must."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+from harness.errors import UnsupportedError
+from harness.execution.attach import attached
+from harness.execution.fused_check import check_fused
+from harness.execution.fused_cpu import fused_decode, packed_weights, unfit_methods
+from harness.execution.check import KernelMismatchError
+from harness.model.families import view_of
+from harness.model.step import Policy
+from methods.teal import Teal
+from tests import tiny
+from tests.matrix import CASES
+
+REFUSED = {  # by (part of) the sentence
+    "kv_skip_norm": "has no kernel",
+    "attribution": "has no kernel",
+    "relu_stage2": "hooks of its own",
+    "kv_skip": "holes in the cache",
+    "kv_skip_zeros": "holes in the cache",
+    "kv_recompute": "holes in the cache",
+    "kv_mask_output": "holes in the cache",
+}
+
+
+def fitted(name: str, family: str = "llama", **changes):
+    view = tiny.view(family, **changes)
+    method = CASES[name].make(0.5)
+    state = method.fit(view, tiny.calibration(view)) if method.sites else {}
+    return view, [(method, state)], Policy(method.phases[0])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "llama" in case.families])
+def test_every_method(name: str) -> None:
+    view, methods, policy = fitted(name)
+    if name in REFUSED:
+        with pytest.raises(UnsupportedError, match=REFUSED[name]):
+            check_fused(view, methods, policy, tiny.tokens(1, 24))
+        return
+    found = check_fused(view, methods, policy, tiny.tokens(1, 24))
+    assert found.part < 2e-6 and found.logits < 1e-4
+
+
+@pytest.mark.parametrize("name", ["teal", "cats", "dejavu", "dejavu_heads", "griffin", "oracle_token", "drelu"])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_bf16_and_low_bits(name: str, bits: int | None) -> None:
+    view, methods, policy = fitted(name)
+    view.model.bfloat16()
+    packed = None if bits is None else packed_weights(view, bits, methods)
+    assert check_fused(view, methods, policy, tiny.tokens(1, 24), packed).part < 1e-2
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_biases_and_other_heads(bits: int | None) -> None:
+    """Biases in every projection (llama), a head size of its own (mistral), biases in q, k, v only (qwen2)."""
+    llama_like = tiny.view("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    qwen = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    for layer in qwen.model.layers:
+        for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            module.bias.normal_()
+    for view in (llama_like, tiny.view("mistral"), view_of(qwen)):
+        method = Teal(0.4)
+        state = method.fit(view, tiny.calibration(view))
+        for methods in ([], [(method, state)]):
+            packed = None if bits is None else packed_weights(view, bits, methods)
+            check_fused(view, methods, Policy(), tiny.tokens(1, 24), packed)
+
+
+def steps(view, tokens=(3, 77, 200)) -> torch.Tensor:
+    cache = StaticCache(config=view.model.config, max_cache_len=32)
+    out = [view.model(tiny.tokens(1, 20), past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+    for token in tokens:
+        ids = torch.tensor([[token]])
+        out.append(view.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
+    return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_the_module_is_as_before_and_the_cache_is_its_own() -> None:
+    view, methods, policy = fitted("teal")
+    before = steps(view)
+    with attached(view, methods, policy):
+        masked = steps(view)
+    packed = packed_weights(view, 4)
+    for low_bit in (None, packed):
+        with fused_decode(view, methods, policy, low_bit) as fused:
+            ours = steps(view)
+            assert fused.fused == 3
+            again = steps(view)  # another cache
+        assert torch.equal(ours, again)
+        if low_bit is None:
+            torch.testing.assert_close(ours, masked, rtol=1e-4, atol=1e-4)
+    assert torch.equal(steps(view), before)
+    assert view.model.get_output_embeddings().weight is view.model.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_in_the_module_where_the_step_left_it() -> None:
+    view = tiny.view("llama")
+    cache = StaticCache(config=view.model.config, max_cache_len=32)
+    tokens = tiny.tokens(1, 24)
+    whole = view.model(tokens).logits
+    with fused_decode(view):
+        view.model(tokens[:, :20], past_key_values=cache, use_cache=True)
+        for i in range(20, 23):
+            view.model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+    last = view.model(tokens[:, 23:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(last[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_it_does_not_know_takes_the_modules_own_path() -> None:
+    view, methods, policy = fitted("teal")
+    with fused_decode(view, methods, policy) as fused:
+        view.model(tiny.tokens(2, 1), use_cache=True)  # two sequences, and no static cache
+        batch = StaticCache(config=view.model.config, max_cache_len=8)
+        view.model(tiny.tokens(2, 4), past_key_values=batch, use_cache=True)
+        view.model(tiny.tokens(2, 1), past_key_values=batch, use_cache=True)
+        assert fused.fused == 0
+    with fused_decode(view, methods, Policy(dense_prefix=100)) as fused:
+        dense = steps(view)
+        assert fused.fused == 0  # these tokens stay dense
+    torch.testing.assert_close(dense, steps(view))
+
+
+def test_a_full_cache_is_an_error() -> None:
+    view = tiny.view("llama")
+    with torch.no_grad(), fused_decode(view):
+        cache = StaticCache(config=view.model.config, max_cache_len=4)
+        view.model(tiny.tokens(1, 4), past_key_values=cache, use_cache=True)
+        with pytest.raises(IndexError, match="full"):
+            view.model(tiny.tokens(1, 1), past_key_values=cache, use_cache=True)
+
+
+def test_who_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="Llama-like"), fused_decode(tiny.view("opt")):
+        pass
+    with pytest.raises(UnsupportedError, match="sliding"), fused_decode(tiny.view("mistral", sliding_window=8)):
+        pass
+    view, methods, _ = fitted("teal")
+    assert "one site" in unfit_methods([*methods, *methods])
+
+
+def test_the_check_can_fail(monkeypatch) -> None:
+    """A step that drops other channels than the masks is found out."""
+    view, methods, policy = fitted("teal")
+    own = Teal.select
+
+    def other(self, plan, site, layer, x, step):
+        found = own(self, plan, site, layer, x, step)
+        asked = step.input_ids is None  # the fused step asks outside of a forward pass
+        return {} if asked and site == "mlp_hidden" else found
+
+    monkeypatch.setattr(Teal, "select", other)
+    with pytest.raises(KernelMismatchError, match="a part differs"):
+        check_fused(view, methods, policy, tiny.tokens(1, 24))
