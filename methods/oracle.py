@@ -11,11 +11,12 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.execution.method import State
 from harness.fitting.calibration import Calibration
-from harness.fitting.quantiles import Quantiles
 from harness.model.sees import Sees
-from harness.model.selection import PROJECTIONS, SiteSelection, Thresholds
+from harness.model.selection import PROJECTIONS, SiteSelection
 from harness.model.step import Step
 from harness.model.view import View
+from methods.norms import column_norms, contribution_quantiles, norm_thresholds
+from methods.teal import levels_of
 from methods.topk import Scored, channels
 
 
@@ -56,25 +57,14 @@ class Oracle(Scored):
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """Quantiles of the contributions float32 [layers, grid] by projection."""
-        norms, quantiles = column_norms(view), {name: Quantiles(view.n_layers) for name in view.projection_names()}
-
-        def see(layer: int, x: Tensor, site: str) -> None:
-            for projection in PROJECTIONS[site]:
-                if projection in quantiles:
-                    quantiles[projection].see(layer, x.float().abs() * norms[projection, layer])
-
-        calibration.visit({site: lambda layer, x, site=site: see(layer, x, site) for site in PROJECTIONS})
-        return {name: q.grid() for name, q in quantiles.items()}
+        return contribution_quantiles(view, calibration)
 
     def plan(self, view: View, state: State) -> dict[tuple[str, int], Any]:
         """By (projection, layer): thresholds on |x| [channels] in the model's dtype, or column norms [channels]."""
         norms = column_norms(view)
         if self.budget == "token":
-            return norms
-        return {
-            (name, layer): Thresholds((Quantiles.at(state[name][layer], self.sparsity) / norm).to(view.dtype))
-            for (name, layer), norm in norms.items()
-        }
+            return dict(norms)
+        return dict(norm_thresholds(norms, state, levels_of(view, None, self.sparsity), view.dtype))
 
     def score(
         self, plan: dict[tuple[str, int], Any], site: str, layer: int, x: Tensor, step: Step
@@ -88,12 +78,3 @@ class Oracle(Scored):
         if self.budget == "token":
             return super().select(plan, site, layer, x, step)
         return {p: plan[p, layer] for p in PROJECTIONS[site] if (p, layer) in plan}
-
-
-def column_norms(view: View) -> dict[tuple[str, int], Tensor]:
-    """||W[:, i]||_2, float32 [channels] by (projection, layer)."""
-    return {
-        (name, layer): module.weight.float().norm(dim=0)
-        for layer, block in enumerate(view.blocks)
-        for name, module in block.projections()
-    }

@@ -75,13 +75,8 @@ class Teal(Method):
 
     def plan(self, view: View, state: State) -> dict[tuple[str, int], dict[str, Thresholds]]:
         """Thresholds by (site, layer), one for each projection, rounded to the model's dtype."""
-        names = view.projection_names()
         plan = {}
-        for layer in range(view.n_layers):
-            levels = torch.full((len(names),), self.sparsity, dtype=torch.float64)
-            if self.allocation == "greedy":
-                levels = levels_at(state["levels"][layer], shares(view), self.sparsity)
-            level = dict(zip(names, levels.tolist(), strict=True))
+        for layer, level in enumerate(levels_of(view, state.get("levels"), self.sparsity)):
             for site, projections in PROJECTIONS.items():
                 made: dict[float, Thresholds] = {}  # equal thresholds share one object, and so one masking pass
                 plan[site, layer] = {
@@ -100,6 +95,18 @@ def threshold(grid: Tensor, level: float, dtype: torch.dtype) -> Thresholds:
     """The threshold that drops the share `level` of a distribution of |x|, as the model's dtype would hold it."""
     value = Quantiles.at(grid, level) if level > 0 else -1.0
     return Thresholds(torch.tensor(value).to(dtype).item())
+
+
+def levels_of(view: View, paths: Tensor | None, sparsity: float) -> list[dict[str, float]]:
+    """For every layer the level of each projection at a block sparsity: the same one, or a point of its greedy path.
+
+    paths: [layers, steps, projections], or None for a uniform allocation.
+    """
+    names = view.projection_names()
+    if paths is None:
+        return [dict.fromkeys(names, sparsity) for _ in view.blocks]
+    share = shares(view)
+    return [dict(zip(names, levels_at(path, share, sparsity).tolist(), strict=True)) for path in paths]
 
 
 def shares(view: View) -> Tensor:

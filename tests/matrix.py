@@ -25,16 +25,23 @@ from methods.expert_prune import ExpertPrune
 from methods.fatrelu import FatRelu
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
+from methods.larosa import LaRoSA
 from methods.lte import Lte
+from methods.meangate import MeanGate
 from methods.moefication import MoEfication
 from methods.oracle import Oracle
 from methods.prosparse import ProSparse
+from methods.prox import Dip, Prox
 from methods.random import Random
 from methods.relu import Relu
 from methods.relu2 import Relu2
 from methods.relu_stage2 import ReluStage2
+from methods.rsparse import RSparse
+from methods.statistical_topk import StatisticalTopK
 from methods.tda import Tda
 from methods.teal import Teal
+from methods.topp import MaxP, TopK, TopP
+from methods.wina import Wina
 
 # Every case meets every invariant on FIRST, the REPRESENTATIVE ones do on UNLIKE, families built in ways of their own.
 # Whatever is left is attached, run, counted and detached once, on every family of tests/tiny.py (test_families_matrix).
@@ -118,4 +125,22 @@ CASES: dict[str, Case] = {
     "expert_prune": Case(lambda s: ExpertPrune(s, expert_size=8), site="neurons"),
     "expert_prune_layerwise": Case(lambda s: ExpertPrune(s, rates="layerwise", expert_size=8), site="neurons"),
     "attribution": Case(lambda s: Attribution(s), site="neurons"),
+    "wina": Case(lambda s: Wina(s)),
+    "wina_threshold": Case(
+        lambda s: Wina(s, rule="threshold", allocation="greedy", base_step=0.2, greedy_tokens=128), tolerance=0.04
+    ),
+    "wina_transform": Case(lambda s: Wina(s, transform=True), families=GATED),
+    "larosa": Case(lambda s: LaRoSA(s), families=GATED),
+    "larosa_none": Case(lambda s: LaRoSA(s, rotation="none", tilt=0.5)),
+    "rsparse": Case(lambda s: RSparse(s, remainder=0.1), tolerance=0.04),
+    "rsparse_prompt": Case(lambda s: RSparse(s, remainder=0.0, dense_prompt=0.5), site=None),
+    "topp": Case(lambda s: TopP(s, at="input"), site="mlp_in"),
+    "topp_intermediate": Case(lambda s: TopP(s, at="intermediate", power=2.0), site="mlp_hidden"),
+    "topk": Case(lambda s: TopK(s), site="mlp"),
+    "maxp": Case(lambda s: MaxP(s, at="gate"), site="neurons", families=GATED),
+    "statistical_topk": Case(lambda s: StatisticalTopK(s), site="neurons", tolerance=0.05, families=GATED),
+    "statistical_topk_shift": Case(lambda s: StatisticalTopK(s, shift=True), site=None, families=GATED),
+    "prox": Case(lambda s: Prox(s), site="neurons", tolerance=0.05),
+    "dip": Case(lambda s: Dip(s), site="mlp"),
+    "meangate": Case(lambda s: MeanGate(s), site=None, families=GATED),
 }

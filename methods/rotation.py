@@ -1,0 +1,61 @@
+"""What methods share that rotate the inputs of a block: the dense function stays, its coordinates change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.model.selection import PROJECTIONS
+from harness.model.view import View
+
+NORM_OF = {"attn_in": 0, "mlp_in": 1}  # which of a block's norms makes a site's input
+
+
+def cannot_rotate(view: View) -> str | None:
+    """One sentence why the inputs of this model cannot be rotated, or None: a norm with a bias has no scale to fold."""
+    if any(getattr(norm, "bias", None) is not None for norms in view.norms for norm in norms):
+        return f"the norms of {view.name} have biases, and only a scale can be folded into the weights after a norm"
+    return None
+
+
+@contextmanager
+def rotated(view: View, bases: Mapping[str, Tensor]) -> Iterator[None]:
+    """Rotate the normalised inputs n of sites until the context ends: projections see n Q, on weights W diag(g) Q.
+
+    g is the norm's scale, folded into the weights (SliceGPT's trick, arXiv 2401.15024, section 3), so that what is
+    rotated has unit root mean square.
+
+    bases: site (attn_in, mlp_in) -> orthogonal Q float [layers, d_model, d_model]. The rotation happens behind the norm
+    here; a deployed model would rotate its residual stream and pay a product of d_model x d_model where two bases meet.
+    """
+    wide = torch.float64 if view.dtype == torch.float64 else torch.float32
+    with ExitStack() as stack:
+        for site, all_bases in bases.items():
+            for layer, block in enumerate(view.blocks):
+                norm: Any = view.norms[layer][NORM_OF[site]]
+                basis, scale = all_bases[layer].to(view.device, wide), norm.weight.data.to(wide)
+                for projection in PROJECTIONS[site]:
+                    module = getattr(block, projection)
+                    if module is not None:
+                        weight = ((module.weight.data.to(wide) * scale) @ basis).to(view.dtype)
+                        stack.enter_context(replaced_weight(module, weight))
+                stack.enter_context(replaced_weight(norm, torch.ones_like(norm.weight.data)))
+                turn = basis.to(view.dtype)
+                handle = norm.register_forward_hook(lambda _m, _args, out, turn=turn: out @ turn)
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def replaced_weight(module: Any, weight: Tensor) -> Iterator[None]:
+    """Give a module another weight until the context ends; afterwards it holds the tensor that it held."""
+    before = module.weight.data
+    module.weight.data = weight
+    try:
+        yield
+    finally:
+        module.weight.data = before
