@@ -6,9 +6,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from harness.errors import UnsupportedError
 from harness.execution.attach import attached
+from harness.execution.check import KernelMismatchError
 from harness.execution.fused_check import check_fused
 from harness.execution.fused_cpu import fused_decode, packed_weights, unfit_methods
-from harness.execution.check import KernelMismatchError
 from harness.model.families import view_of
 from harness.model.step import Policy
 from methods.teal import Teal

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from harness.execution.attach import Fitted, attached
-from harness.execution.fused_cpu import PER_LAYER, FusedStep, PackedWeights, dequantised, fused_decode
 from harness.execution.check import TOLERANCE, KernelMismatchError
+from harness.execution.fused_cpu import PER_LAYER, FusedStep, PackedWeights, dequantised, fused_decode
 from harness.model.sees import OUTPUT
 from harness.model.step import Policy
 from harness.model.view import View
