@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import base64
 import functools
+import gzip
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib as mpl
 import pandas as pd
@@ -28,6 +31,7 @@ from harness import claims, figures
 from harness.console import complain, say, stdout
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
+from harness.report import adviser
 from harness.report.terminal import OUTCOMES, PHASES
 from harness.results import published
 from harness.results.collect import headline
@@ -57,6 +61,7 @@ def build(table: pd.DataFrame, found: Path, limited: bool = False) -> str:
         title="Dynamic activation: quality, achieved sparsity and speed of the same model",
         summary=_summary(lines, verdicts),
         limited=mark if limited else "",
+        adviser=adviser.section(lines, measured),
         claims=_claims(verdicts),
         figures=_figures(drawn, missing),
         tables=_tables(lines, table),
@@ -114,13 +119,13 @@ def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
         function = figures.draw.FIGURES[name]
         title = name.replace("_", " ").replace("kv", "KV").replace("kl", "KL")
         title = title[0].upper() + title[1:]
-        image = base64.b64encode(svg(fig)).decode()
+        image = quote(svg(fig), safe=' /:;=,.()-+*!@<>"')
         wide, high = (round(PIXELS * inches) for inches in fig.get_size_inches())
         # Dark pages turn the lightness of lines round; the colours of a map would say something else then.
         kind = ' class="plate"' if any(ax.images for ax in fig.axes) else ""
         size = f'style="--wide: {wide}" width="{wide}" height="{high}"'
         caption = f"<figcaption><h3>{title}</h3><p>{_caption(function)}</p></figcaption>"
-        source = f'src="data:image/svg+xml;base64,{image}"'
+        source = f"src='data:image/svg+xml,{image}'"
         parts.append(
             f'<figure class="card" id="figure-{name}">{caption}'
             f'<div class="scroll"><img{kind} {size} alt="{title}" {source}></div></figure>'
@@ -231,22 +236,37 @@ def _configs(found: Path, lines: pd.DataFrame) -> str:
     else:  # a table alone: what its rows say of their cells
         identity = lines.set_index("cell_id")[list(COLUMNS)[1:10]].astype("string").fillna("")
         texts = {str(n): "\n".join(f"{k}: {v}" for k, v in cell.items() if v) for n, cell in identity.iterrows()}
+    # Packed: half a megabyte of nearly equal texts. The page unpacks it when it is open.
+    packed = base64.b64encode(gzip.compress(json.dumps(list(texts.values())).encode(), mtime=0)).decode()
     parts = [
-        f'<details id="{escape(name, quote=True)}"><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>'
-        for name, text in texts.items()
+        f'<details id="{escape(name, quote=True)}"><summary>{escape(name)}</summary><pre></pre></details>'
+        for name in texts
     ]
-    return f'<div class="card">{_filter("cell-configs")}<div id="cell-configs">{"".join(parts)}</div></div>'
+    return (
+        f'<div class="card">{_filter("cell-configs")}<div id="cell-configs" data-packed="{packed}">{"".join(parts)}'
+        "</div><noscript><p>Configs are packed and need JavaScript here.</p></noscript></div>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ their parts
 
 
-def svg(fig: Figure) -> bytes:
+def svg(fig: Figure) -> str:
     """The figure as SVG on no ground of its own; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(fname=figures.STYLE):
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dynact"}, fname=figures.STYLE):
         fig.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return buffer.getvalue()
+    return smaller(buffer.getvalue())
+
+
+def smaller(drawing: str) -> str:
+    """An SVG without what no reader sees: tenths of a pixel, names of groups, blanks and its preamble."""
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # only paths and clips are referred to
+    drawing = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), drawing)
+    drawing = re.sub(r"; stroke-line(cap|join): (square|miter)", "", drawing)
+    return re.sub(r"\s*\n\s*", " ", drawing).replace("> <", "><").replace("; ", ";").replace(": ", ":")
 
 
 def _caption(function: Callable[..., Any]) -> str:
@@ -283,7 +303,7 @@ def _lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
 
 
 def _number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
-    data = "" if pd.isna(value) else f' data-value="{float(value):.8g}"'
+    data = "" if pd.isna(value) else f' data-value="{float(value):.5g}"'
     label = f' data-label="{label}"' if label else ""
     return f'<td class="{kind}"{data}{label}>{text}</td>'
 

@@ -1,0 +1,82 @@
+"""Which scheme should I use? What the page's adviser chooses from: a point a scheme, its costs and its times, as JSON.
+
+A point joins what was measured of the same model, method, options, sparsity and policy: quality against the dense cell,
+counted sparsity, and times of kernels against the strongest dense step. What was not measured is missing, and the page
+says so. Choosing is the page's work (adviser.js), so that it can be done again for every budget.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.results.collect import TIME_RATIO
+
+SCRIPT = Path(__file__).with_name("adviser.js")
+MARKUP = Path(__file__).with_name("adviser.html")
+KEY = ["model", "method", "variant", "sparsity_requested", "scope", "phase"]
+UNUSABLE = ("dense", "dense_slice", "random")  # a baseline is nobody's scheme
+ENOUGH_ITEMS = 200  # accuracy over fewer answers chooses nothing
+
+
+def section(lines: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """The adviser's markup, data and script.
+
+    lines: of `harness.results.collect.headline`. rows: the measured rows that they come from.
+    """
+    data = json.dumps(points(lines, rows), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return (
+        MARKUP.read_text()
+        + f'<script type="application/json" id="adviser-data">{data}</script>\n<script>\n{SCRIPT.read_text()}</script>'
+    )
+
+
+def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry a scheme at one sparsity; empty where nothing was measured of one."""
+    lines = lines[~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok")]
+    times = _times(rows)
+    oracles = set(rows.loc[rows["message"].fillna("").str.startswith("oracle:"), "cell_id"])
+    found = []
+    for key, cells in lines.groupby(KEY, dropna=False):
+        best = cells.sort_values("stderr:change", na_position="last").iloc[0]  # of two, the one with more items
+        measured = {
+            "loss": _value(-100 * best["change"]),
+            "loss_error": _value(100 * best["stderr:change"]),
+            "perplexity": _value(best["perplexity"] / best["dense:perplexity"]),
+            "perplexity_error": _value(best["stderr:perplexity"] / best["dense:perplexity"]),
+            "kl": _value(best["kl"]),
+            "kl_error": _value(best["stderr:kl"]),
+            "skipped": _value(cells["achieved_model"].mean()),
+            "mlp": _value(cells["achieved_mlp"].mean()),
+        }
+        if measured["skipped"] is None or (measured["loss"] is None and measured["perplexity"] is None):
+            continue
+        identity = {name: _text(value) for name, value in zip(KEY, key, strict=True)}
+        ids = set(cells["cell_id"])
+        identity |= {"oracle": bool(ids & oracles), "cell": str(best["cell_id"])}
+        timed = times[times["cell_id"].isin(ids)]
+        found.append(identity | measured | {"times": timed.drop(columns="cell_id").to_dict("records")})
+    return found
+
+
+def _times(rows: pd.DataFrame) -> pd.DataFrame:
+    """Speed-ups of kernels over the strongest dense step: cell_id, device, dtype, batch, context, speedup."""
+    wanted = rows[(rows["metric"] == TIME_RATIO) & rows["execution"].isin(["kernel", "kernel_compiled"])]
+    wanted = wanted[wanted["sparsity_requested"].fillna(1) > 0]
+    keys = ["cell_id", "device", "dtype", "batch", "context"]
+    best = wanted.groupby(keys, dropna=False)["value"].max().rename("speedup").reset_index()
+    best["speedup"] = best["speedup"].astype(float).round(3)
+    return best.astype({"batch": int, "context": int})
+
+
+def _value(value: Any) -> float | None:
+    return None if pd.isna(value) else float(f"{float(value):.5g}")
+
+
+def _text(value: Any) -> str | float | None:
+    if pd.isna(value):
+        return None
+    return value if isinstance(value, str) else float(value)

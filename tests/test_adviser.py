@@ -1,0 +1,62 @@
+"""What the report's adviser chooses from: schemes that can be deployed, with what was measured of each."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from harness.report import adviser
+from harness.results.collect import TIME_RATIO, headline
+from tests import synthetic_study
+
+
+@pytest.fixture(scope="module")
+def table():
+    return synthetic_study.table()
+
+
+def measured(table):
+    return headline(table), table[table["source"] == "measured"]
+
+
+def test_baselines_and_dense_are_no_schemes(table):
+    lines, rows = measured(table)
+    found = adviser.points(lines, rows)
+    assert found
+    assert not {point["method"] for point in found} & {"dense", "dense_slice", "random"}
+
+
+def test_a_point_says_what_its_rows_say(table):
+    lines, rows = measured(table)
+    point = next(p for p in adviser.points(lines, rows) if p["perplexity"] is not None)
+    line = lines.set_index("cell_id").loc[point["cell"]]
+    assert point["perplexity"] == pytest.approx(line["perplexity"] / line["dense:perplexity"], rel=1e-4)
+    assert point["sparsity_requested"] == line["sparsity_requested"]
+
+
+def test_an_oracle_is_marked(table):
+    lines, rows = measured(table)
+    cell = adviser.points(lines, rows)[0]["cell"]
+    told = rows.assign(message=rows["message"].mask(rows["cell_id"] == cell, "oracle: it reads what is to come"))
+    assert [p["cell"] for p in adviser.points(lines, told) if p["oracle"]] == [cell]
+
+
+def test_times_are_of_kernels_only(table):
+    lines, rows = measured(table)
+    cell = adviser.points(lines, rows)[0]["cell"]
+    facts = {"cell_id": cell, "metric": TIME_RATIO, "value": 1.5, "batch": 1, "context": 64, "device": "a", "dtype": "b"}
+    row = rows.iloc[[0]].assign(**facts, sparsity_requested=0.5)
+    for execution, times in (("kernel", [1.5]), ("masked", [])):
+        timed = row.assign(execution=execution)
+        [point] = [p for p in adviser.points(lines, timed) if p["cell"] == cell]
+        assert [t["speedup"] for t in point["times"]] == times
+
+
+def test_the_data_cannot_end_its_script(table):
+    lines, rows = measured(table)
+    evil = lines.assign(model="</script><b>")
+    text = adviser.section(evil, rows)
+    [data] = re.findall(r'id="adviser-data">(.*?)</script>', text, re.DOTALL)
+    assert json.loads(data)[0]["model"] == "</script><b>"
