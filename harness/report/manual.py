@@ -115,7 +115,7 @@ def _results(name: str, own: pd.DataFrame) -> str:
     if own.empty:
         return "The committed study has no rows of it."
     lines = [
-        "| model | options | requested | achieved, MLPs | achieved, blocks | perplexity over dense | accuracy, points |",
+        "| model | options | requested | achieved, MLPs | achieved, blocks | perplexity over dense | accuracy, points |",  # noqa: E501
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for _, line in own.sort_values(["model", "variant", "sparsity_requested"], na_position="first").iterrows():
