@@ -46,8 +46,15 @@ def test_an_oracle_is_marked(table):
 def test_times_are_of_kernels_only(table):
     lines, rows = measured(table)
     cell = adviser.points(lines, rows)[0]["cell"]
-    facts = {"cell_id": cell, "metric": TIME_RATIO, "value": 1.5, "batch": 1, "context": 64}
-    facts |= {"device": "a", "dtype": "b"}
+    facts = {
+        "cell_id": cell,
+        "metric": TIME_RATIO,
+        "value": 1.5,
+        "batch": 1,
+        "context": 64,
+        "device": "a",
+        "dtype": "b",
+    }
     row = rows.iloc[[0]].assign(**facts, sparsity_requested=0.5)
     for execution, times in (("kernel", [1.5]), ("masked", [])):
         timed = row.assign(execution=execution)

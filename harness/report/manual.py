@@ -115,7 +115,7 @@ def _results(name: str, own: pd.DataFrame) -> str:
     if own.empty:
         return "The committed study has no rows of it."
     lines = [
-        "| model | options | requested | achieved, MLPs | achieved, blocks | perplexity over dense | accuracy, points |",  # noqa: E501
+        "| model | options | requested | achieved, MLPs | achieved, blocks | perplexity over dense | accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for _, line in own.sort_values(["model", "variant", "sparsity_requested"], na_position="first").iterrows():
@@ -126,7 +126,7 @@ def _results(name: str, own: pd.DataFrame) -> str:
             _number(line["achieved_mlp"], ".1%"),
             _number(line["achieved_model"], ".1%"),
             _number(line["perplexity"] / line["dense:perplexity"], ".2f"),
-            _number(100 * line["change"], "+.1f"),
+            _number(100 * line["change"], "+.1f"),  # points
         ]
         lines.append(f"| {' | '.join(cells)} |")
     picture = f"![Perplexity over dense, by achieved sparsity]({name}.svg)\n\n" if len(_curve(own)) else ""
