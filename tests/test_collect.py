@@ -239,3 +239,15 @@ def test_plan_and_summary_name_every_cell_that_matters() -> None:
     for fact in ("a_dense", "b_teal", "c_teal", "d_teal", "CUDA out of memory", "out of memory"):
         assert fact in text
     assert "1 of 2" in text
+
+
+def test_scores_of_items_that_are_too_long_are_marked(table: pd.DataFrame) -> None:
+    assert "†" not in shown(160, table)
+    teal = table[(table["method"] == "teal") & (table["metric"] == "acc") & (table["task"] == "piqa")]
+    long = teal.assign(metric="truncated", value=3.0, unit="items", stderr=pd.NA)
+    for width in (160, 100):
+        text = shown(width, pd.concat([table, long], ignore_index=True))
+        assert "† items longer than the model's maximum" in " ".join(text.split()) and "piqa 3" in text
+        marked = [line for line in text.splitlines() if "†" in line]
+        assert any("teal" in line for line in marked) and not any("random" in line for line in marked)
+    assert (headline(pd.concat([table, long]))["truncated:piqa"].dropna() == 3).all()

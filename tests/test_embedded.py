@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness.data.text import calibration_text, evaluation_text, token_windows
+from harness.data.text import calibration_text, evaluation_text, text_windows, token_windows
 from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
 from harness.model.selection import PROJECTIONS
 from harness.model.step import Policy
-from harness.probes.quality import perplexity
+from harness.probes import perplexity
 from harness.probes.sparsity import measure
 from harness.run.session import pick_dtype
 from methods.dense import Dense
@@ -27,13 +27,13 @@ def ready(embedded_dir, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(embedded_dir, dtype=pick_dtype("auto", torch.device("cpu"))).eval()
     view = view_of(model.requires_grad_(False), name="smollm2-135m", fingerprint="embedded")
     calibration = Calibration(view, token_windows(tokenizer, calibration_text(), 512, count=16).split(4))
-    windows = token_windows(tokenizer, evaluation_text(), 512, count=8, what="perplexity")
+    windows = text_windows(tokenizer, evaluation_text(), 512).first(8, "perplexity")
     return view, tokenizer, calibration, windows, Teal().fit(view, calibration)
 
 
 def score(ready, method, state) -> float:
-    view, tokenizer, _, windows, _ = ready
-    rows, _, _ = perplexity(view, tokenizer, [(method, state)], Policy(), windows, 0, None)
+    view, _, _, windows, _ = ready
+    rows, _, _ = perplexity.measure(view, [(method, state)], Policy(), windows, 0, None, longest=8192)
     return next(r["value"] for r in rows if r["metric"] == "token_perplexity")
 
 
@@ -50,7 +50,7 @@ def test_perplexity_orders_as_it_must(ready):
 @pytest.mark.parametrize("sparsity", [0.25, 0.4, 0.5])
 def test_teal_achieves_what_is_requested_on_held_out_text(ready, sparsity):
     view, _, _, windows, state = ready
-    rows = measure(view, [(Teal(sparsity), state)], Policy(), windows[:4])
+    rows = measure(view, [(Teal(sparsity), state)], Policy(), windows.tokens[:4])
     achieved = next(
         r["value"] for r in rows if r["metric"] == "achieved" and r["site"] == "model" and r["step_phase"] == "all"
     )

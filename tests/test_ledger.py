@@ -17,6 +17,7 @@ from harness.execution.attach import attached
 from harness.execution.method import Method
 from harness.model.families import view_of
 from harness.model.lm import HarnessLM
+from harness.model.sees import GATE, INPUT, OUTPUT, Sees
 from harness.model.selection import Mask, TopK, top_k_count
 from harness.model.step import Policy
 from tests import tiny
@@ -28,13 +29,13 @@ class Fixed(Method):
 
     keep: tuple[bool, ...] = ()
     site: str = "neurons"
-    sees: str = "input"
+    sees: Sees = INPUT
 
     name: ClassVar[str] = "fixed"
     paper: ClassVar[str] = "-"
 
     @property
-    def sites(self) -> Mapping[str, str]:
+    def sites(self) -> Mapping[str, Sees]:
         return {self.site: self.sees}
 
     def select(self, plan, site, layer, x: Tensor, step) -> Mask:
@@ -49,8 +50,8 @@ class Half(Method):
     paper: ClassVar[str] = "-"
 
     @property
-    def sites(self) -> Mapping[str, str]:
-        return {"neurons": "output"}
+    def sites(self) -> Mapping[str, Sees]:
+        return {"neurons": OUTPUT}
 
     def select(self, plan, site, layer, x: Tensor, step) -> TopK:
         return TopK(x.abs(), top_k_count(x.shape[-1], 0.5))
@@ -90,7 +91,7 @@ def test_nested_droppers_keep_what_all_of_them_keep(masks):
 
 def test_a_gate_that_one_of_them_reads_is_read_whole():
     first, second = (True, False) * 64, (True, True, False, False) * 32
-    for sees in (("gate", "input"), ("input", "gate")):
+    for sees in ((GATE, INPUT), (INPUT, GATE)):
         methods = [Fixed(keep=keep, sees=s) for keep, s in zip((first, second), sees, strict=True)]
         ledger = count(tiny.view("llama"), methods)
         assert skipped(ledger, "gate") == 0.0

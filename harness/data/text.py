@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,44 @@ def own_text(path: str | Path) -> str:
 def text_hash(text: str) -> str:
     """sha256 (hex) of a text's UTF-8 bytes."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Consecutive windows of a text's tokens.
+
+    tokens: int64 [n, length]. bytes: int64 [n, length], how many bytes of the text each token stands for, or None where
+    the tokenizer can't say. available: windows that the text has.
+    """
+
+    tokens: Tensor
+    bytes: Tensor | None
+    available: int
+
+    def first(self, count: int, what: str) -> Windows:
+        """The first `count` of them. ConfigError, in which `what` names the asker, where there are fewer."""
+        if count > self.available:
+            length = self.tokens.shape[1]
+            raise ConfigError(
+                f"{what} asks for {count * length} tokens but the text has only {self.available * length} "
+                f"in windows of {length}"
+            )
+        return Windows(self.tokens[:count], None if self.bytes is None else self.bytes[:count], self.available)
+
+
+def text_windows(tokenizer: Any, text: str, length: int, what: str = "perplexity") -> Windows:
+    """All whole windows of a text, with the bytes that their tokens stand for."""
+    import torch
+
+    from harness.data.token_bytes import tokens_and_bytes
+
+    tokens, sizes = tokens_and_bytes(tokenizer, text)
+    count = len(tokens) // length
+    if not count:
+        raise ConfigError(f"{what} asks for {length} tokens but the text has only {len(tokens)}")
+    cut = [None if ids is None else torch.tensor(ids[: count * length]).view(-1, length) for ids in (tokens, sizes)]
+    assert cut[0] is not None
+    return Windows(cut[0], cut[1], count)
 
 
 def token_windows(

@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.execution.attach import Fitted, attached
 from harness.model.step import Policy
 from harness.model.view import View
-from harness.probes.bench import Bench
+from harness.probes.bench import Bench, commit_on_text
 
 Row = dict[str, Any]
 SPANS = (1, 2, 4, 8, 16, 32)  # earlier tokens for reuse; batch sizes and decoded tokens for unions
@@ -62,8 +62,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
 
 def run(bench: Bench) -> None:
     """One pass over held-out text."""
-    count = bench.config["probe"]["sparsity"]["windows"]
-    bench.commit("affinity", lambda: (measure(bench.view, bench.fitted, bench.policy, bench.windows(count)),))
+    commit_on_text(bench, "affinity", measure)
 
 
 def rows_of(active: list[Tensor]) -> Iterator[Row]:

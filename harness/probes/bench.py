@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from harness.results.limited import little_text, marked
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from harness.data.text import Windows
     from harness.execution.attach import Fitted
     from harness.execution.method import Method
     from harness.model.lm import HarnessLM
@@ -29,7 +32,8 @@ class Bench(Protocol):
     """One claimed cell, its model loaded and its methods fitted.
 
     config: `config["probe"]` holds the settings of the probes. methods: nested, outermost first; none in a dense cell.
-    fitted: the same with what they learnt, at the level to be measured. dense_cell: the finished one that this cell is
+    fitted: the same with what they learnt, at the level to be measured. longest: tokens that the model was made for.
+    dense_cell: the finished one that this cell is
     compared with, where there is one.
     """
 
@@ -40,10 +44,11 @@ class Bench(Protocol):
     methods: list[Method]
     fitted: Fitted
     policy: Policy
+    longest: int
     dense_cell: CellView | None
 
-    def windows(self, count: int) -> Tensor:
-        """int64 [count, window]: held-out text (`probe.perplexity.window` tokens a window)."""
+    def windows(self, count: int) -> Windows:
+        """Held-out text (`probe.perplexity.window` tokens a window)."""
         ...
 
     def text(self, name: str, tokens: int, window: int) -> Tensor:
@@ -73,3 +78,15 @@ class Bench(Protocol):
     def note(self, line: str) -> None:
         """Tell whoever looks on."""
         ...
+
+
+def commit_on_text(
+    bench: Bench, part: str, measure: Callable[[View, Fitted, Policy, Tensor], list[dict[str, Any]]]
+) -> None:
+    """Commit what `measure` finds in a pass over held-out text, windows int64 [probe.sparsity.windows, length]."""
+
+    def make() -> tuple[list[dict[str, Any]]]:
+        windows = bench.windows(bench.config["probe"]["sparsity"]["windows"])
+        return (marked(measure(bench.view, bench.fitted, bench.policy, windows.tokens), little_text(windows)),)
+
+    bench.commit(part, make)

@@ -11,6 +11,7 @@ from harness.execution.attach import Fitted, attached
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.bench import Bench
+from harness.results.limited import limited, marked
 
 Row = dict[str, Any]
 
@@ -40,7 +41,8 @@ def run(bench: Bench) -> None:
 
     def make() -> tuple[list[Row]]:
         texts = {name: bench.text(name, settings["tokens"], settings["window"]) for name in settings["texts"]}
-        return (measure(bench.view, bench.fitted, bench.policy, texts),)
+        rows = measure(bench.view, bench.fitted, bench.policy, texts)
+        return (marked(rows, limited(settings["tokens"], "tokens")),)
 
     bench.commit("frequency", make)
 

@@ -15,7 +15,7 @@ from harness.fitting.contribution import Contributions
 from harness.model.selection import keep_mask, top_k_count
 from harness.model.step import Policy, Step
 from harness.model.view import View
-from harness.probes.bench import Bench
+from harness.probes.bench import Bench, commit_on_text
 
 Row = dict[str, Any]
 SITES = ("neurons", "heads")
@@ -47,8 +47,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
 
 def run(bench: Bench) -> None:
     """One pass over held-out text."""
-    count = bench.config["probe"]["sparsity"]["windows"]
-    bench.commit("predictivity", lambda: (measure(bench.view, bench.fitted, bench.policy, bench.windows(count)),))
+    commit_on_text(bench, "predictivity", measure)
 
 
 def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, sites: list[str]) -> Iterator[Row]:

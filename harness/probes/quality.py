@@ -1,4 +1,7 @@
-"""Quality probe: lm-eval tasks and perplexity, and the sensitive measures that need the dense twin."""
+"""Quality by lm-eval's tasks: their scores, and the sensitive measures that need the dense twin on the same items.
+
+The other half of the quality probe, running text, is `harness.probes.perplexity`.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from harness.data import tasks
 from harness.execution.attach import Fitted, attached, overhead
 from harness.model.step import Policy
-from harness.model.view import View
+from harness.probes import perplexity
 from harness.probes.bench import Bench
 from harness.probes.sparsity import rows_of
-from harness.progress import track
 from harness.results import stats
+from harness.results.limited import limited, marked
 
 if TYPE_CHECKING:
     from harness.model.lm import HarnessLM
 
 Row = dict[str, Any]
-WHOLE = 1000  # items from which on a task is no smoke run, if it has that many
 BOOTSTRAP = 1000  # for the standard errors that have no closed form
-WINDOWS_AT_ONCE = 8  # of the perplexity text, on a GPU
 CORRECT = ("acc", "acc_norm", "exact_match")  # per-item 0 or 1: flips and paired differences make sense
 
 
 def run(bench: Bench) -> None:
     """Perplexity, then task after task; each is committed by itself."""
-    config, dense = bench.config, bench.dense_cell
-    text, tasks_ = config["probe"]["perplexity"], config["tasks"]
-
-    def on_text() -> tuple[Any, ...]:
-        kl, reference = text["kl_windows"], dense.tensors("perplexity") if dense and text["kl_windows"] else None
-        windows = bench.windows(text["windows"])
-        return perplexity(bench.view, bench.tokenizer, bench.fitted, bench.policy, windows, kl, reference)
-
-    bench.commit("perplexity", on_text)
-    missing = [name for name in tasks_["names"] if not bench.done(f"quality-{name}")]
+    config, dense, asked = bench.config, bench.dense_cell, bench.config["tasks"]
+    perplexity.commit(bench)
+    missing = [name for name in asked["names"] if not bench.done(f"quality-{name}")]
     lm = bench.language_model() if missing else None
     for name in missing:
         bench.note(name)
@@ -60,99 +51,13 @@ def run(bench: Bench) -> None:
                 bench.policy,
                 name,
                 config["data"]["source"],
-                tasks_["num_fewshot"],
-                tasks_["limit"],
+                asked["num_fewshot"],
+                asked["limit"],
                 config["seed"],
                 dense.samples(part) if dense else None,
             )
 
         bench.commit(part, on_task)
-
-
-# --------------------------------------------------------------------------------------------- perplexity
-
-
-@torch.no_grad()
-def perplexity(
-    view: View,
-    tokenizer: Any,
-    methods: Fitted,
-    policy: Policy,
-    windows: Tensor,
-    kl_windows: int,
-    dense: dict[str, Tensor] | None,
-) -> tuple[list[Row], pd.DataFrame, dict[str, Tensor]]:
-    """Perplexity over windows [n, length], and against the dense twin on the first `kl_windows` of them.
-
-    Under phase `all` every token but a window's first is scored. Under `decode` the first half of a window is its
-    prompt and only tokens predicted by decode steps are scored.
-
-    dense: the tensors that this function returned for the dense twin, or None for the dense cell itself.
-    Returns rows, negative log-likelihoods by window (nats), and for a dense cell its final hidden states (from which
-    the head gives the dense distributions again, at a fifth of the cost of a forward pass).
-    """
-    length = windows.shape[1]
-    start = length // 2 if policy.phase == "decode" else 0
-    hidden: list[Tensor] = []
-    head = view.model.get_output_embeddings()
-    losses: list[Tensor] = []
-    divergence, agreement = [], []
-    # A GPU is idle most of the time on one window; a CPU gains nothing from several and needs the memory.
-    several = WINDOWS_AT_ONCE if view.device.type == "cuda" else 1
-    with attached(view, methods, policy):
-        for first in track(range(0, len(windows), several), "perplexity"):
-            ids = windows[first : first + several].to(view.device)
-            decode = torch.zeros_like(ids, dtype=torch.bool)
-            decode[:, start:] = policy.phase == "decode"
-            seen: list[Tensor] = []
-            handle = head.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
-            with view.tracker.hint(torch.ones_like(decode), decode):
-                logits = view.model(ids, use_cache=False).logits
-            handle.remove()
-            for place, target in enumerate(ids[:, start + 1 :]):
-                log_p = F.log_softmax(logits[place, start:-1].float(), dim=-1)
-                losses.append(F.nll_loss(log_p, target, reduction="sum"))
-                if first + place >= kl_windows:
-                    continue
-                if dense is None:
-                    hidden.append(seen[0][place].cpu())
-                    continue
-                reference = view.logits(dense["hidden"][first + place][None].to(view.device))[0, start:-1].float()
-                log_q = F.log_softmax(reference, dim=-1)
-                divergence.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).cpu())
-                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
-    nll = torch.stack(losses).tolist()
-    scored = (length - 1 - start) * len(windows)
-    total = float(np.sum(nll))
-    text_bytes = sum(len(tokenizer.decode(w[start + 1 :].tolist()).encode()) for w in windows)
-    per_window = np.array(nll) / (length - 1 - start)
-    error = float(per_window.std(ddof=1) / math.sqrt(len(nll))) if len(nll) > 1 else None
-    value = math.exp(min(total / scored, 700.0))
-    rows = [
-        _text_row("token_perplexity", value, scored, "ratio", None if error is None else value * error),
-        _text_row("nll", total / scored, scored, "nats/token", error),
-        _text_row("bits_per_byte", total / math.log(2) / text_bytes, text_bytes, "bits/byte"),
-    ]
-    if divergence:
-        kl, same = torch.cat(divergence), torch.cat(agreement)
-        rows.append(_text_row("kl_to_dense", kl.mean().item(), len(kl), "nats", _error(kl)))
-        rows.append(_text_row("top1_agreement", same.mean().item(), len(same), "share", _error(same)))
-    for row in rows:
-        row["context"] = length  # tokens a window
-    samples = pd.DataFrame({"window": range(len(nll)), "nll": nll, "tokens": length - 1 - start})
-    return rows, samples, {"hidden": torch.stack(hidden)} if hidden else {}
-
-
-def _error(x: Tensor) -> float | None:
-    return (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
-
-
-def _text_row(metric: str, value: float, n: int, unit: str, stderr: float | None = None) -> Row:
-    facts = {"metric": metric, "value": value, "n": n, "unit": unit, "stderr": stderr, "split": "validation"}
-    return {"probe": "quality", "task": "perplexity", "step_phase": "all"} | facts
-
-
-# ------------------------------------------------------------------------------------------------- tasks
 
 
 def task(
@@ -175,8 +80,9 @@ def task(
     # These ask git and pip about the machine: seconds a task, and `environment` has it already.
     evaluator.add_env_info = evaluator.get_git_commit_hash = lambda *_: None
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it forks a process a core for a thousand resamples
-    said = io.StringIO()  # it prints what it bootstraps
-    with attached(lm.view, methods, policy, count=bool(methods)) as ledger, contextlib.redirect_stdout(said):
+    lm.truncated.clear()
+    chatter = io.StringIO()  # it prints what it bootstraps
+    with attached(lm.view, methods, policy, count=bool(methods)) as ledger, contextlib.redirect_stdout(chatter):
         results = evaluator.simple_evaluate(
             model=lm,
             tasks=tasks.load_tasks([name], data=data, num_fewshot=num_fewshot),
@@ -191,7 +97,8 @@ def task(
         )
     assert results is not None
     samples = _samples(name, results["samples"])
-    rows = list(_score_rows(name, results, data))
+    n, there = _items(name, results["n-samples"])
+    rows = [*_score_rows(name, results, n, data), _truncated(name, len(lm.truncated), n, data)]
     if dense is not None:
         rows += _against_dense(samples, dense)
     rows += _headroom(samples if dense is None else dense)
@@ -199,22 +106,32 @@ def task(
     if ledger is not None and ledger.tokens is not None:
         count = (r for r in rows_of(lm.view, ledger, overhead(lm.view, methods), name) if r["site"] in ("mlp", "model"))
         rows += [r for r in count if r["metric"] == "achieved"]
-    return rows, samples
+    return marked(rows, limited(n, "items", there)), samples
 
 
-def _score_rows(task_name: str, results: Any, data: str) -> Iterator[Row]:
+def _items(task_name: str, counts: Mapping[str, Mapping[str, int]]) -> tuple[int, int]:
+    """(items scored, items that the split holds) of a task, or of all parts of a group (mmlu)."""
+    parts = [counts[task_name]] if task_name in counts else list(counts.values())
+    return sum(part["effective"] for part in parts), sum(part["original"] for part in parts)
+
+
+def _truncated(task_name: str, cut: int, n: int, data: str) -> Row:
+    """How many of the items lost the beginning of their context."""
+    note = "the beginning of their context was cut: it is longer than the model's maximum" if cut else None
+    facts = {"metric": "truncated", "value": cut, "n": n, "unit": "items", "message": note}
+    return {"probe": "quality", "task": task_name, "split": tasks.split_note(task_name, data)} | facts
+
+
+def _score_rows(task_name: str, results: Any, n: int, data: str) -> Iterator[Row]:
     """The scores of the task; of a group (mmlu) those of the whole, its parts stay in the samples."""
     for name, scores in results["results"].items():
         if name != task_name:
             continue
-        counted = results["n-samples"].get(name)
         for key, value in scores.items():
             metric, comma, filter_ = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = scores.get(f"{metric}_stderr,{filter_}")
-            n = counted["effective"] if counted else sum(s["effective"] for s in results["n-samples"].values())
-            whole = counted["original"] if counted else sum(s["original"] for s in results["n-samples"].values())
             yield {
                 "probe": "quality",
                 "task": name,
@@ -224,7 +141,6 @@ def _score_rows(task_name: str, results: Any, data: str) -> Iterator[Row]:
                 "n": n,
                 "unit": "ratio" if "perplexity" in metric else "share",
                 "split": tasks.split_note(name, data),
-                "limited": n < min(WHOLE, whole),
             }
 
 
@@ -305,6 +221,6 @@ def _note_headroom(rows: list[Row]) -> None:
     """Mark the scores of a task that is at chance for the dense model: it can show no loss."""
     room = {(r["task"], r["metric"]): r for r in rows if r["metric"].endswith("_headroom")}
     for row in rows:
-        found = room.get((row["task"], f"{row['metric']}_headroom"))
-        if found is not None and found["value"] < 2 * (found["stderr"] or 0.0):
+        own = room.get((row["task"], f"{row['metric']}_headroom"))
+        if own is not None and own["value"] < 2 * (own["stderr"] or 0.0):
             row["message"] = "uninformative: the dense model is within two standard errors of chance"

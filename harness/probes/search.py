@@ -9,15 +9,17 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from harness.data.text import Windows
 from harness.errors import ConfigError
 from harness.execution.attach import Fitted
 from harness.model.lm import HarnessLM
 from harness.model.step import Policy
 from harness.model.view import View
-from harness.probes import quality, sparsity
+from harness.probes import perplexity, quality, sparsity
 from harness.probes.bench import Bench
 from harness.probes.goals import Goal, at_level, goals, highest
 from harness.results.collect import ACCURACIES
+from harness.results.limited import little_text, marked
 
 Row = dict[str, Any]
 VALUES = {"perplexity": "trial_perplexity", "average": "trial_average"}
@@ -38,11 +40,11 @@ def run(bench: Bench) -> None:
         methods = at_level([method for method, _ in fitted], knob, level)
         tried = [(method, state) for method, (_, state) in zip(methods, fitted, strict=False)]
         if lm is None:
-            rows = on_text(view, bench.tokenizer, tried, policy, windows)
+            rows = on_text(view, tried, policy, windows, bench.longest)
         else:
             facts = (config["data"]["source"], tasks["num_fewshot"], tasks["limit"], config["seed"])
             rows = on_tasks(lm, tried, policy, tasks["names"], *facts)
-        rows += achieved(view, tried, policy, counted)
+        rows += marked(achieved(view, tried, policy, counted.tokens), little_text(counted))
         here = {"sparsity_requested": level} if knob == "sparsity" else {"variant": f"{knob}={level:g}"}
         return ([row | here for row in rows],)
 
@@ -58,9 +60,9 @@ def run(bench: Bench) -> None:
         bench.note(line)
 
 
-def on_text(view: View, tokenizer: Any, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:
-    """The perplexity of one trial on windows int64 [n, length]."""
-    rows, _, _ = quality.perplexity(view, tokenizer, methods, policy, windows, kl_windows=0, dense={})
+def on_text(view: View, methods: Fitted, policy: Policy, windows: Windows, longest: int) -> list[Row]:
+    """The perplexity of one trial. longest: tokens that the model was made for."""
+    rows, _, _ = perplexity.measure(view, methods, policy, windows, kl_windows=0, dense={}, longest=longest)
     return [row | {"probe": "search", "metric": "trial_perplexity"} for row in rows[:1]]
 
 
@@ -133,7 +135,7 @@ def measure(
             common | {"metric": f"{goal.name}_dense", "value": dense, "unit": unit},
         ]
         for row in _of(there, "trial_achieved").to_dict("records"):
-            kept = {key: row[key] for key in ("site", "step_phase", "value", "unit")}
+            kept = {key: row[key] for key in ("site", "step_phase", "value", "unit", "limited")}
             rows.append(kept | {"probe": "search", "metric": f"{goal.name}_achieved", "n": int(row["n"])})
     return rows
 

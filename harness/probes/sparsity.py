@@ -14,7 +14,7 @@ from harness.execution.ledger import ATTENTION, PHASES, Ledger
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import activations
-from harness.probes.bench import Bench
+from harness.probes.bench import Bench, commit_on_text
 
 Row = dict[str, Any]
 MLP = ("gate", "up", "down")
@@ -45,8 +45,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
 
 def run(bench: Bench) -> None:
     """One pass over held-out text."""
-    count = bench.config["probe"]["sparsity"]["windows"]
-    bench.commit("sparsity", lambda: (measure(bench.view, bench.fitted, bench.policy, bench.windows(count)),))
+    commit_on_text(bench, "sparsity", measure)
 
 
 def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None = None) -> Iterator[Row]:

@@ -32,7 +32,7 @@ from harness.console import complain, say, stdout
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
 from harness.report import adviser
-from harness.report.terminal import OUTCOMES, PHASES
+from harness.report.terminal import OUTCOMES, PHASES, truncated_note
 from harness.results import published
 from harness.results.collect import headline
 from harness.results.rows import COLUMNS
@@ -177,6 +177,8 @@ def _tables(lines: pd.DataFrame, table: pd.DataFrame) -> str:
         named = [column for column in CELLS if column.key in ("model", "method", "variant", "sparsity_requested")]
         scores = [Column(task, f"acc:{task}", ".3f", f"stderr:{task}") for task in tasks]
         parts.append(f"<h3>Accuracy by task</h3>{_lines('by-task', [*named, *scores], good)}")
+    if note := truncated_note(good):
+        parts.append(f"<p class=soft>{escape(note)}</p>")
     if len(bad):
         outcome = bad["status"].map(OUTCOMES).fillna(bad["status"])
         named = [Column(name, name) for name in ("model", "method", "variant", "outcome", "message")]

@@ -26,6 +26,7 @@ PLAN = {
 OUTCOMES = {"failed": "failed", "oom": "out of memory", "unsupported": "unsupported", "locked": "locked"}
 PHASES = {"all": "every token sparse", "decode": "prompt dense, later tokens sparse"}
 LAYOUTS = ("tasks", "means", "short")  # by how much they show: every task, the mean over tasks, no KL either
+CUT = "†"  # beside a score some of whose items are longer than the model's maximum
 MASKED_NOTE = "masked: computed densely on zeroed inputs, to measure quality. Its time is not a measure of speed."
 
 
@@ -45,6 +46,8 @@ def print_table(rows: pd.DataFrame, console: Console | None = None) -> None:
             console.print(_joined(measured, layout))
             if layout != "tasks" and _tasks(measured):
                 console.print(_by_task(measured))
+            if note := truncated_note(measured):
+                say(console, note, style="yellow")
             if "execution" in measured and (measured["execution"] == "masked").any():
                 say(console, MASKED_NOTE, style="yellow")
         for _, line in block[block["status"] != "ok"].iterrows():
@@ -74,6 +77,14 @@ def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | No
     say(console, f"{done} of {len(outcomes)} cells have results", style="bold red" if bad else "bold green")
     for name, (status, message) in bad.items():
         say(console, f"  {name}: {OUTCOMES[status]}: {message}", style="red")
+
+
+def truncated_note(lines: pd.DataFrame) -> str:
+    """How many items of which task are longer than the model's maximum, in the cell that has most; empty if none."""
+    names = [name for name in lines.columns if name.startswith("truncated:") and lines[name].notna().any()]
+    counts = ", ".join(f"{name.removeprefix('truncated:')} {lines[name].max():g}" for name in names)
+    words = "items longer than the model's maximum (contexts are cut to it, windows of text are not)"
+    return f"{CUT} {words}: {counts}" if names else ""
 
 
 def _fits(listing: Table, console: Console) -> bool:
@@ -107,7 +118,7 @@ def _joined(lines: pd.DataFrame, layout: str) -> Table:
     column("dense\nbeside", "dense:tpot_ms", ".1f")
     column("speed-up", "speedup", ".2fx")
     for _, line in lines.iterrows():
-        cells = [_time(line) if form == "time" else styled(_number(line, key, form)) for key, form in columns]
+        cells = [_time(line) if form == "time" else _score(line, key, form) for key, form in columns]
         listing.add_row(styled(_method(line)), *cells, style="bold" if line["method"] == "dense" else None)
     return listing
 
@@ -123,7 +134,8 @@ def _by_task(lines: pd.DataFrame) -> Table:
         scores = []
         for task in tasks:
             error = _number(line, f"stderr:{task}", ".2f")
-            scores.append(_number(line, f"acc:{task}", ".3f") + (f" ±{error.lstrip('0')}" if error else ""))
+            score = _number(line, f"acc:{task}", ".3f") + (f" ±{error.lstrip('0')}" if error else "")
+            scores.append(score + _cut(line, f"acc:{task}"))
         style = "bold" if line["method"] == "dense" else None
         listing.add_row(styled(_method(line)), _number(line, "sparsity_requested", ".2f"), *scores, style=style)
     return listing
@@ -156,6 +168,16 @@ def _time(line: pd.Series) -> Text:
 
 def _tasks(lines: pd.DataFrame) -> list[str]:
     return [name.removeprefix("acc:") for name in lines.columns if name.startswith("acc:")]
+
+
+def _cut(line: pd.Series, key: str) -> str:
+    """The mark of a score some of whose items are longer than the model's maximum."""
+    tasks = {"perplexity": ["perplexity"], "accuracy": _tasks(line.to_frame().T)}.get(key, [key.removeprefix("acc:")])
+    return CUT if any(pd.notna(line.get(f"truncated:{task}", pd.NA)) for task in tasks) else ""
+
+
+def _score(line: pd.Series, key: str, form: str) -> Text:
+    return styled(_number(line, key, form) + _cut(line, key))
 
 
 def _number(line: pd.Series, key: str, form: str) -> str:

@@ -54,6 +54,7 @@ KL = "kl_to_dense"
 AGREEMENT = "top1_agreement"
 AGAINST_DENSE = "_minus_dense"  # suffix of a paired difference on the same items, with its own error
 FLIPS = ("flips_right_to_wrong", "flips_wrong_to_right")  # shares of items, one row a task
+TRUNCATED = "truncated"  # of a task or of running text: items that are longer than the model's maximum
 ACHIEVED = "achieved"
 TIME_PER_TOKEN = "tpot_median"
 TIME_TO_FIRST = "ttft_median"
@@ -120,7 +121,8 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the cell's identity, `status`, `message`; `perplexity`, `bits_per_byte`, `kl` (nats), `agreement`
     and `accuracy` (mean over tasks), each with `stderr:<name>` and `dense:<name>`; the same for each task as
-    `acc:<task>`, `stderr:<task>`, `dense:<task>`; `change` (mean paired difference in accuracy to dense) and
+    `acc:<task>`, `stderr:<task>`, `dense:<task>`; `truncated:<task>` (items that are longer than the model's maximum,
+    perplexity's windows too; missing where there are none); `change` (mean paired difference in accuracy to dense) and
     `stderr:change`; `lost`, `won` and their sum `flips` (shares of answers that went from right to wrong and
     back, mean over tasks); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy makes
     sparse); `tpot_ms`, `dense:tpot_ms` (interleaved with it, if it was) and `ttft_ms` (smallest batch and context;
@@ -157,12 +159,12 @@ def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
     measured = rows["value"].notna() & (rows["status"] == "ok")
 
     dense = rows[measured & rows["execution"].isin(["dense", "dense_compiled"]) & (rows["probe"] == "latency")]
-    found = _match(rows, dense, ["cell_id", "_compiled", *FACT])
+    beside = _match(rows, dense, ["cell_id", "_compiled", *FACT])
     for policy in (["phase", "dense_prefix"], ["phase"], []):
         dense = rows[measured & (rows["method"] == "dense")]
-        found = found.combine_first(_match(rows, dense, ["_twin", "_items", "_compiled", *FACT, *policy]))
+        beside = beside.combine_first(_match(rows, dense, ["_twin", "_items", "_compiled", *FACT, *policy]))
 
-    rows = rows.drop(columns=["_twin", "_items", "_compiled"]).join(found[["dense_cell", "dense_value"]])
+    rows = rows.drop(columns=["_twin", "_items", "_compiled"]).join(beside[["dense_cell", "dense_value"]])
     rows["difference"] = rows["value"] - rows["dense_value"]
     rows["ratio"] = (rows["value"] / rows["dense_value"]).where(rows["dense_value"] != 0)
     timed = (rows["probe"] == "latency") & rows["unit"].isin(list(MILLISECONDS))
@@ -231,6 +233,9 @@ def _join_quality(lines: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
         rows = rows.set_index("cell_id")
         lines[f"acc:{task}"], lines[f"stderr:{task}"] = rows["value"], rows["stderr"]
         lines[f"dense:{task}"] = rows["dense_value"]
+    cut = quality[(quality["metric"] == TRUNCATED) & (quality["value"] > 0)]
+    for task, rows in cut.groupby("task"):
+        lines[f"truncated:{task}"] = rows.set_index("cell_id")["value"]
     return lines
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Column -> pandas dtype. Long format: the identity of the cell, then what was measured, then the value.
 COLUMNS: dict[str, str] = {
@@ -40,7 +40,7 @@ COLUMNS: dict[str, str] = {
     "dtype": "string",
     "device": "string",
     "seed": "Int64",
-    "limited": "boolean",  # a smoke run (limit set): never drawn as a result
+    "limited": "boolean",  # of a smoke run (harness.results.limited): never drawn as a result
     "source": "string",  # measured | published
     "paper": "string",
     "table": "string",

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from harness.console import say
+from harness.data.text import Windows
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
 from harness.execution.method import Method
@@ -26,8 +27,6 @@ from harness.run.scope import to_native, unsolvable
 
 if TYPE_CHECKING:
     from harness.model.lm import HarnessLM
-
-WHOLE = 1000  # items a task from which on a cell is no smoke run
 
 
 def versions(methods: list[Method]) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def identity(config: CellConfig, methods: list[Method]) -> dict[str, Any]:
         "phase": config["phase"],
         "dense_prefix": config["dense_prefix"],
         "seed": config["seed"],
-        "limited": config["tasks"]["limit"] is not None and config["tasks"]["limit"] < WHOLE,
+        "limited": False,  # a probe says where it takes too little for a result
         "execution": "dense" if config.method_name == "dense" else "masked",
         "message": f"oracle: {'+'.join(oracles)} reads what a deployable method cannot know" if oracles else None,
     }
@@ -99,7 +98,7 @@ class Run:
         self.config, self.store, self.cell, self.dense_cell, self.console = config, store, cell, twin, console
         self.methods = methods = [] if config.method_name == "dense" else methods
         self.loaded = session.load(config)
-        self.view, self.tokenizer = self.loaded.view, self.loaded.tokenizer
+        self.view, self.tokenizer, self.longest = self.loaded.view, self.loaded.tokenizer, self.loaded.max_length
         view = self.view
         cell.describe(
             family=view.family,
@@ -121,8 +120,8 @@ class Run:
         if config["scope"] == "model":
             self.fitted = to_native(view, self.fitted, config["sparsity"])
 
-    def windows(self, count: int) -> Tensor:
-        """int64 [count, window]: held-out text."""
+    def windows(self, count: int) -> Windows:
+        """Held-out text."""
         return session.evaluation_windows(self.loaded, self.config["probe"]["perplexity"], count)
 
     def text(self, name: str, tokens: int, window: int) -> Tensor:
@@ -139,7 +138,7 @@ class Run:
         from harness.model.lm import HarnessLM
 
         longest = self.config["tasks"]["max_gen_toks"]
-        return HarnessLM(self.view, self.tokenizer, self.config["batch_size"], self.loaded.max_length, longest)
+        return HarnessLM(self.view, self.tokenizer, self.config["batch_size"], self.longest, longest)
 
     def done(self, part: str) -> bool:
         """Whether a part is committed already."""

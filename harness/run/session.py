@@ -150,8 +150,8 @@ def check_texts(config: CellConfig) -> None:
         _calibration_windows(tokenizer, probe["frequency"] | {"path": None, "text": name})
 
 
-def evaluation_windows(loaded: Loaded, perplexity: dict[str, Any], count: int) -> Tensor:
-    """int64 [count, window]: held-out text in non-overlapping windows."""
+def evaluation_windows(loaded: Loaded, perplexity: dict[str, Any], count: int) -> text.Windows:
+    """Held-out text in non-overlapping windows."""
     return _evaluation_windows(loaded.tokenizer, perplexity, count)
 
 
@@ -160,32 +160,23 @@ def calibration_windows(loaded: Loaded, calibration: dict[str, Any]) -> Tensor:
     return _calibration_windows(loaded.tokenizer, calibration)
 
 
-def _evaluation_windows(tokenizer: Any, perplexity: dict[str, Any], count: int) -> Tensor:
-    return _first(_windows(tokenizer, perplexity["path"], None, perplexity["window"]), count, "perplexity")
+def _evaluation_windows(tokenizer: Any, perplexity: dict[str, Any], count: int) -> text.Windows:
+    return _windows(tokenizer, perplexity["path"], None, perplexity["window"]).first(count, "perplexity")
 
 
 def _calibration_windows(tokenizer: Any, calibration: dict[str, Any]) -> Tensor:
     windows = _windows(tokenizer, calibration["path"], calibration["text"], calibration["window"])
-    return _first(windows, calibration["tokens"] // calibration["window"], "calibration")
+    return windows.first(calibration["tokens"] // calibration["window"], "calibration").tokens
 
 
 @lru_cache(maxsize=4)
-def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: int) -> Tensor:
-    """All windows of a text, int64 [n, length]: tokenizing a million characters takes seconds, so once a process."""
+def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: int) -> text.Windows:
+    """All windows of a text: tokenizing a million characters takes seconds, so once a process."""
     if path:
         raw = text.own_text(path)
     else:
         raw = text.evaluation_text() if calibration is None else text.calibration_text(calibration)
-    return text.token_windows(tokenizer, raw, length, what="perplexity" if calibration is None else "calibration")
-
-
-def _first(windows: Tensor, count: int, what: str) -> Tensor:
-    if count > len(windows):
-        raise ConfigError(
-            f"{what} asks for {count * windows.shape[1]} tokens but the text has only {windows.numel()} "
-            f"in windows of {windows.shape[1]}"
-        )
-    return windows[:count]
+    return text.text_windows(tokenizer, raw, length, what="perplexity" if calibration is None else "calibration")
 
 
 def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> list[tuple[Method, State]]:

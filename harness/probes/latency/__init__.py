@@ -26,6 +26,7 @@ from harness.probes.bench import Bench
 from harness.probes.latency.plans import variants
 from harness.probes.latency.rows import measure
 from harness.probes.latency.variants import Row
+from harness.results.limited import limited, marked
 
 __all__ = ["measure", "run", "variants"]
 
@@ -36,8 +37,8 @@ def run(bench: Bench) -> None:
     """Check the kernels, then time every variant."""
 
     def make() -> tuple[list[Row]]:
-        view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS)
+        view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS).tokens
         plan = variants(view, bench.fitted, bench.policy, bench.config["sparsity"], settings, windows)
-        return (measure(view, plan, windows, settings),)
+        return (marked(measure(view, plan, windows, settings), limited(settings["repeats"], "rounds")),)
 
     bench.commit("latency", make)
