@@ -41,7 +41,8 @@ def module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module(path): path for room in ("harness", "methods", "kernels") for path in (ROOT / room).rglob("*.py")}
+ROOMS = ("dynact", "harness", "methods", "kernels")
+FILES = {module(path): path for room in ROOMS for path in (ROOT / room).rglob("*.py")}
 GRAPH = {name: {m for m in imports(path) if m in FILES and m != name} for name, path in FILES.items()}
 
 
@@ -102,3 +103,9 @@ def test_only_families_know_the_inside_of_transformers():
         if any(m.startswith("transformers.") and m.split(".")[1] != "utils" for m in imports(path))
     }
     assert all(name.startswith("harness.model.families") for name in inside), inside
+
+
+def test_the_library_door_is_above_all_and_names_no_method():
+    doors = {name for name in FILES if name.startswith("dynact")}
+    assert not {name for name in FILES if name not in doors and doors & GRAPH[name]}, "the house may not need its door"
+    assert not {name for name in doors if any(m.startswith("methods.") for m in GRAPH[name])}
