@@ -1,15 +1,14 @@
 """Run cells: `python run.py method=teal sparsity=0.5`; sweep: `python run.py -m method=teal,random sparsity=0.4,0.5`.
 
 The same command again does only what is missing. `dry=true` prints the plan. Hydra's own flags (--help, --cfg job,
---info) work as usual.
+--info) work as usual. The steps are in harness/run: overrides and plan say what is asked for, execute and workers do
+it.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # The libraries' own bars (loading weights, tokenizing, building prompts) are over in a second and drown ours.
@@ -17,22 +16,18 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from harness.console import complain, say, stderr
+from harness.console import complain, say, stderr, stdout
 from harness.errors import AssetError, ConfigError
-from harness.run.config import CONF, CellConfig, check, did_you_mean, options, whole
+from harness.run import plan
+from harness.run.config import CellConfig, check
+from harness.run.overrides import to_plain
 
 if TYPE_CHECKING:
-    from harness.results.store import CellView
+    from harness.results.store import Store
 
-GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
-# What ended a job for good (a full disk, a model that can't be loaded). Hydra would print a traceback for it.
+# What ended one of Hydra's jobs for good (a full disk, an unreadable model). Hydra would print a traceback for it.
 FATAL: list[ConfigError | AssetError] = []
 
 
@@ -56,75 +51,74 @@ def main() -> None:
 
 def run(overrides: list[str], multirun: bool) -> int:
     """Check everything, say what will be done, do it, show the table. Returns the exit code."""
-    overrides = rewrite(overrides, multirun)
-    base = composed([o for o in overrides if not swept(o)])
-    whole(base["workers"], "workers")
-    if base["workers"] > 1 and any(o.startswith("hydra/launcher") for o in overrides):
-        raise ConfigError("workers=N starts processes of its own: give either workers or hydra/launcher")
-    jobs = [(overrides, multirun)]
-    if base["sweeps"]:
-        jobs = [(overrides + [str(o) for o in sweep], True) for sweep in base["sweeps"]]
-    cells: list[CellConfig] = []
-    for job_overrides, many in jobs:
-        combinations = expand(job_overrides) if many else [job_overrides]
-        # One cell needs no list of sweeps, and resolving it takes longest.
-        cells += [check(composed([*combination, "sweeps=null"])) for combination in combinations]
-
-    from harness.report.archive import held
-    from harness.report.terminal import print_plan, print_summary, print_table
-    from harness.results.collect import collect
-    from harness.results.store import Store, content_key
-    from harness.run.cell import id_of, state_of
-    from harness.run.session import check_texts
-
-    known = held(base["archived"]) if base["archived"] else frozenset()
-    if again := [cell for cell in cells if id_of(cell) in known]:
-        say(stderr(), f"{len(again)} cells are in {base['archived']} already")
-        cells = [cell for cell in cells if id_of(cell) not in known]
-    if not cells:
+    command = plan.read(overrides, multirun)
+    settings = command.settings
+    asked = not_archived(command.cells, settings["archived"])
+    if not asked:
         return 0
-    store = Store(Path(base["results"]))
-    store.check_writable()
-    plan: dict[str, Any] = {}
-    for cell in cells:
-        twin = cell.dense_twin()
-        if cell.method_name != "dense" and "quality" in cell["probe"]["names"]:
-            plan.setdefault(id_of(twin), state_of(twin, store))
-        plan.setdefault(id_of(cell), state_of(cell, store))
-    for cell in cells:
-        if plan[id_of(cell)] in ("run", "partial", "stale"):
-            check_texts(cell)
-    print_plan(plan, stderr())
-    if base["dry"]:
+
+    from harness.report.terminal import print_plan
+    from harness.run.session import check_tokens
+
+    store = plan.open_store(settings["results"])
+    cells = plan.with_dense(asked)
+    states = plan.states(cells, store)
+    for name, cell in cells.items():
+        if states[name] in plan.NEEDS_RUN:
+            check_tokens(cell)
+    print_plan(states, stderr())
+    if settings["dry"]:
         return 0
-    group = base["logger"]["group"] or (f"sweep-{content_key(sorted(plan))[:8]}" if len(cells) > 1 else None)
-    if base["workers"] > 1:
+    execute(command, cells, store)
+    return report(store, list(cells))
+
+
+def not_archived(cells: list[CellConfig], study: str | None) -> list[CellConfig]:
+    """The cells that an archived study does not hold."""
+    if not study:
+        return cells
+    from harness.run.archived import held
+
+    missing = [cell for cell in cells if cell.id not in held(study)]
+    if len(missing) < len(cells):
+        say(stderr(), f"{len(cells) - len(missing)} cells are in {study} already")
+    return missing
+
+
+def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store) -> None:
+    """Run the cells: in this process, in several, or through one of Hydra's launchers."""
+    from harness.results.identity import content_key
+
+    settings = command.settings
+    group = settings["logger"]["group"] or (f"sweep-{content_key(sorted(cells))[:8]}" if len(cells) > 1 else None)
+    logger = settings["logger"] | {"group": group}
+    if command.launcher:
+        for overrides, many in command.sweeps:
+            sys.argv = [sys.argv[0], *(["-m"] if many else []), *overrides, f"logger.group={group or 'null'}"]
+            do_job()
+    elif settings["workers"] > 1:
         from harness.run.workers import run_cells
 
-        run_cells(cells, store, base["logger"] | {"group": group}, base["workers"], base["retry"], stderr())
+        run_cells(list(cells.values()), store, logger, settings["workers"], settings["retry"], stderr())
     else:
-        for job_overrides, many in jobs:
-            sys.argv = [sys.argv[0], *(["-m"] if many else []), *job_overrides, f"logger.group={group or 'null'}"]
-            do_job()
+        from harness.run.execute import run_all
+
+        run_all(cells.values(), store, logger, stderr(), settings["retry"])
+
+
+def report(store: Store, names: list[str]) -> int:
+    """Print the table of these cells, how each ended, and where the rows are. Returns the exit code."""
+    from harness.report.terminal import print_summary, print_table
+    from harness.results.collect import collect
+    from harness.run.execute import outcome
+
     collected = collect(store.root)
-    print_table(collected[collected["cell_id"].isin(plan)])
-    outcomes = {name: outcome(store.view(name)) for name in plan}
+    print_table(collected[collected["cell_id"].isin(names)], stdout())
+    outcomes = {name: outcome(store.view(name)) for name in names}
     print_summary(outcomes, stderr())
-    written = f"rows: {store.root / 'table.csv'} and {store.root / 'table.parquet'}; cells: {store.root / 'cells'}"
-    say(stderr(), written)
+    root = store.root
+    say(stderr(), f"rows: {root / 'table.csv'} and {root / 'table.parquet'}; cells: {root / 'cells'}")
     return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
-
-
-def outcome(cell: CellView) -> tuple[str, str]:
-    """How a cell ended, and in which words."""
-    status = cell.status
-    if not status:
-        return "failed", "not run: what it is compared with (its dense cell) has failed"
-    if status["status"] == "running":
-        if (cell.path / "lock.json").exists():
-            return "locked", "another process is at work on it"
-        return "failed", "ended early: the same command goes on from there"
-    return status["status"], status.get("message", "")
 
 
 def do_job() -> None:
@@ -136,118 +130,17 @@ def do_job() -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
-    """One cell. A cell that fails is recorded and does not stop a sweep; a full disk or the like does."""
+    """One cell, for Hydra's launchers. A cell that fails is recorded; a full disk or the like ends the sweep."""
     if FATAL:
         return
-    from harness.errors import UnsupportedError
-    from harness.progress import quiet_libraries
-    from harness.report.archive import held
-    from harness.results.store import LockedError, Store
-    from harness.run.cell import id_of, run_cell
+    from harness.run.execute import run_all
 
-    quiet_libraries()
-    plain = to_plain(cfg)
-    config = check(plain)
-    if plain["archived"] and id_of(config) in held(plain["archived"]):
-        return
+    settings: dict[str, Any] = to_plain(cfg)
     try:
-        run_cell(config, Store(Path(plain["results"])), plain["logger"], stderr(), retry=plain["retry"])
-    except UnsupportedError as error:
-        say(stderr(), f"  unsupported: {error}", style="yellow")
-    except LockedError as error:
-        say(stderr(), f"  {error}", style="yellow")
+        cells = not_archived([check(settings)], settings["archived"])
+        run_all(cells, plan.open_store(settings["results"]), settings["logger"], stderr(), settings["retry"])
     except (ConfigError, AssetError) as error:
         FATAL.append(error)
-    except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
-        say(stderr(), "  ", ("failed:", "red"), f" {type(error).__name__}: {error}")
-
-
-# ------------------------------------------------------------------------------------------- overrides
-
-
-def rewrite(overrides: list[str], multirun: bool) -> list[str]:
-    """Check group names early, and allow `tasks=piqa` or `tasks=[piqa,sciq]` beside the names of task lists."""
-    rewritten = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not an override: write key=value")
-        bare = key.lstrip("+~")
-        if bare == "tasks" and not all(v in options("tasks") for v in value.split(",")):
-            inner = value.strip("[]")
-            override = (
-                f"tasks.names=[{inner}]" if value.startswith("[") or not multirun else f"tasks.names={listed(inner)}"
-            )
-        elif bare in GROUPS and bare != "experiment":
-            for name in value.replace("[", "").replace("]", "").split(","):
-                if name.strip() not in options(bare):
-                    raise unknown(bare, name)
-        elif bare == "experiment" and value not in (*options("experiment"), "null"):
-            raise unknown(bare, value)
-        elif bare.startswith("method."):
-            name = bare.split(".")[1]
-            if name not in options("method"):
-                raise unknown("method", name)
-            if multirun and not key.startswith("+"):
-                override = "++" + override  # a sweep's base config may hold another method
-        rewritten.append(override)
-    return rewritten
-
-
-def unknown(group: str, name: str) -> ConfigError:
-    """The error for a name that a config group does not have."""
-    known = options(group)
-    return ConfigError(f"{group}={name} is unknown{did_you_mean(name, known)}: choose from {', '.join(known)}")
-
-
-def listed(names: str) -> str:
-    """piqa,sciq -> [piqa],[sciq]: one list of tasks for each value of a sweep."""
-    return ",".join(f"[{name}]" for name in names.split(","))
-
-
-def swept(override: str) -> bool:
-    """Whether an override names several values."""
-    return parse([override])[0].is_sweep_override()
-
-
-def parse(overrides: list[str]) -> list[Any]:
-    """Hydra's own reading of overrides."""
-    parser, parsed = OverridesParser.create(), []
-    for override in overrides:
-        try:
-            parsed.append(parser.parse_override(override))
-        except HydraException as error:
-            raise ConfigError(f"{override!r} can't be read: {str(error).splitlines()[0]}") from error
-    return parsed
-
-
-def expand(overrides: list[str]) -> list[list[str]]:
-    """Every combination of a sweep, in Hydra's order."""
-    axes = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [o.input_line]
-        for o in parse(overrides)
-    ]
-    return [list(combination) for combination in itertools.product(*axes)]
-
-
-def composed(overrides: list[str]) -> dict[str, Any]:
-    """The resolved config of one cell as plain types. Raises `ConfigError` with one sentence."""
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-            return to_plain(compose("config", overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(" ".join(lines[:2])) from error
-
-
-def to_plain(cfg: DictConfig) -> dict[str, Any]:
-    """Resolve interpolations; drop options given for a method that this cell of a sweep does not use."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    plain["method"] = {name: value for name, value in plain["method"].items() if value and "_target_" in value}
-    return plain
 
 
 if __name__ == "__main__":

@@ -20,14 +20,28 @@ _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; an old one stays until the new one is whole."""
+    """Write a file so that it is there whole or not at all, even after a power cut; the old one stays until then."""
     draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # not mkstemp: others may read it
     try:
         draft.write_bytes(content)
+        sync(draft)
         os.replace(draft, path)
+        sync(path.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk itself before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that can't say so for a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from harness.model.sees import INPUT, Sees
 from harness.model.selection import Mask
 from harness.model.step import Step
 from harness.model.view import View
-from harness.results.store import content_key
+from harness.results.identity import content_key
 from harness.training.checkpoints import Checkpoint, read_checkpoint
 
 CUT = 0.5  # an expert is kept where its score exceeds this (section 4.3)

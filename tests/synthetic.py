@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.results.collect import relate, twin_key
+from harness.results.collect import dense_key, relate
+from harness.results.identity import cell_id
 from harness.results.rows import make_row, to_frame
-from harness.results.store import Store, cell_id
+from harness.results.store import Store
 
 TASKS = ("piqa", "arc_easy", "sciq", "lambada_openai", "copa", "hellaswag")
 LAYERS = 30
@@ -60,7 +61,7 @@ def table(**changes: Any) -> pd.DataFrame:
     rows, twins = [], {}
     for settings, identity, probes in cells(**changes):
         name = cell_id(settings)
-        twins[name] = twin_key(settings)
+        twins[name] = dense_key(settings)
         for probe, facts in probes.items():
             rows += [make_row(**(identity | {"cell_id": name, "probe": probe} | fact)) for fact in facts]
     return relate(to_frame(rows), twins)

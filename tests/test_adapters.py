@@ -7,8 +7,9 @@ import torch
 
 from harness.errors import ConfigError
 from harness.run import session
-from harness.run.config import CHECKPOINTS, CellConfig, check
-from run import composed
+from harness.run.checks import CHECKPOINTS
+from harness.run.config import CellConfig, check
+from harness.run.overrides import composed
 
 SHIPPED = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
 

@@ -12,9 +12,10 @@ from rich.console import Console
 from harness import claims
 from harness.claims.study import matched_models, options, study_of
 from harness.results.collect import relate
+from harness.results.identity import cell_id
 from harness.results.rows import make_row, to_frame
 from harness.results.samples import SAMPLES, read_samples
-from harness.results.store import Store, cell_id
+from harness.results.store import Store
 from tests import synthetic
 
 WINDOWS, ITEMS, LAYERS = 12, 700, 12

@@ -19,8 +19,9 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from harness.report import archive
+from harness.results.cells import CellView
 from harness.results.collect import read_table
-from harness.results.store import CellView, Store
+from harness.results.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -205,9 +206,95 @@ def test_a_model_that_can_not_be_read_is_one_sentence_and_mended_by_the_same_com
     weights.write_bytes(whole[: len(whole) // 2])
     command = ["method=dense", "probe.names=[sparsity]", "tasks=none"]
     _, err = runner.run(*command, code=2)
-    assert err.splitlines()[-1].startswith("error: model local can't be loaded") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: model model can't be loaded") and "Traceback" not in err
     weights.write_bytes(whole)
     runner.run(*command)
+
+
+@pytest.fixture
+def own(tmp_path: Path, tokenizer: Any) -> Path:
+    """A model's folder to spoil."""
+    from tests.tiny import save_with_tokenizer
+
+    return save_with_tokenizer(tmp_path / "model", tokenizer)
+
+
+def change(path: Path, **keys: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    facts = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps({key: value for key, value in facts.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "keys", "sentence"),
+    [
+        ("piqa", {"eos_token": None, "bos_token": None}, "has no token for the beginning or the end of a text"),
+        ("triviaqa", {"eos_token": None}, "(eos_token), by which the answers of triviaqa end"),
+        ("gsm8k", {"pad_token": "<pad>"}, "pads with token 49152, but the model knows 49152 tokens only"),
+    ],
+)
+def test_a_tokenizer_without_what_tasks_need_ends_before_a_model_loads(
+    tmp_path: Path, own: Path, tasks: str, keys: dict[str, Any], sentence: str
+) -> None:
+    change(own / "tokenizer_config.json", **keys)
+    (own / "special_tokens_map.json").unlink(missing_ok=True)
+    runner = Runner(own, tmp_path)
+    _, err = runner.run(f"tasks=[{tasks}]", "probe=quality", code=2, before="pass")
+    error, probe = err.splitlines()
+    assert error.startswith("error: the tokenizer of model ") and sentence in error
+    assert probe == "model code imported: False"
+    runner.run(f"tasks=[{tasks}]", "probe=sparsity", "dry=true", before="pass")  # which reads no special token
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(runner: Runner) -> None:
+    texts = [runner.folder / name for name in ("plain", "marked")]
+    words = "Words that are long enough for a window or two. " * 60
+    texts[0].write_text(words)
+    texts[1].write_text(words, encoding="utf-8-sig")
+    plans = [runner.run("dry=true", f"probe.perplexity.path={text}")[1] for text in texts]
+    assert plans[0] == plans[1], "the same cells"
+    from harness.data.text import own_text
+
+    assert own_text(texts[1]) == words
+
+
+@pytest.mark.parametrize("place", ["model.path", "results", "cwd", "cache"])
+def test_a_path_that_is_no_utf8_ends_with_one_sentence(runner: Runner, tiny_folder: Path, place: str) -> None:
+    latin = Path(os.fsdecode(os.fsencode(runner.folder) + b"/caf\xe9"))
+    latin.mkdir()
+    overrides = [f"{place}={latin}"] if place in ("model.path", "results") else []
+    if place == "model.path":
+        (latin / "config.json").write_text("{}")
+    if place == "cwd":
+        (runner.folder / "cwd").rmdir()
+        latin.rename(latin.parent / latin.name)
+        (runner.folder / "cwd").symlink_to(latin)
+    if place == "cache":
+        runner.env["DYNACT_CACHE"] = str(latin)
+    _, err = runner.run(*overrides, code=2, before="pass")
+    error, probe = err.splitlines()
+    assert "caf\\udce9" in error and "bytes that are not UTF-8" in error
+    assert probe == "model code imported: False"
+
+
+def test_a_terminal_without_a_character_gets_its_code_and_paths_stay_whole_in_a_pipe(runner: Runner) -> None:
+    runner.env |= {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    results = runner.folder / ("a-long-name-" * 12 + "\u00e9")
+    _, err = runner.run("method=dense", "probe=sparsity", "tasks=none", f"results={results}")
+    shown = str(results).encode("ascii", "backslashreplace").decode()
+    assert f"rows: {shown}/table.csv and {shown}/table.parquet; cells: {shown}/cells" in err.splitlines()
+
+
+def test_a_key_that_every_cell_must_name_can_be_swept(runner: Runner, tiny_folder: Path, tokenizer: Any) -> None:
+    from tests.tiny import save_with_tokenizer
+
+    other = save_with_tokenizer(runner.folder / "another", tokenizer, num_hidden_layers=2)
+    runner.always = [o for o in runner.always if not o.startswith("model.path=")]
+    _, err = runner.run("-m", f"model.path={tiny_folder},{other}", "method=random", "tasks=none", "dry=true")
+    plan = [line.split()[0] for line in err.splitlines()]
+    assert [name.split("_")[0] for name in plan] == [tiny_folder.name, tiny_folder.name, "another", "another"]
+    _, err = runner.run("dry=true", code=2)
+    assert "model.path" in err and len(err.splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------- sweeps
@@ -244,7 +331,7 @@ def test_a_sweep_prints_its_plan_its_table_and_where_the_rows_lie(sweep: Runner)
 
 
 def test_one_fit_serves_every_sparsity_of_a_sweep(sweep: Runner) -> None:
-    assert len(sweep.store.fits_made()) == 1  # teal's; random learns nothing
+    assert len(sweep.store.fits.made()) == 1  # teal's; random learns nothing
 
 
 def test_wandb_has_every_cell_of_the_sweep(sweep: Runner) -> None:
@@ -312,7 +399,7 @@ def test_a_killed_sweep_goes_on_without_repeating_what_was_finished(resumed: Run
     assert 6 <= len(resumed.kept) < len(resumed.commits())
     assert resumed.kept.items() <= resumed.commits().items()
     assert "skip: finished" in resumed.err and "5 of 5 cells have results" in resumed.err
-    assert len(resumed.store.fits_made()) == 1
+    assert len(resumed.store.fits.made()) == 1
 
 
 def test_a_killed_sweep_ends_in_the_table_of_an_uninterrupted_one_bit_for_bit(sweep: Runner, resumed: Runner) -> None:
@@ -390,7 +477,7 @@ def test_ctrl_c_stops_every_worker_and_nothing_is_lost(beside: Runner) -> None:
 def test_workers_leave_what_one_process_leaves(sweep: Runner, beside: Runner) -> None:
     assert "5 of 5 cells have results" in beside.err and "[1/" in beside.err
     assert_frame_equal(measured(sweep.table()), measured(beside.table()))
-    assert len(beside.store.fits_made()) == 1, "who wants a fit that another makes waits for it"
+    assert len(beside.store.fits.made()) == 1, "who wants a fit that another makes waits for it"
 
 
 def test_a_cell_without_results_does_not_stop_the_others_side_by_side(runner: Runner) -> None:

@@ -11,9 +11,11 @@ from rich.console import Console
 
 from harness.errors import ConfigError
 from harness.report import terminal as report
-from harness.results.collect import DERIVED, collect, headline, read_table, relate, twin_key
+from harness.results.cells import SchemaError
+from harness.results.collect import DERIVED, collect, dense_key, headline, read_table, relate
+from harness.results.identity import cell_id
 from harness.results.rows import COLUMNS, make_row, to_frame
-from harness.results.store import SchemaError, Store, cell_id
+from harness.results.store import Store
 from tests import synthetic
 
 SMALL = {"methods": ("teal", "random"), "sparsities": (0.4,), "tasks": ("piqa", "copa")}
@@ -79,7 +81,7 @@ def test_a_failed_cell_is_in_the_table_and_in_the_headline(tmp_path: Path) -> No
 # ---- the dense counterpart
 
 
-def test_relative_columns_stand_beside_the_dense_twin(table: pd.DataFrame) -> None:
+def test_relative_columns_stand_beside_the_dense_cell(table: pd.DataFrame) -> None:
     rows = table[(table["metric"] == "acc") & (table["method"] == "random")]
     assert rows["dense_value"].notna().all()
     piqa = rows[(rows["task"] == "piqa") & (rows["sparsity_requested"] == 0.5)].iloc[0]
@@ -91,11 +93,11 @@ def test_relative_columns_stand_beside_the_dense_twin(table: pd.DataFrame) -> No
     assert (dense["difference"] == 0).all()
 
 
-def test_another_task_setting_seed_or_number_of_items_is_no_twin() -> None:
+def test_another_task_setting_seed_or_number_of_items_is_no_counterpart() -> None:
     base = synthetic.config("dense", 0.0)
-    assert twin_key(base) == twin_key(synthetic.config("teal", 0.4, phase="decode", dense_prefix=4))
+    assert dense_key(base) == dense_key(synthetic.config("teal", 0.4, phase="decode", dense_prefix=4))
     for change in ({"seed": 1}, {"tasks": ["piqa"]}, {"num_fewshot": 5}):
-        assert twin_key(base | change) != twin_key(base)
+        assert dense_key(base | change) != dense_key(base)
     dense, sparse = {"cell_id": "d", "method": "dense", "value": 0.6}, {"cell_id": "s", "method": "teal"}
     assert related(dense, sparse)["dense_value"].tolist() == [0.6, 0.6]
     for change in ({"n": 11}, {"limited": True}, {"split": "test"}, {"task": "copa"}, {"dtype": "bfloat16"}):
@@ -103,7 +105,7 @@ def test_another_task_setting_seed_or_number_of_items_is_no_twin() -> None:
     assert related(dense, sparse, twins={"d": "t", "s": "u"})["dense_value"].isna().tolist() == [False, True]
 
 
-def test_the_twin_of_the_same_phase_policy_comes_first() -> None:
+def test_the_dense_cell_of_the_same_phase_policy_comes_first() -> None:
     sparse = {"cell_id": "s", "method": "teal", "phase": "decode", "dense_prefix": 0}
     every = {"cell_id": "a", "method": "dense", "phase": "all", "dense_prefix": 0, "value": 0.1}
     decode = {"cell_id": "b", "method": "dense", "phase": "decode", "dense_prefix": 0, "value": 0.2}

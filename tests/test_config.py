@@ -13,23 +13,25 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import run
 from harness.errors import ConfigError
 from harness.execution.method import Method
-from harness.results.store import VOLATILE
-from harness.run.cell import id_of, identity
-from harness.run.config import CONF, CellConfig, build_methods, check, did_you_mean, options
+from harness.results.identity import RUN_KEYS
+from harness.run.cell import identity
+from harness.run.checks import CONF, did_you_mean, options
+from harness.run.config import CellConfig, check
+from harness.run.nest import build_methods
+from harness.run.overrides import GROUPS, composed, expand, opening, parse, rewrite
 
 
 def cell(*overrides: str, multirun: bool = False) -> CellConfig:
     """One checked cell, as the command line makes it."""
-    return check(run.composed(run.rewrite(list(overrides), multirun)))
+    return check(composed(rewrite(list(overrides), multirun)))
 
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
     """The default config, composed once."""
-    return run.composed([])
+    return composed([])
 
 
 def changed(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -50,11 +52,10 @@ def changed(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         (["method=dense"], ["method=dense", "sparsity=0.3", "scope=model", "dense_prefix=4"]),
         (["method=random"], ["method=random", "calibration.tokens=4096"]),
         (["phase=auto"], ["phase=all"]),
-        (["device=cuda:0"], ["device=cuda:1"]),
     ],
 )
 def test_two_ways_to_say_the_same_cell_share_its_id(one: list[str], other: list[str]) -> None:
-    assert id_of(cell(*one)) == id_of(cell(*other))
+    assert cell(*one).id == cell(*other).id
 
 
 @pytest.mark.parametrize(
@@ -77,17 +78,17 @@ def test_two_ways_to_say_the_same_cell_share_its_id(one: list[str], other: list[
     ],
 )
 def test_whatever_changes_the_numbers_makes_another_cell(override: str) -> None:
-    assert id_of(cell(override)) != id_of(cell())
+    assert cell(override).id != cell().id
 
 
 def test_a_users_text_is_part_of_the_cell_by_its_content(tmp_path: Path) -> None:
     path, keys = tmp_path / "text", ("calibration.path", "probe.perplexity.path")
     path.write_text("one")
-    before = {key: id_of(cell(f"{key}={path}")) for key in keys}
-    assert before == {key: id_of(cell(f"{key}={path}")) for key in keys}
+    before = {key: cell(f"{key}={path}").id for key in keys}
+    assert before == {key: cell(f"{key}={path}").id for key in keys}
     path.write_text("two")
     for key in keys:
-        assert id_of(cell(f"{key}={path}")) != before[key]
+        assert cell(f"{key}={path}").id != before[key]
 
 
 def test_a_users_weights_are_part_of_the_cell_by_their_content(tmp_path: Path) -> None:
@@ -95,16 +96,16 @@ def test_a_users_weights_are_part_of_the_cell_by_their_content(tmp_path: Path) -
     ids = []
     for weights in (b"one", b"other"):
         (tmp_path / "model.safetensors").write_bytes(weights)
-        ids.append(id_of(cell("model=local", f"model.path={tmp_path}")))
+        ids.append(cell("model=local", f"model.path={tmp_path}").id)
     assert ids[0] != ids[1]
 
 
-def test_the_dense_twin_is_one_cell_for_every_method_and_sparsity() -> None:
-    dense = id_of(cell("method=dense"))
-    assert id_of(cell("method=dense").dense_twin()) == dense
+def test_the_dense_cell_is_one_cell_for_every_method_and_sparsity() -> None:
+    dense = cell("method=dense").id
+    assert cell("method=dense").dense_cell() is None and cell("probe=sparsity").dense_cell() is None
     for overrides in (["sparsity=0.3"], ["method=random"], ["method=oracle", "scope=model"]):
-        assert id_of(cell(*overrides).dense_twin()) == dense
-    assert id_of(cell("seed=1").dense_twin()) != dense
+        assert cell(*overrides).dense_cell().id == dense
+    assert cell("seed=1").dense_cell().id != dense
 
 
 @pytest.mark.parametrize(
@@ -128,22 +129,14 @@ def test_rows_of_oracles_say_so(overrides: list[str], oracle: bool) -> None:
 
 
 def test_the_id_is_readable(plain: dict[str, Any]) -> None:
-    assert re.fullmatch(r"smollm2-135m_teal_s0\.5_[0-9a-f]{10}", id_of(check(plain)))
-    assert not VOLATILE & {"sparsity", "method", "model", "seed"}
+    assert re.fullmatch(r"smollm2-135m_teal_s0\.5_[0-9a-f]{10}", check(plain).id)
+    assert not RUN_KEYS & {"sparsity", "method", "model", "seed"}
+    assert not RUN_KEYS & check(plain).plain.keys()
 
 
 def test_auto_phase_is_all_unless_the_method_exists_only_in_decode() -> None:
     assert cell("method=teal")["phase"] == "all"
     assert cell("method=griffin")["phase"] == "decode"
-
-
-def test_the_device_is_kept_for_running() -> None:
-    assert [cell(f"device={name}").device for name in ("auto", "cpu", "cuda", "cuda:3")] == [
-        "auto",
-        "cpu",
-        "cuda",
-        "cuda:3",
-    ]
 
 
 # --------------------------------------------------------------------------------------- what is refused
@@ -162,6 +155,7 @@ def test_the_device_is_kept_for_running() -> None:
         ("dtype", "fp16", "dtype must be one of"),
         ("device", "gpu", "device must be auto, cpu, cuda or cuda:N"),
         ("device", "cuda:x", "device must be"),
+        ("device", "3", "device must be"),
         ("dense_prefix", -1, "dense_prefix must be a whole number of at least 0"),
         ("dense_prefix", 1.5, "dense_prefix must be a whole number"),
         ("batch_size", 0, "batch_size must be a whole number of at least 1"),
@@ -194,7 +188,8 @@ def test_bad_values_are_refused_with_one_sentence(plain: dict[str, Any], key: st
 @given(st.floats(min_value=0, max_value=1, exclude_max=True))
 @settings(max_examples=20, deadline=None)
 def test_every_share_below_one_is_a_sparsity(plain: dict[str, Any], sparsity: float) -> None:
-    assert check(plain | {"sparsity": sparsity})["sparsity"] == sparsity
+    given = changed(changed(plain, "sparsity", sparsity), "method.teal.sparsity", sparsity)
+    assert check(given)["sparsity"] == sparsity
 
 
 @pytest.mark.parametrize(
@@ -219,12 +214,12 @@ def test_bad_overrides_are_refused_with_one_sentence(overrides: list[str], sente
 
 def test_an_override_that_can_not_be_read_is_named() -> None:
     with pytest.raises(ConfigError, match=re.escape("'sparsity=[' can't be read")):
-        run.parse(["seed=1", "sparsity=["])
+        parse(["seed=1", "sparsity=["])
 
 
 def test_an_option_of_no_method_is_refused_in_a_sweep_too() -> None:
     with pytest.raises(ConfigError, match="method=teel is unknown"):
-        run.rewrite(["method=teal,random", "method.teel.allocation=greedy"], multirun=True)
+        rewrite(["method=teal,random", "method.teel.allocation=greedy"], multirun=True)
 
 
 @given(st.sampled_from(["teal", "random", "dense"]), st.integers(0, 10), st.characters(categories=["Ll"]))
@@ -238,8 +233,8 @@ def test_did_you_mean_finds_a_name_with_one_letter_wrong(name: str, at: int, let
 
 
 def test_a_sweep_is_every_combination_in_hydras_order() -> None:
-    overrides = run.rewrite(["method=teal,random", "sparsity=0.4,0.5", "seed=1"], multirun=True)
-    assert run.expand(overrides) == [
+    overrides = rewrite(["method=teal,random", "sparsity=0.4,0.5", "seed=1"], multirun=True)
+    assert expand(overrides) == [
         [f"method={method}", f"sparsity={sparsity}", "seed=1"]
         for method in ("teal", "random")
         for sparsity in (0.4, 0.5)
@@ -247,34 +242,34 @@ def test_a_sweep_is_every_combination_in_hydras_order() -> None:
 
 
 def test_ranges_and_lists_of_tasks_expand_too() -> None:
-    assert run.expand(["seed=range(0,3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
-    overrides = run.rewrite(["tasks=piqa,sciq"], multirun=True)
-    assert [check(run.composed(job))["tasks"]["names"] for job in run.expand(overrides)] == [["piqa"], ["sciq"]]
-    overrides = run.rewrite(["tasks=quick,none"], multirun=True)
-    assert run.expand(overrides) == [["tasks=quick"], ["tasks=none"]]
+    assert expand(["seed=range(0,3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
+    overrides = rewrite(["tasks=piqa,sciq"], multirun=True)
+    assert [check(composed(job))["tasks"]["names"] for job in expand(overrides)] == [["piqa"], ["sciq"]]
+    overrides = rewrite(["tasks=quick,none"], multirun=True)
+    assert expand(overrides) == [["tasks=quick"], ["tasks=none"]]
 
 
 def test_options_of_one_method_in_a_sweep_over_others_reach_only_that_method() -> None:
-    overrides = run.rewrite(["method=teal,random", "method.teal.allocation=greedy"], multirun=True)
-    teal, random = (check(run.composed(job)) for job in run.expand(overrides))
+    overrides = rewrite(["method=teal,random", "method.teal.allocation=greedy"], multirun=True)
+    teal, random = (check(composed(job)) for job in expand(overrides))
     assert teal["method"]["teal"]["allocation"] == "greedy"
     assert list(random["method"]) == ["random"]
-    assert id_of(random) == id_of(cell("method=random"))
+    assert random.id == cell("method=random").id
 
 
 def test_a_swept_option_of_a_method() -> None:
-    overrides = run.rewrite(["method=teal", "method.teal.allocation=uniform,greedy"], multirun=True)
-    allocations = [check(run.composed(job))["method"]["teal"]["allocation"] for job in run.expand(overrides)]
+    overrides = rewrite(["method=teal", "method.teal.allocation=uniform,greedy"], multirun=True)
+    allocations = [check(composed(job))["method"]["teal"]["allocation"] for job in expand(overrides)]
     assert allocations == ["uniform", "greedy"]
 
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_composes_and_checks(name: str) -> None:
-    base = run.composed([f"experiment={name}"])
+    base = opening([f"experiment={name}"])
     for sweep in base["sweeps"] or [[]]:
-        overrides = run.rewrite([f"experiment={name}", *map(str, sweep)], multirun=True)
-        for job in run.expand(overrides):
-            check(run.composed(job))
+        overrides = rewrite([f"experiment={name}", *map(str, sweep)], multirun=True)
+        for job in expand(overrides):
+            check(composed(job))
 
 
 # ------------------------------------------------------------------------------------- the config files
@@ -292,7 +287,7 @@ def test_every_method_file_names_a_method_and_all_its_options(name: str) -> None
         assert method["sparsity"] == "${sparsity}"
 
 
-@pytest.mark.parametrize("group", [g for g in run.GROUPS if g != "model"])
+@pytest.mark.parametrize("group", [g for g in GROUPS if g != "model"])
 def test_every_option_of_every_group_composes(group: str) -> None:
     for name in options(group):
-        run.composed([f"{group}={name}"])
+        composed([f"{group}={name}"])

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 import run
-from harness.run.cell import id_of
-from harness.run.config import CellConfig, check, options
+from harness.errors import ConfigError
+from harness.run.checks import options
+from harness.run.config import CellConfig, check
+from harness.run.overrides import composed, expand, opening, rewrite
 
 SIZES = ("smoke", "cpu", "full")
 STUDY = ("babel", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "truncation", "universal")
@@ -17,24 +19,24 @@ STUDY = ("babel", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "trunc
 
 def sweeps(experiment: str, *overrides: str) -> list[list[str]]:
     """The overrides of each sweep of an experiment, as the command line puts them together."""
-    given = run.rewrite([f"experiment={experiment}", *overrides], multirun=False)
-    return [given + [str(o) for o in sweep] for sweep in run.composed(given)["sweeps"]]
+    given = rewrite([f"experiment={experiment}", *overrides], multirun=False)
+    return [given + [str(o) for o in sweep] for sweep in opening(given)["sweeps"]]
 
 
 def cells(experiment: str, *overrides: str) -> list[CellConfig]:
     """Every cell, checked."""
-    combinations = itertools.chain.from_iterable(map(run.expand, sweeps(experiment, *overrides)))
+    combinations = itertools.chain.from_iterable(map(expand, sweeps(experiment, *overrides)))
     return [checked(combination) for combination in combinations]
 
 
 def checked(combination: list[str]) -> CellConfig:
     """One cell, without the experiment's list of sweeps, which takes longest to resolve."""
-    return check(run.composed([*combination, "sweeps=null"]))
+    return check(composed(combination))
 
 
 def each_value(sweep: list[str]) -> list[list[str]]:
     """Combinations in which every value of every axis occurs once at least: as many as the longest axis has."""
-    axes = [sorted({c[i] for c in run.expand(sweep)}) for i in range(len(sweep))]
+    axes = [sorted({c[i] for c in expand(sweep)}) for i in range(len(sweep))]
     longest = max(map(len, axes))
     return [[axis[min(i, len(axis) - 1)] for axis in axes] for i in range(longest)]
 
@@ -59,8 +61,8 @@ def test_every_cell_of_a_smoke_run_is_valid_once_and_tiny(smoke):
 def assert_each_once(size: str, found: dict[str, list[CellConfig]]) -> None:
     """No cell twice, but for the headline ones where their limit is everybody's."""
     for name, cells_ in found.items():
-        again = sum(len(run.expand(sweep)) for sweep in sweeps(name, size) if any("tasks.limit" in o for o in sweep))
-        assert len(cells_) - again <= len({id_of(cell) for cell in cells_}) <= len(cells_), f"{name} has a cell twice"
+        again = sum(len(expand(sweep)) for sweep in sweeps(name, size) if any("tasks.limit" in o for o in sweep))
+        assert len(cells_) - again <= len({cell.id for cell in cells_}) <= len(cells_), f"{name} has a cell twice"
 
 
 @pytest.mark.parametrize("experiment", STUDY)
@@ -84,7 +86,7 @@ def test_a_size_is_no_part_of_a_cell(smoke):
 
 def test_the_default_size_fits_two_cores_and_another_can_be_asked_for():
     assert sweeps("pitfalls")[0][1:] == sweeps("pitfalls", "size=cpu")[0][2:]
-    assert run.composed(run.rewrite(["experiment=pitfalls", "size=full"], False))["tasks"]["limit"] == 1000
+    assert composed(rewrite(["experiment=pitfalls", "size=full"], False))["tasks"]["limit"] == 1000
 
 
 def test_the_pitfalls_hold_every_scheme_and_both_kinds_of_model(smoke):
@@ -106,14 +108,14 @@ def test_the_pitfalls_hold_every_scheme_and_both_kinds_of_model(smoke):
 @pytest.mark.parametrize("size", SIZES)
 def test_short_and_long_windows_cover_the_same_text(size):
     """Growth with length is measured on the same text, cut differently."""
-    grid: dict[str, Any] = run.composed(run.rewrite(["experiment=pitfalls", f"size={size}"], False))["grid"]
+    grid: dict[str, Any] = composed(rewrite(["experiment=pitfalls", f"size={size}"], False))["grid"]
     short, long = grid["short"], grid["long"]
     assert short["window"] < long["window"]
     assert short["window"] * short["windows"] == long["window"] * long["windows"]
 
 
 def test_full_is_the_study_that_was_promised():
-    plain = run.composed(run.rewrite(["experiment=pitfalls", "size=full"], False))
+    plain = composed(rewrite(["experiment=pitfalls", "size=full"], False))
     assert plain["tasks"]["limit"] >= 1000 and len(plain["tasks"]["names"]) >= 8
     assert "lambada_openai" in plain["tasks"]["names"] and "triviaqa" in plain["grid"]["prompt_tasks"]
     assert "gsm8k" in plain["grid"]["long_tasks"]
@@ -127,5 +129,5 @@ def test_the_plan_of_an_experiment_starts_nothing(tmp_path, capsys):
 
 
 def test_an_unknown_size_is_one_sentence():
-    with pytest.raises(run.ConfigError, match="size=ful is unknown"):
-        run.rewrite(["experiment=pitfalls", "size=ful"], False)
+    with pytest.raises(ConfigError, match="size=ful is unknown"):
+        rewrite(["experiment=pitfalls", "size=ful"], False)

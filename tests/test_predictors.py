@@ -21,7 +21,7 @@ from harness.model.sees import INPUT, OUTPUT, residual
 from harness.model.selection import keep_mask
 from harness.model.step import Policy
 from harness.probes.predictivity import auc, measure
-from harness.results.store import content_key
+from harness.results.identity import content_key
 from harness.training.checkpoints import read_checkpoint, save_checkpoint
 from methods.dejavu import DejaVu
 from methods.griffin import Griffin

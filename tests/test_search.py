@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 import run
 from harness.errors import ConfigError
 from harness.probes import goals as search
 from harness.results.collect import read_table
 from harness.results.store import Store
-from harness.run.cell import id_of
 from harness.run.config import CellConfig, check
+from harness.run.overrides import composed, rewrite
 
 BOUNDS = {"low": 0.0, "high": 1.0, "tolerance": 1e-4}
 
@@ -58,7 +56,7 @@ def test_goals_are_relative_to_dense():
 
 def cell(*overrides: str) -> CellConfig:
     """One checked cell, as the command line makes it."""
-    return check(run.composed(run.rewrite(["probe=search", "tasks=none", *overrides], multirun=False)))
+    return check(composed(rewrite(["probe=search", "tasks=none", *overrides], multirun=False)))
 
 
 @pytest.mark.parametrize(
@@ -95,11 +93,11 @@ def test_a_fit_that_depends_on_the_level_is_refused(monkeypatch):
 
 
 def test_a_searched_cell_is_one_whatever_the_knob_was_set_to():
-    assert id_of(cell("method=cett", "sparsity=0.3")) == id_of(cell("method=cett", "probe.search.keep=0.5"))
-    one, listed = (id_of(cell("method=cett", f"probe.search.percent={p}")) for p in ("1", "[1]"))
+    assert cell("method=cett", "sparsity=0.3").id == cell("method=cett", "probe.search.keep=0.5").id
+    one, listed = (cell("method=cett", f"probe.search.percent={p}").id for p in ("1", "[1]"))
     assert one == listed
-    assert id_of(cell("method=cett")) != id_of(cell("method=cett", "probe.search.knob=cett"))
-    plain = [id_of(cell("probe=quality", *more)) for more in ([], ["probe.search.percent=3"])]
+    assert cell("method=cett").id != cell("method=cett", "probe.search.knob=cett").id
+    plain = [cell("probe=quality", *more).id for more in ([], ["probe.search.percent=3"])]
     assert plain[0] == plain[1], "the keys of a probe that is not run are no part of a cell"
 
 
@@ -120,15 +118,8 @@ def searched(model: Path, results: Path, *overrides: str) -> pd.DataFrame:
     return read_table(results / "table.parquet")
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The command line without a process of its own: Hydra's launcher is left out, all else is as a user has it."""
-    monkeypatch.setattr("sys.argv", ["run.py"])
-    monkeypatch.setattr(run, "do_job", lambda: run.job(OmegaConf.create(run.composed(sys.argv[1:]))))
-
-
 @pytest.mark.parametrize("knob", ["sparsity", "cett"])
-def test_ppl_increase_from_the_command_line(in_process, tiny_folder, tmp_path, knob):
+def test_ppl_increase_from_the_command_line(tiny_folder, tmp_path, knob):
     command = ["method=cett", "tasks=none", "probe=search", "probe.search.percent=[0.05,0.1]"]
     table = searched(tiny_folder, tmp_path, *command, f"probe.search.knob={knob}")
     assert set(table["probe"]) == {"search"} and set(table["status"]) == {"ok"}
@@ -148,7 +139,7 @@ def test_ppl_increase_from_the_command_line(in_process, tiny_folder, tmp_path, k
         assert trials["variant"].str.fullmatch(r"cett=[\d.]+").all()
 
 
-def test_critical_sparsity_over_tasks_goes_on_from_its_last_trial(in_process, tiny_folder, tmp_path, monkeypatch):
+def test_critical_sparsity_over_tasks_goes_on_from_its_last_trial(tiny_folder, tmp_path, monkeypatch):
     command = ["method=random", "tasks=[copa,piqa]", "tasks.limit=4", "probe=search", "probe.search.target=critical"]
     table = searched(tiny_folder, tmp_path, *command)
     (name,) = table["cell_id"].unique()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,9 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import ConfigError, UnsupportedError
+from harness.results import lock
 from harness.results import store as store_module
+from harness.results.cells import SchemaError
+from harness.results.identity import cell_id, content_key
+from harness.results.lock import LockedError
 from harness.results.rows import COLUMNS
-from harness.results.store import LockedError, SchemaError, Store, cell_id, content_key
+from harness.results.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model": {"name": "tiny"}, "method": {"name": "teal"}, "sparsity": 0.4, "seed": 0}
@@ -45,9 +50,9 @@ def test_cell_id_is_readable_and_ignores_volatile_keys_order_and_number_spelling
     base = cell_id(CONFIG)
     assert base.startswith("tiny_teal_s0.4_")
     moved = {"seed": 0.0, "sparsity": 0.4, "method": {"name": "teal"}, "model": {"name": "tiny"}}
-    assert cell_id(moved | {"paths": {"root": "/x"}, "logger": "none", "hydra": {"a": 1}}) == base
+    assert cell_id(moved | {"results": "/x", "logger": "none", "hydra": {"a": 1}}) == base
     assert cell_id(CONFIG | {"sparsity": 0.5}) != base
-    assert cell_id(CONFIG | {"model": {"name": "tiny", "device_index": 3}}) == base
+    assert cell_id(CONFIG | {"device_index": 3}) == base
     assert cell_id(CONFIG | {"sparsity": None}) != base
     assert cell_id({"model": "a/b c", "method": "x"}).startswith("a-b-c_x_")
     nested = {"model": "m", "method": {"relu2": {"_target_": "a.B"}, "cett": {"_target_": "c.D"}}}
@@ -207,45 +212,100 @@ def test_a_live_lock_is_refused_by_name(store: Store) -> None:
         pass
 
 
-def _plant_lock(store: Store, host: str, pid: int, age_s: float, started: float = 0.0) -> Path:
+def _plant_lock(store: Store, machine: str, pid: int, age_s: float, started: float = 0.0) -> Path:
     path = store.root / "cells/c/lock.json"
     path.parent.mkdir(parents=True)
-    owner = {"host": host, "pid": pid, "process_started": started, "since": "then", "token": "other"}
+    host = socket.gethostname()  # as containers and clones share it
+    owner = {"host": host, "machine": machine, "pid": pid, "process_started": started, "since": "then", "token": "x"}
     path.write_text(json.dumps(owner))
     os.utime(path, (time.time() - age_s,) * 2)
     return path
 
 
 def test_locks_of_the_dead_and_the_silent_are_reclaimed(store: Store) -> None:
-    path = _plant_lock(store, store_module.socket.gethostname(), os.getpid(), age_s=0)
+    path = _plant_lock(store, lock.machine(), os.getpid(), age_s=0)
     assert store.state("c", VERSIONS) == "run"  # our number, but another process: the number was reused
     with claim(store):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize(("age_s", "state"), [(10, "locked"), (400, "run")])
-def test_a_lock_of_another_host_lives_by_its_heartbeat(store: Store, age_s: int, state: str) -> None:
-    _plant_lock(store, "elsewhere", 1, age_s)
+def test_a_lock_of_another_machine_of_our_name_lives_by_its_heartbeat(store: Store, age_s: int, state: str) -> None:
+    _plant_lock(store, "another boot pid:[1]", 2**22, age_s)  # no such process here, which says nothing
     assert store.state("c", VERSIONS) == state
+
+
+def test_a_live_process_of_this_machine_keeps_its_lock_whatever_the_clock_says(store: Store) -> None:
+    with claim(store) as cell:
+        os.utime(cell.path / "lock.json", (time.time() - 3600,) * 2)
+        assert store.state("c", VERSIONS) == "locked"
+
+
+def test_what_identifies_this_machine_is_this_boot_and_this_container() -> None:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        pytest.skip("no Linux")
+    assert lock.machine() == f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def test_a_process_is_dated_by_a_clock_that_nobody_can_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = lock._process_start(os.getpid())
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert lock._process_start(os.getpid()) == before is not None
+    assert lock._process_start(2**22 + 1) is None
 
 
 def test_the_heartbeat_keeps_a_lock_fresh(tmp_path: Path) -> None:
     store = Store(tmp_path, heartbeat_s=0.02)
     with claim(store):
-        lock = tmp_path / "cells/c/lock.json"
-        os.utime(lock, (0, 0))
+        held = tmp_path / "cells/c/lock.json"
+        os.utime(held, (0, 0))
         deadline = time.monotonic() + 20
-        while lock.stat().st_mtime == 0 and time.monotonic() < deadline:
+        while held.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert lock.stat().st_mtime > 0
+        assert held.stat().st_mtime > 0
+
+
+def test_what_is_committed_is_on_the_disk_before_its_name_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def note_sync(handle: int) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def note_rename(path: Path, to: Path) -> Path:
+        events.append(("rename", str(to)))
+        return rename(path, to)
+
+    def note_replace(path: Path, to: Path) -> None:
+        events.append(("rename", str(to)))
+        replace(path, to)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with claim(store) as cell:
+        events.clear()
+        cell.commit("quality", [ROW], pd.DataFrame({"a": [1]}), {"t": torch.ones(2)})
+        named = events.index(("rename", str(cell.path / "probes/quality")))
+        before = {Path(path).name for kind, path in events[:named] if kind == "sync"}
+        assert before >= {"rows.parquet", "samples.parquet", "tensors.safetensors"}
+        assert any(name.startswith(".draft-") for name in before), "the folder's entries too"
+        assert ("sync", str(cell.path / "probes")) in events[named:]
+        events.clear()
+        cell.finish()
+        named = events.index(("rename", str(cell.path / "status.json")))
+        assert any("status.json" in path for kind, path in events[:named] if kind == "sync")
+        assert ("sync", str(cell.path)) in events[named:]
 
 
 def test_whoever_lost_the_lock_can_write_nothing(store: Store) -> None:
     with pytest.raises(LockedError), claim(store) as cell:
-        lock = cell.path / "lock.json"
-        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "other"}))
+        held = cell.path / "lock.json"
+        held.write_text(json.dumps(json.loads(held.read_text()) | {"token": "other"}))
         cell.commit("quality", [ROW])
-    assert lock.exists() and cell.probes() == []
+    assert held.exists() and cell.probes() == []
     assert cell.status["status"] == "running"
 
 
@@ -323,18 +383,18 @@ def test_the_environment_is_known_even_without_git_or_a_gpu(monkeypatch: pytest.
 
 def test_a_fit_is_made_once_and_read_back(store: Store) -> None:
     state = {"w": torch.randn(3, 4), "n": torch.tensor(7), "h": torch.ones(2, dtype=torch.bfloat16)}
-    first = store.fit("k", lambda: state)
-    again = Store(store.root).fit("k", lambda: pytest.fail("made twice"))
-    assert store.fits_made() == ["k"]
+    first = store.fits.get("k", lambda: state)
+    again = Store(store.root).fits.get("k", lambda: pytest.fail("made twice"))
+    assert store.fits.made() == ["k"]
     for name, tensor in state.items():
         assert torch.equal(first[name], tensor) and torch.equal(again[name], tensor)
         assert again[name].dtype == tensor.dtype
-    assert store.fit("nothing", dict) == {} == store.fit("nothing", lambda: pytest.fail("made twice"))
+    assert store.fits.get("nothing", dict) == {} == store.fits.get("nothing", lambda: pytest.fail("made twice"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "emptied"])
 def test_a_damaged_fit_is_made_again(store: Store, damage: str) -> None:
-    store.fit("k", lambda: {"w": torch.zeros(100)})
+    store.fits.get("k", lambda: {"w": torch.zeros(100)})
     path = store.root / "fits/k.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -344,8 +404,8 @@ def test_a_damaged_fit_is_made_again(store: Store, damage: str) -> None:
     else:
         content.clear()
     path.write_bytes(content)
-    assert torch.equal(store.fit("k", lambda: {"w": torch.ones(100)})["w"], torch.ones(100))
-    assert store.fits_made() == ["k", "k"]
+    assert torch.equal(store.fits.get("k", lambda: {"w": torch.ones(100)})["w"], torch.ones(100))
+    assert store.fits.made() == ["k", "k"]
 
 
 def test_threads_that_want_one_fit_wait_for_it(store: Store) -> None:
@@ -353,18 +413,18 @@ def test_threads_that_want_one_fit_wait_for_it(store: Store) -> None:
         time.sleep(0.1)
         return {"w": torch.ones(1)}
 
-    threads = [threading.Thread(target=store.fit, args=("k", make)) for _ in range(4)]
+    threads = [threading.Thread(target=store.fits.get, args=("k", make)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert store.fits_made() == ["k"]
+    assert store.fits.made() == ["k"]
 
 
 def test_a_fit_that_fails_leaves_nothing(store: Store) -> None:
     with pytest.raises(ZeroDivisionError):
-        store.fit("k", lambda: 1 / 0)
-    assert store.fits_made() == []
+        store.fits.get("k", lambda: 1 / 0)
+    assert store.fits.made() == []
     assert not list(store.root.glob("fits/*.safetensors"))
 
 
@@ -379,7 +439,7 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> No
         with pytest.raises(ConfigError, match="can't be written"), claim(Store(root)):
             pass
         with pytest.raises(ConfigError, match="can't be written"):
-            Store(root).fit("k", dict)
+            Store(root).fits.get("k", dict)
 
 
 @pytest.mark.parametrize(("number", "sentence"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "can't be written")])
@@ -393,7 +453,7 @@ def test_a_full_or_read_only_disk_is_one_sentence(
         cell.commit("sparsity", [ROW])
         with monkeypatch.context() as patch:
             patch.setattr(pd.DataFrame, "to_parquet", refuse)
-            patch.setattr(store_module.os, "replace", refuse)
+            patch.setattr(os, "replace", refuse)
             try:
                 cell.commit("quality", [ROW])
             except ConfigError as error:

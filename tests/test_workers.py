@@ -9,16 +9,15 @@ import pytest
 import torch
 from rich.console import Console
 
-import run
 from harness.results.store import Store
 from harness.run import workers
-from harness.run.cell import id_of
 from harness.run.config import CellConfig, check
+from harness.run.overrides import composed, expand, rewrite
 
 
 def cells(*overrides: str) -> list[CellConfig]:
     """Every cell of a sweep, checked."""
-    return [check(run.composed(combination)) for combination in run.expand(run.rewrite(list(overrides), True))]
+    return [check(composed(combination)) for combination in expand(rewrite(list(overrides), True))]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,8 @@ def asked() -> list[CellConfig]:
 def test_dense_cells_come_first_and_cells_of_one_fit_apart(asked: list[CellConfig]) -> None:
     found = workers.ordered(asked)
     assert [cell.method_name for cell in found[:2]] == ["dense", "dense"]
-    assert {id_of(cell) for cell in found} == {id_of(c) for c in asked} | {id_of(c.dense_twin()) for c in asked}
-    assert len({id_of(cell) for cell in found}) == len(found)
+    assert {cell.id for cell in found} == {c.id for c in asked} | {c.dense_cell().id for c in asked}
+    assert len({cell.id for cell in found}) == len(found)
     rest = [(cell.model_name, cell.method_name) for cell in found[2:]]
     assert [model for model, _ in itertools.groupby(rest, key=lambda pair: pair[0])] == [
         "smollm2-135m",
@@ -46,20 +45,20 @@ def test_timed_cells_run_alone_and_what_lacked_memory_runs_again(
 ) -> None:
     timed = cells("method=teal", "sparsity=0.5", "tasks=none", "probe=latency")
     store, runs = Store(tmp_path), []
-    unlucky = id_of(asked[0])
+    unlucky = asked[0].id
 
     def side_by_side(part: list[CellConfig], *facts: object) -> None:
-        runs.append(([id_of(cell) for cell in part], facts[2], facts[3]))
+        runs.append(([cell.id for cell in part], facts[2], facts[3]))
         for cell in part:
-            if id_of(cell) == unlucky and len(runs) == 1:
+            if cell.id == unlucky and len(runs) == 1:
                 with pytest.raises(torch.OutOfMemoryError), store.claim(unlucky, cell.plain, {}):
                     raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(workers, "_side_by_side", side_by_side)
     workers.run_cells([*asked, *timed], store, {"name": "none"}, 8, False, Console(quiet=True))
     (first, many, _), (alone, one, _), (again, few, retry) = runs
-    assert unlucky in first and many == 8 and id_of(timed[0]) not in first
-    assert alone == [id_of(timed[0])] and one == 1
+    assert unlucky in first and many == 8 and timed[0].id not in first
+    assert alone == [timed[0].id] and one == 1
     assert again == [unlucky] and few == max(1, torch.cuda.device_count()) and retry
 
 

@@ -219,6 +219,14 @@ def check_tasks(names: Iterable[str]) -> list[str]:
     return names
 
 
+@cache
+def generates(name: str) -> bool:
+    """Whether a task's answers are generated, not scored. Light: lm-eval's definition is read as text."""
+    said = {f"task: {name}", "output_type: generate_until"}
+    texts = [path.read_text() for path in (_lm_eval_tasks() / _local(name).folder).glob("*.yaml")]
+    return any(said <= {line.strip() for line in text.splitlines()} for text in texts)
+
+
 def split_note(name: str, data: str = "local") -> str:
     """Which split of a task is scored, and what differs from lm-eval's default: for the rows' `split`.
 

@@ -95,10 +95,10 @@ def prefetch() -> Path:
 
 
 def own_text(path: str | Path) -> str:
-    """A user's UTF-8 text file. ConfigError if it does not exist, is empty or is not text."""
+    """A user's UTF-8 text file, less its byte order mark. ConfigError if there is none, or it is empty or no text."""
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"the text file {path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

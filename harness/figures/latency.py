@@ -45,7 +45,9 @@ def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) ->
                 ax.errorbar(cells["speedup"], cells[column], error, **looks[name])
                 for _, cell in cells.iterrows():
                     if (cell["speedup"], cell[column]) in front:
-                        style.note(ax, cell["speedup"], cell[column], f"{cell['sparsity_requested']:.0%}", up=more)
+                        asked = cell["sparsity_requested"]  # none where an error budget or the like settles it
+                        words = "" if pd.isna(asked) else f"{asked:.0%}"
+                        style.note(ax, cell["speedup"], cell[column], words, up=more)
             ax.xaxis.set_major_formatter(style.TIMES)
             style.set_title(ax, title)
         style.quality_axis(axes[0], metric, lines[column])
@@ -111,7 +113,7 @@ def latency_against_load(df: pd.DataFrame, sparsity: float | None = None, limite
     rows = rows[(rows["probe"] == "latency") & rows["execution"].isin([*SKIPPING, "dense"])]
     bandwidth = rows[rows["metric"] == "read_bandwidth"].groupby("cell_id")["value"].mean()
     rows = rows[rows["metric"].isin([TIME_PER_TOKEN, "step_bytes"])]
-    skipping = rows[(rows["execution"] != "dense") & (rows["sparsity_requested"] > 0)]
+    skipping = rows[(rows["execution"] != "dense") & (rows["sparsity_requested"] != 0).fillna(True)]
     skipping, request = select.at_one_request(
         skipping, sparsity, "no time of a kernel, and masked execution says nothing of speed"
     )

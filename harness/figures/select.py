@@ -60,13 +60,17 @@ def _scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_one_request(rows: pd.DataFrame, sparsity: float | None, otherwise: str) -> tuple[pd.DataFrame, float]:
-    """The methods' rows at a requested sparsity: by default the one that most have, of several the nearest to half."""
+    """The methods' rows at a requested sparsity: by default the one that most have, of several the nearest to half.
+
+    Rows of methods that were asked for no sparsity (an error budget, trained routers) are of no other request either.
+    """
     rows = rows[rows["method"] != "dense"]
     if sparsity is None:
         offered = rows[["model", "method", "variant", "sparsity_requested"]].drop_duplicates()
         counts = offered["sparsity_requested"].value_counts()
         sparsity = min(counts.index, key=lambda value: (-counts[value], abs(value - 0.5)), default=math.nan)
-    rows = rows[rows["sparsity_requested"] == sparsity]
+    asked = rows["sparsity_requested"]
+    rows = rows[(asked == sparsity).fillna(False) | asked.isna()]
     need(rows, otherwise)
     return rows, sparsity
 
@@ -97,7 +101,7 @@ def methods(panel: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def by_request(cells: pd.DataFrame) -> pd.DataFrame:
     """One line a requested sparsity, ascending, averaged over seeds."""
-    return cells.groupby("sparsity_requested", as_index=False).mean(numeric_only=True)
+    return cells.groupby("sparsity_requested", as_index=False, dropna=False).mean(numeric_only=True)
 
 
 def panels(frame: pd.DataFrame, keys: Sequence[str]) -> tuple[str, list[tuple[str, pd.DataFrame]]]:

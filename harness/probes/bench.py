@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.model.lm import HarnessLM
     from harness.model.step import Policy
     from harness.model.view import View
-    from harness.results.store import CellView
+    from harness.results.cells import CellView
 
 
 class Config(Protocol):

@@ -23,7 +23,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,11 @@ from harness import claims
 from harness.console import complain, say, stdout
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
-from harness.results.collect import read_rows, read_table, relate, twin_key
+from harness.results.collect import dense_key, read_rows, read_table, relate
+from harness.results.identity import content_key
 from harness.results.rows import COLUMNS, SCHEMA_VERSION
 from harness.results.samples import TEXTS, read_samples, stack
-from harness.results.store import Store, content_key
+from harness.results.store import Store
 
 CELLS = ["cell_id", "status", "message", "started", "ended", "environment", "config"]
 ENDED = ("done", "unsupported")  # what failed is no result: the next sitting runs it again
@@ -77,15 +77,6 @@ def read(root: Path) -> Part:
     return Part(read_table(root / "table.parquet")[list(COLUMNS)], read_samples(root), cells, environments)
 
 
-@cache
-def held(folder: str) -> frozenset[str]:
-    """Ids of the cells that an archive holds. Raises `ConfigError` where there is none."""
-    path = Path(folder) / "cells.parquet"
-    if not path.is_file():
-        raise ConfigError(f"archived names a folder without an archived study: {folder}")
-    return frozenset(pd.read_parquet(path, columns=["cell_id"])["cell_id"])
-
-
 def merge(parts: Sequence[Part]) -> Part:
     """Their whole cells together. Those that failed or are still running are left out."""
     every = pd.concat([part.cells.assign(part=index) for index, part in enumerate(parts)], ignore_index=True)
@@ -113,7 +104,7 @@ def write(roots: Sequence[Path], to: Path) -> dict[str, Any]:
         raise ConfigError(f"no cell in {', '.join(map(str, roots))} is whole")
     configs = whole.cells.set_index("cell_id")["config"]
     rows = whole.rows.sort_values(["cell_id"], kind="stable", ignore_index=True)
-    table = relate(rows, {str(name): twin_key(json.loads(config)) for name, config in configs.items()})
+    table = relate(rows, {str(name): dense_key(json.loads(config)) for name, config in configs.items()})
     texts = {name: whole.samples[name].cat for name in TEXTS}
     ordered = {name: text.reorder_categories(sorted(text.categories)) for name, text in texts.items()}
     samples = whole.samples.assign(**ordered).sort_values("cell_id", kind="stable", ignore_index=True)

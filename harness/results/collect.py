@@ -11,8 +11,10 @@ import pandas as pd
 
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
+from harness.results.cells import STATUS_PROBE, SchemaError
+from harness.results.identity import content_key, measured
 from harness.results.rows import COLUMNS, to_frame, with_engine
-from harness.results.store import STATUS_PROBE, SchemaError, Store, content_key
+from harness.results.store import Store
 
 # Config keys in which a cell and its dense counterpart may differ; all the others must be equal.
 METHOD_KEYS = frozenset({"method", "sparsity", "scope", "phase", "dense_prefix", "calibration"})
@@ -77,9 +79,9 @@ CELL = [
 ]
 
 
-def twin_key(config: Mapping[str, Any]) -> str:
+def dense_key(config: Mapping[str, Any]) -> str:
     """Equal for a cell and its dense counterpart: the config's digest without what belongs to the method."""
-    return content_key({key: value for key, value in config.items() if key not in METHOD_KEYS})
+    return content_key({key: value for key, value in measured(config).items() if key not in METHOD_KEYS})
 
 
 def collect(root: Path | str) -> pd.DataFrame:
@@ -149,10 +151,10 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     return lines.drop(columns="_method").reset_index(drop=True)
 
 
-def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
-    """Add the `DERIVED` columns. `twins`: cell id -> `twin_key` of its config."""
+def relate(rows: pd.DataFrame, dense_keys: Mapping[str, str]) -> pd.DataFrame:
+    """Add the `DERIVED` columns. `dense_keys`: cell id -> `dense_key` of its config."""
     rows = rows.reset_index(drop=True)
-    rows["_twin"] = rows["cell_id"].map(twins).astype("string")
+    rows["_dense_key"] = rows["cell_id"].map(dense_keys).astype("string")
     # Quality of another number of items is another fact; repeats of a timing are not.
     rows["_items"] = rows["n"].where(rows["probe"] == "quality")
     rows["_compiled"] = rows["execution"].isin(COMPILED)
@@ -162,9 +164,9 @@ def relate(rows: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
     beside = _match(rows, dense, ["cell_id", "_compiled", *FACT])
     for policy in (["phase", "dense_prefix"], ["phase"], []):
         dense = rows[measured & (rows["method"] == "dense")]
-        beside = beside.combine_first(_match(rows, dense, ["_twin", "_items", "_compiled", *FACT, *policy]))
+        beside = beside.combine_first(_match(rows, dense, ["_dense_key", "_items", "_compiled", *FACT, *policy]))
 
-    rows = rows.drop(columns=["_twin", "_items", "_compiled"]).join(beside[["dense_cell", "dense_value"]])
+    rows = rows.drop(columns=["_dense_key", "_items", "_compiled"]).join(beside[["dense_cell", "dense_value"]])
     rows["difference"] = rows["value"] - rows["dense_value"]
     rows["ratio"] = (rows["value"] / rows["dense_value"]).where(rows["dense_value"] != 0)
     timed = (rows["probe"] == "latency") & rows["unit"].isin(list(MILLISECONDS))
@@ -194,14 +196,14 @@ def _match(rows: pd.DataFrame, dense: pd.DataFrame, on: list[str]) -> pd.DataFra
 
 
 def read_rows(store: Store) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The rows of all committed probes, and the `twin_key` of each cell."""
-    frames, twins = [], {}
+    """The rows of all committed probes, and the `dense_key` of each cell."""
+    frames, dense_keys = [], {}
     for name in store.cells():
         view = store.view(name)
         probes = view.probes() + ([STATUS_PROBE] if view.done(STATUS_PROBE) else [])
         frames += [view.read(probe) for probe in probes]
-        twins[name] = twin_key(view.config)
-    return (pd.concat(frames, ignore_index=True) if frames else to_frame([])), twins
+        dense_keys[name] = dense_key(view.config)
+    return (pd.concat(frames, ignore_index=True) if frames else to_frame([])), dense_keys
 
 
 def _empty() -> pd.DataFrame:
@@ -254,7 +256,7 @@ def _join_latency(lines: pd.DataFrame, latency: pd.DataFrame) -> pd.DataFrame:
     own = (latency["execution"] != "dense") | (latency["method"] == "dense")
     # Nor are the repeats of its kernel at 0 %, which say what the kernel alone is worth.
     asked = latency["cell_id"].map(lines["sparsity_requested"])
-    own &= (latency["sparsity_requested"] == asked) | asked.isna()
+    own &= (latency["sparsity_requested"] == asked) | (latency["sparsity_requested"].isna() & asked.isna())
     latency = latency[own.fillna(True)]
     rank = latency["execution"].map({"kernel": 0, "dense_slice": 1})
     scale = latency["unit"].map(MILLISECONDS).astype("Float64")

@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "os": platform.platform(),
-        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpu_flags": _cpu_flags(),
         "cores": _cores(),
         "threads": _threads(),
@@ -60,6 +60,12 @@ def environment() -> dict[str, Any]:
         "cuda": _cuda(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's model, as it names itself."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

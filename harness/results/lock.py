@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Lock:
                 )
             me = {
                 "host": socket.gethostname(),
+                "machine": machine(),
                 "pid": os.getpid(),
                 "process_started": _process_start(os.getpid()),
             }
@@ -76,27 +78,49 @@ class Lock:
 
 
 def live_owner(lock: Path, stale_s: float) -> dict[str, Any] | None:
-    """The lock's content while its owner lives, else None."""
+    """The lock's content while its owner lives, else None.
+
+    A process of this machine is looked at; of any other only the heartbeat is known. Whose it is a host's name does not
+    say: containers and clones share names.
+    """
     owner = read_json(lock)
     try:
         age = time.time() - lock.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not owner or age > stale_s:
+    if not owner:
         return None
-    if owner["host"] == socket.gethostname():
-        # Start times tell a dead process from another that was given its number. They are derived from the
-        # wall clock, which may be adjusted, hence the tolerance.
-        started = _process_start(owner["pid"])
-        if started is None or abs(started - owner["process_started"]) > 5.0:
-            return None
-    return owner
+    if owner.get("machine") == machine():
+        # Start times tell a dead process from another that was given its number.
+        return owner if _process_start(owner["pid"]) == owner["process_started"] else None
+    return owner if age <= stale_s else None
+
+
+@cache
+def machine() -> str:
+    """What gives process numbers their meaning: this boot of this machine, and the container's own numbering."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()} {uuid.getnode():x}"
 
 
 def _process_start(pid: int) -> float | None:
-    """Seconds since the epoch; None if there is no such process or only its unreaped remains."""
+    """When a process started; None if there is no such process or only its unreaped remains.
+
+    On Linux in clock ticks since boot, which no change of the clock moves; else in seconds since the epoch.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else float(fields[18])
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    except (OSError, ValueError, IndexError):
+        return None
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time(), 1)
     except psutil.Error:
         return None

@@ -186,7 +186,7 @@ Reader = Callable[[Row, Row, Here], Reading]
 
 def _get(line: Row, name: str) -> float:
     value = line.get(name)
-    return math.nan if value is None else float(value)
+    return math.nan if value is None or pd.isna(value) else float(value)
 
 
 def _accuracy(row: Row, line: Row, here: Here) -> Reading:

@@ -1,4 +1,4 @@
-"""Run one cell: its dense twin first, then every probe that is not committed yet."""
+"""Run one cell: every probe that is not committed yet."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from harness.execution.method import Method
 from harness.model.step import Policy
 from harness.probes.goals import at_level
 from harness.report.tracking import track
+from harness.results.cells import Cell, CellView
 from harness.results.rows import SCHEMA_VERSION
-from harness.results.store import Cell, Store, cell_id
+from harness.results.store import State, Store
 from harness.run import session
-from harness.run.config import CellConfig, build_methods
+from harness.run.config import CellConfig
+from harness.run.nest import build_methods
 from harness.run.scope import to_native, unsolvable
 
 if TYPE_CHECKING:
@@ -34,51 +36,47 @@ def versions(methods: list[Method]) -> dict[str, Any]:
     return {"schema": SCHEMA_VERSION} | {f"method:{m.name}": m.version for m in methods}
 
 
-def id_of(config: CellConfig) -> str:
-    """The cell's id."""
-    return cell_id(config.plain)
+def state_of(config: CellConfig, store: Store) -> State:
+    """What running this cell would do now."""
+    return store.state(config.id, versions(build_methods(config["method"])))
 
 
-def state_of(config: CellConfig, store: Store) -> str:
-    """What running this cell would do now: run, partial, skip, stale, failed, unsupported or locked."""
-    return store.state(id_of(config), versions(build_methods(config["method"])))
-
-
-def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False) -> str:
-    """Do what is missing of a cell. Returns its final state. Errors of the cell are recorded and raised."""
-    state = state_of(config, store)
-    if state in ("skip", "unsupported") or (state == "failed" and not retry):
-        return state
-    twin = None
-    if config.method_name != "dense" and "quality" in config["probe"]["names"]:
-        twin_config = config.dense_twin()
-        if state_of(twin_config, store) != "skip":
-            run_cell(twin_config, store, logger, console, retry=True)
-        twin = store.view(id_of(twin_config))
+def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console) -> str:
+    """Do what is missing of a cell whose dense cell is there. Errors of the cell are recorded and raised."""
     methods = build_methods(config["method"])
-    name = id_of(config)
+    dense = config.dense_cell()
+    name = config.id
     with store.claim(name, config.plain, versions(methods), identity(config, methods)) as cell:
         say(console, name, style="bold")
         with track(name, config.plain, root=store.root, group=logger["group"], logger=logger["name"]) as log:
-            run = Run(config, store, cell, methods, twin, console)
-            for probe in config["probe"]["names"]:
-                importlib.import_module(f"harness.probes.{probe}").run(run)
+            run = Run(config, store, cell, methods, store.view(dense.id) if dense else None, console)
+            try:
+                for probe in config["probe"]["names"]:
+                    importlib.import_module(f"harness.probes.{probe}").run(run)
+            except SystemExit as error:  # a library's; it must not take the other cells with it
+                raise RuntimeError(f"something in it called exit({error.code})") from error
             cell.finish()
             log.log(pd.concat([cell.read(probe) for probe in cell.probes()], ignore_index=True))
     return "done"
 
 
+def record_death(config: CellConfig, store: Store, error: Exception) -> None:
+    """Record why a cell ended whose process is gone and could not do it itself."""
+    methods = build_methods(config["method"])
+    with store.claim(config.id, config.plain, versions(methods), identity(config, methods)) as cell:
+        cell.fail(error)
+
+
 def identity(config: CellConfig, methods: list[Method]) -> dict[str, Any]:
     """Columns that are the same in every row of the cell, where a row does not say otherwise."""
     probe, oracles = config["probe"], [m.name for m in methods if m.oracle]
-    searching = probe["names"] == ["search"]
-    if searching and probe["search"]["knob"] != "sparsity":  # what is searched for is no option that was chosen
+    if config.searching and probe["search"]["knob"] != "sparsity":  # what is searched for is no option that was chosen
         methods = at_level(methods, probe["search"]["knob"], None)
     return {
         "model": config.model_name,
         "method": config.method_name,
         "variant": ";".join(v for v in (m.variant() for m in methods) if v) or None,
-        "sparsity_requested": None if searching else config["sparsity"],
+        "sparsity_requested": config["sparsity"],  # none where something else settles how much is skipped
         "scope": config["scope"],
         "phase": config["phase"],
         "dense_prefix": config["dense_prefix"],
@@ -93,9 +91,15 @@ class Run:
     """One claimed cell: the `harness.probes.bench.Bench` that its probes are given."""
 
     def __init__(
-        self, config: CellConfig, store: Store, cell: Cell, methods: list[Method], twin: Any, console: Console
+        self,
+        config: CellConfig,
+        store: Store,
+        cell: Cell,
+        methods: list[Method],
+        dense: CellView | None,
+        console: Console,
     ) -> None:
-        self.config, self.store, self.cell, self.dense_cell, self.console = config, store, cell, twin, console
+        self.config, self.store, self.cell, self.dense_cell, self.console = config, store, cell, dense, console
         self.methods = methods = [] if config.method_name == "dense" else methods
         self.loaded = session.load(config)
         self.view, self.tokenizer, self.longest = self.loaded.view, self.loaded.tokenizer, self.loaded.max_length

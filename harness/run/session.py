@@ -10,7 +10,7 @@ import gc
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from harness.data import assets, text
+from harness.data import assets, tasks, text
 from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
@@ -27,7 +27,8 @@ from harness.fitting.scratch import Scratch
 from harness.model.families import config_of, view_of
 from harness.model.step import Policy
 from harness.model.view import View
-from harness.results.store import Store, content_key
+from harness.results.identity import content_key
+from harness.results.store import Store
 from harness.run.config import CellConfig
 from harness.training.checkpoints import merge_weights, read_checkpoint, swap_activation
 
@@ -44,23 +45,6 @@ class Loaded:
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}, but no GPU is to be seen")
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and on a CPU with bfloat16 matrix instructions, else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
-
-
 def load(config: CellConfig) -> Loaded:
     """The cell's model, loaded once a process. Raises `ConfigError` where it can't be had."""
     return _load(json.dumps(config["model"], sort_keys=True), config["dtype"], config.device)
@@ -72,11 +56,10 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
 
     gc.collect()  # hooks make a patched model part of a cycle: the one before would stay, with its activations
     model_config = json.loads(model_json)
-    place = pick_device(device)
+    place, wanted = torch.device(device), getattr(torch, dtype)
     source, revision = _source(model_config)
     tokenizer = _tokenizer(model_json)
     adapter = model_config.get("adapter")
-    wanted = pick_dtype(dtype, place)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -133,8 +116,12 @@ def _cannot_load(model: dict[str, Any], error: Exception) -> ConfigError:
     return ConfigError(f"model {model['name']} can't be loaded: {' '.join(str(error).split())[:300]}")
 
 
-def check_texts(config: CellConfig) -> None:
-    """Raise `ConfigError` where a text is shorter than what is asked of it. Loads the tokenizer, not the model."""
+def check_tokens(config: CellConfig) -> None:
+    """Raise `ConfigError` where the tokenizer lacks what the tasks need, or a text is shorter than what is asked of it.
+
+    Loads the tokenizer, not the model.
+    """
+    _check_special(config)
     tokenizer, probe = _tokenizer(json.dumps(config["model"], sort_keys=True)), config["probe"]
     asked = {
         "quality": probe["perplexity"]["windows"],
@@ -148,6 +135,46 @@ def check_texts(config: CellConfig) -> None:
         _calibration_windows(tokenizer, config["calibration"])
     for name in probe["frequency"]["texts"] if "frequency" in probe["names"] else ():
         _calibration_windows(tokenizer, probe["frequency"] | {"path": None, "text": name})
+
+
+def _check_special(config: CellConfig) -> None:
+    """Whether texts can begin and end, and answers of a batch be padded, as lm-eval does it."""
+    names = config["tasks"]["names"] or []
+    if not names or not {"quality", "search"} & set(config["probe"]["names"]):
+        return
+    tokenizer = _tokenizer(json.dumps(config["model"], sort_keys=True))
+    if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {config.model_name} has no token for the beginning or the end of a text, which tasks "
+            "need: name one in its tokenizer_config.json (eos_token)"
+        )
+    generated = [name for name in names if tasks.generates(name)]
+    if not generated:
+        return
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {config.model_name} has no token for the end of a text (eos_token), by which the "
+            f"answers of {generated[0]} end: name one in its tokenizer_config.json"
+        )
+    padding = next(t for t in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if t is not None)
+    size = _vocabulary(config["model"])
+    if padding >= size:
+        raise ConfigError(
+            f"the tokenizer of {config.model_name} pads with token {padding}, but the model knows {size} tokens only: "
+            "name another pad_token in its tokenizer_config.json"
+        )
+
+
+def _vocabulary(model: dict[str, Any]) -> int:
+    """How many tokens the model has embeddings for, as its config says."""
+    from transformers import AutoConfig
+
+    source, revision = _source(model)
+    try:
+        found = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model, error) from error
+    return int(found.get_text_config().vocab_size)
 
 
 def evaluation_windows(loaded: Loaded, perplexity: dict[str, Any], count: int) -> text.Windows:
@@ -182,7 +209,8 @@ def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: 
 def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> list[tuple[Method, State]]:
     """Every nested method with its state, each fitted while the ones outside it are attached.
 
-    A fit is identified by the model, the text, the methods outside and the method's own fit key.
+    A fit is identified by whatever its numbers come from: the model, its dtype and the processor, the text, the
+    methods outside with all of their options, and the method's own fit key.
     """
     view, done = loaded.view, []
     outer: list[Any] = []
@@ -190,29 +218,32 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
         stack.enter_context(view.tracker.tracking(Policy()))
         for method in methods:
             state: State = {}
-            key_facts = {
-                "model": view.fingerprint,
-                "dtype": str(view.dtype),
-                "data": config["calibration"],
-                "outer": list(outer),
-                "fit": method.fit_key(),
-            }
             if method.needs != "nothing":
-                nest = content_key({k: key_facts[k] for k in ("model", "dtype", "data", "outer")})
-                if nest not in loaded.calibrations:
-                    windows = calibration_windows(loaded, config["calibration"])
-                    loaded.calibrations = {
-                        nest: Calibration(view, windows.split(4))
-                    }  # one at a time: it holds activations
-                calibration = loaded.calibrations[nest]
-                digest = hashlib.sha256(torch.cat(calibration.batches).cpu().numpy().tobytes()).hexdigest()
-                key = content_key(key_facts | {"tokens": digest})
+                calibration, text_facts = _calibration(loaded, config, outer)
+                key = content_key(text_facts | {"fit": method.fit_key()})
                 calibration.scratch = Scratch(store.root / "fits" / f"{key}.layers")
-                state = store.fit(key, lambda m=method, c=calibration: m.fit(view, c))
+                state = store.fits.get(key, lambda m=method, c=calibration: m.fit(view, c))
                 calibration.scratch.clear()
                 if view.device.type == "cuda":  # there a pass is quick, and gigabytes are what other processes lack
                     calibration.forget()
             done.append((method, state))
-            outer.append(method.fit_key() | {"sparsity": method.sparsity})
+            outer.append({"method": method.name, "version": method.version} | asdict(method))
             stack.enter_context(method.attach(view, state))
     return done
+
+
+def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[Calibration, dict[str, Any]]:
+    """Calibration text as it passes through the model with the methods outside, and what identifies that."""
+    view = loaded.view
+    windows = calibration_windows(loaded, config["calibration"])
+    facts = {
+        "model": view.fingerprint,
+        "dtype": str(view.dtype),
+        "processor": config["processor"] if config["device"] == "cuda" else "cpu",
+        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "outer": list(outer),
+    }
+    nest = content_key(facts)
+    if nest not in loaded.calibrations:  # one at a time: it holds activations
+        loaded.calibrations = {nest: Calibration(view, windows.split(4))}
+    return loaded.calibrations[nest], facts

@@ -30,6 +30,7 @@ from harness.results.limited import limited, marked
 
 __all__ = ["measure", "run", "variants"]
 
+LIKELY = 0.5  # share to tune kernels for, where an error budget or trained routers settle it
 WINDOWS = 4  # of the held-out text: what prompts are cut from
 
 
@@ -38,7 +39,8 @@ def run(bench: Bench) -> None:
 
     def make() -> tuple[list[Row]]:
         view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS).tokens
-        plan = variants(view, bench.fitted, bench.policy, bench.config["sparsity"], settings, windows)
+        asked = bench.config["sparsity"]
+        plan = variants(view, bench.fitted, bench.policy, LIKELY if asked is None else asked, settings, windows)
         return (marked(measure(view, plan, windows, settings), limited(settings["repeats"], "rounds")),)
 
     bench.commit("latency", make)

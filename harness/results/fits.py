@@ -1,0 +1,77 @@
+"""Fits on disk: what a method learnt from calibration text, in `<root>/fits/<key>.safetensors`.
+
+The key is a hash of what the fit depends on, so one fit serves every cell of a sweep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from harness.files import place_errors, write_atomic
+
+
+class Fits:
+    """The fits in `folder`. Nothing is written before the first is made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the fit stored under `key`, made with `make` if it isn't there or is damaged.
+
+        `key`: from `content_key`. Tensors come back on the CPU. A second process asking for the same key
+        waits for the first. Scalars must be 0-d tensors; an empty dict is a fit too.
+        """
+        path = self.folder / f"{key}.safetensors"
+        with place_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            guard = FileLock(path.with_suffix(".lock"))
+            guard.acquire()  # the kernel frees it if this process is killed
+        try:
+            stored = _load(path)
+            if stored is not None:
+                return stored
+            state = owned(make())
+            with place_errors(path):
+                write_atomic(path, save(state, metadata={"digest": _digest(state)}))
+                with open(self.folder / "made.log", "a") as log:
+                    log.write(f"{key}\n")
+            return state
+        finally:
+            guard.release()
+
+    def made(self) -> list[str]:
+        """Keys of all fits ever made here, in order, a key once for each time that it was made."""
+        log = self.folder / "made.log"
+        return log.read_text().split() if log.exists() else []
+
+
+def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory: safetensors refuses views of one storage."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    """The stored tensors; None if the file is missing, cut short or altered."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+        state = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return state if _digest(state) == digest else None
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save(dict(sorted(state.items())))).hexdigest()

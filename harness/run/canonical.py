@@ -1,0 +1,163 @@
+"""The facts of a cell written one way: whatever can change its numbers, resolved, and nothing else.
+
+Two spellings of one cell come out equal, so they share its id; what is left to the machine (auto) or to a file (a path)
+is replaced by what it comes to.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.data.assets import model_fingerprint
+from harness.errors import ConfigError
+from harness.run import machine
+from harness.run.checks import CHECKPOINTS, listed
+from harness.run.nest import build_methods, keeps_natural, reads_level
+
+if TYPE_CHECKING:
+    from harness.execution.method import Method
+
+DENSE = {"dense": {"_target_": "methods.dense.Dense", "sparsity": 0.0}}
+OWN_KEYS = ("search", "frequency")  # keys of probe that only the probe of that name reads: no part of other cells
+TIMED = ("latency",)  # probes whose numbers are times
+# Of a model's folder: what turns text into tokens, and what shapes generated answers.
+TEXT_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+)
+AUTHORSHIP = ("transformers_version", "_name_or_path", "name_or_path", "_from_model_config")  # no part of a model
+
+
+def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts written one way. Canonical facts come out as they are."""
+    cfg = dict(cfg)
+    methods = build_methods(cfg["method"])
+    if cfg["phase"] == "auto":
+        allowed = set(methods[0].phases).intersection(*(m.phases for m in methods))
+        cfg["phase"] = next((p for p in methods[0].phases if p in allowed), methods[0].phases[0])
+    if list(cfg["method"]) == ["dense"]:
+        cfg |= {"sparsity": 0.0, "scope": "native", "dense_prefix": 0, "method": DENSE}
+        methods = []
+    else:
+        cfg |= _requested(cfg, methods)
+    if all(m.needs == "nothing" for m in methods):
+        cfg["calibration"] = None
+    if "processor" not in cfg:
+        device, index = machine.pick_device(str(cfg["device"]))
+        timed = bool(set(TIMED) & set(cfg["probe"]["names"]))
+        cfg |= {"device": device, "dtype": machine.pick_dtype(cfg["dtype"], device)}
+        cfg["processor"] = machine.processor(device, index, timed)
+    cfg["model"] = _model(cfg["model"])
+    if cfg["calibration"] is not None:
+        cfg["calibration"] = _with_hash(cfg["calibration"])
+    cfg["probe"] = _probe(cfg["probe"]) | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
+    return cfg
+
+
+def _requested(cfg: Mapping[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
+    """sparsity and method: without numbers that nothing reads."""
+    sparsity = None if cfg["sparsity"] is None else float(cfg["sparsity"])
+    searching = cfg["probe"]["names"] == ["search"]  # and nothing else: the cell of all levels up to the highest
+    if searching or not reads_level(methods):
+        sparsity = None
+    level, knob = sparsity, None
+    if searching:
+        knob, high = cfg["probe"]["search"]["knob"], cfg["probe"]["search"]["high"]
+        level = high if knob == "sparsity" else 0.0
+    nest = {}
+    for (name, options), method in zip(cfg["method"].items(), methods, strict=True):
+        nest[name] = options | {"sparsity": 0.0 if keeps_natural(method, methods) else level}
+    if knob is not None:
+        inner = list(nest)[-1]
+        nest[inner] = nest[inner] | {knob: high}
+    return {"sparsity": sparsity, "method": nest}
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A path does not say what lies there: another tokenizer, or other weights, make another cell."""
+    model = dict(model)
+    if model["path"] is not None:
+        folder = Path(model["path"])
+        model |= {"fingerprint": model_fingerprint(folder), "text": text_fingerprint(folder)}
+        if model["name"] is None:
+            model["name"] = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+    elif model["source"] == "hub":
+        model["revision"] = _commit(model)
+    if model.get("adapter"):  # its shards' hashes are in the record
+        record = CHECKPOINTS / model["adapter"] / "adapter.json"
+        record = record if record.is_file() else Path(model["adapter"]) / "adapter.json"
+        model["fingerprint"] = hashlib.sha256(record.read_bytes()).hexdigest()
+    return model
+
+
+def text_fingerprint(folder: Path) -> str:
+    """sha256 (hex) over the `TEXT_FILES` of a Hugging Face model folder, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern) if path.is_file()}):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            content = _facts(content)
+        digest.update(f"{path.name} {hashlib.sha256(content).hexdigest()} ".encode())
+    return digest.hexdigest()
+
+
+def _facts(content: bytes) -> bytes:
+    """JSON without who wrote it, and however it is laid out."""
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return content
+    if isinstance(facts, dict):
+        facts = {key: value for key, value in facts.items() if key not in AUTHORSHIP}
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def _commit(model: Mapping[str, Any]) -> str:
+    """A branch or a tag moves: the commit that it names now, as the cache has it, else the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repo, revision = model["repo"], model["revision"] or "main"
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    try:
+        return str(HfApi().model_info(repo, revision=revision).sha)
+    except Exception as error:  # the network's, the hub's or the user's
+        raise ConfigError(f"the commit of {repo} at revision {revision} can't be found: {error}") from error
+
+
+def _probe(probe: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys of probes that are not run, or that their target does not read."""
+    found = {key: value for key, value in probe.items() if key not in OWN_KEYS or key in probe["names"]}
+    if "search" in found:
+        unread = "keep" if found["search"]["target"] == "ppl_increase" else "percent"
+        found["search"] = {key: value for key, value in found["search"].items() if key != unread}
+        if "percent" in found["search"]:
+            found["search"]["percent"] = [float(p) for p in listed(found["search"]["percent"], "percent")]
+    if "frequency" in found:
+        found["frequency"] = found["frequency"] | {"texts": listed(found["frequency"]["texts"], "texts")}
+    return found
+
+
+def _with_hash(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A text's config with the hash of the user's own file, if it is one, as it is read: less a byte order mark."""
+    if text["path"] is None:
+        return dict(text)
+    content = Path(text["path"]).read_bytes().removeprefix(codecs.BOM_UTF8)
+    return dict(text) | {"sha256": hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,89 @@
+"""Run what a plan lacks in this process, one cell after the other, and say how everything ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from harness.console import say, sentence
+from harness.errors import AssetError, ConfigError, UnsupportedError
+from harness.progress import quiet_libraries
+from harness.results.cells import CellView
+from harness.results.lock import LockedError
+from harness.results.store import Store
+from harness.run.cell import run_cell, state_of
+from harness.run.config import CellConfig
+from harness.run.plan import NEEDS_RUN
+
+POLL_S = 0.5
+NO_DENSE = "not run: what it is compared with (its dense cell) has no results"
+
+
+class DenseError(RuntimeError):
+    """The dense cell that a cell is compared with has no results."""
+
+
+def run_all(
+    cells: Iterable[CellConfig], store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False
+) -> None:
+    """Do what is missing of each cell. A cell that fails is recorded and does not stop the others.
+
+    What the user must mend (`ConfigError`, `AssetError`: a full disk, a model that can't be read) ends it.
+    """
+    for cell in cells:
+        attempt(cell, store, logger, console, retry)
+
+
+def attempt(
+    cell: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False
+) -> tuple[str, str | None]:
+    """Do what is missing of a cell, and of its dense cell before; returns how it ended, in a word and in words."""
+    state = state_of(cell, store)
+    if state in ("skip", "unsupported") or (state == "failed" and not retry):
+        return state, None
+    quiet_libraries()
+    try:
+        _dense_first(cell, store, logger, console)
+        return run_cell(cell, store, logger, console), None
+    except (ConfigError, AssetError):
+        raise
+    except UnsupportedError as error:
+        state, style = "unsupported", "yellow"
+        message = sentence(error)
+    except LockedError as error:
+        state, style = "locked", "yellow"
+        message = sentence(error)
+    except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
+        state, style = "failed", "red"
+        message = sentence(error) if isinstance(error, DenseError) else f"{type(error).__name__}: {sentence(error)}"
+    say(console, f"  {state}: {message}", style=style)
+    return state, message
+
+
+def _dense_first(cell: CellConfig, store: Store, logger: Mapping[str, Any], console: Console) -> None:
+    """Have the dense cell's results there: wait while another process makes them, make them where nobody does."""
+    dense = cell.dense_cell()
+    if dense is None:
+        return
+    while (state := state_of(dense, store)) != "skip":
+        if state == "locked":
+            time.sleep(POLL_S)
+        elif state in NEEDS_RUN:
+            attempt(dense, store, logger, console)
+        else:  # it has failed, and would fail again for every cell that needs it
+            raise DenseError(f"{NO_DENSE}: {dense.id}")
+
+
+def outcome(cell: CellView) -> tuple[str, str]:
+    """How a cell ended, and in which words."""
+    status = cell.status
+    if not status:
+        return "failed", NO_DENSE
+    if status["status"] == "running":
+        if (cell.path / "lock.json").exists():
+            return "locked", "another process is at work on it"
+        return "failed", "ended early: the same command goes on from there"
+    return status["status"], status.get("message", "")

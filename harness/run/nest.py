@@ -1,0 +1,51 @@
+"""The methods of a cell, built from its config, and whether the requested sparsity says anything about them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import ConfigError
+from harness.run.checks import did_you_mean
+
+if TYPE_CHECKING:
+    from harness.execution.method import Method
+
+UNREAD = 0.5  # of a method that does not read its sparsity, but for 0, which may mean off
+
+
+def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """Build the nested methods, outermost first. Raises `ConfigError` for an option that a method does not have.
+
+    A sparsity of None is that of a method which something else settles.
+    """
+    methods = []
+    for name, options in config.items():
+        module, _, cls = str(options["_target_"]).rpartition(".")
+        factory = getattr(importlib.import_module(module), cls)
+        known = [field.name for field in fields(factory)]
+        given = {key: value for key, value in options.items() if key != "_target_"}
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"method {name} has no option {key!r}{did_you_mean(key, known)}")
+        if "sparsity" in given and given["sparsity"] is None:
+            given["sparsity"] = UNREAD
+        try:
+            methods.append(factory(**given))
+        except TypeError as error:
+            raise ConfigError(f"method {name}: {error}") from error
+    # In a nest the requested sparsity is for the innermost method; a swap outside of it keeps its natural zeros.
+    return [replace(m, sparsity=0.0) if keeps_natural(m, methods) else m for m in methods]
+
+
+def keeps_natural(method: Method, methods: Sequence[Method]) -> bool:
+    """Whether it is a swap outside of another method, which no requested sparsity reaches."""
+    return method.swap and method is not methods[-1]
+
+
+def reads_level(methods: Sequence[Method]) -> bool:
+    """Whether the requested sparsity settles anything: a level, or that nothing is skipped at 0."""
+    asked = [m for m in methods if not keeps_natural(m, methods)]
+    return any(m.has_level for m in asked) or all(m.sparsity == 0 and not m.sites for m in asked)
