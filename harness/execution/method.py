@@ -81,15 +81,15 @@ class Method:
         A channel site skips columns of its projections; neurons skip rows of gate and up (of up alone where the
         decision reads the whole gate) and columns of down; heads skip rows of q and columns of o.
         """
-        found: set[str] = set()
+        skipped: set[str] = set()
         for site, sees in self.sites.items():
             if site == "neurons":
-                found |= {"up", "down"} if sees == GATE else {"gate", "up", "down"}
+                skipped |= {"up", "down"} if sees == GATE else {"gate", "up", "down"}
             elif site == "heads":
-                found |= {"q", "o"}
+                skipped |= {"q", "o"}
             else:
-                found |= set(PROJECTIONS[site])
-        return frozenset(found)
+                skipped |= set(PROJECTIONS[site])
+        return frozenset(skipped)
 
     def refusal(self, view: View) -> str | None:
         """One sentence why it can't run on this model, by what the model rules out or by its own word, or None."""

@@ -27,12 +27,11 @@ from harness.fitting.scratch import Scratch
 from harness.model.families import config_of, view_of
 from harness.model.step import Policy
 from harness.model.view import View
+from harness.probes import latency
 from harness.results.identity import content_key
 from harness.results.store import Store
 from harness.run.config import CellConfig
 from harness.training.checkpoints import merge_weights, read_checkpoint, swap_activation
-
-LATENCY_WINDOWS = 4  # of the perplexity text: what prompts to time are cut from
 
 
 @dataclass(eq=False)
@@ -126,7 +125,7 @@ def check_tokens(config: CellConfig) -> None:
     asked = {
         "quality": probe["perplexity"]["windows"],
         "sparsity": probe["sparsity"]["windows"],
-        "latency": LATENCY_WINDOWS,
+        "latency": latency.WINDOWS,
         "search": probe["perplexity"]["windows"],
     }
     for name in set(asked).intersection(probe["names"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def measure(view: View, variants: Sequence[Variant], windows: Tensor, config: Ma
             timed = [variant for variant in variants if variant.decoder is None or batch == 1]
             timings, others, memory = timed_rounds(view, timed, prompt, config)
             point = Point(batch, context, timed, timings, others.words(), bandwidth, memory)
-            rows.append(disturbance_row(point, others))
+            rows += disturbance_rows(point, others)
             for variant, timing in zip(timed, timings, strict=True):
                 union = variant.union(prompt) if variant.union is not None and batch <= kernels.MAX_ROWS else None
                 rows += rows_of(view, point, variant, timing, union)
@@ -146,9 +147,10 @@ def baselines(point: Point, variant: Variant) -> dict[str, Timing]:
     return compared | ({"time_ratio_eager": point.first("eager")} if compiled else {})
 
 
-def disturbance_row(point: Point, others: Watch) -> Row:
-    """What other processes took while a grid point was timed: mean cores, or most processes on the GPU."""
+def disturbance_rows(point: Point, others: Watch) -> list[Row]:
+    """What other processes took while a grid point was timed: mean cores, or most processes on the GPU, if known."""
     value = others.most if others.unit == "processes" else others.mean
     row = {"probe": "latency", "execution": "dense", "batch": point.batch, "context": point.context}
     row |= {"step_phase": "decode", "message": point.disturbed}
-    return row | {"metric": "disturbance", "value": value, "unit": others.unit, "n": len(others.looks)}
+    row |= {"metric": "disturbance", "value": value, "unit": others.unit, "n": len(others.looks)}
+    return [] if math.isnan(value) else [row]

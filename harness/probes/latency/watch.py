@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -50,12 +51,15 @@ class Watch:
 
     @property
     def most(self) -> float:
-        """The most that was seen; of cores in a look of full length, since clocks tick too coarsely for a short one."""
+        """The most that was seen, NaN if a look failed. Cores are of looks of full length: clocks tick too coarsely."""
         least = 0.0 if self.unit == "processes" else self.every
-        return max((seen for length, seen in self.looks if length >= least), default=self.mean)
+        seen = [seen for length, seen in self.looks if length >= least]
+        return math.nan if any(map(math.isnan, seen)) else max(seen, default=self.mean)
 
     def words(self) -> str | None:
         """Who disturbed the run, or None."""
+        if math.isnan(self.most):
+            return "whether others used the GPU can't be told: nvidia-smi does not run here"
         if self.unit == "processes":
             return f"{self.most:.0f} other processes on the GPU" if self.most else None
         if self.mean <= CORES and self.most <= 2 * CORES:
@@ -93,7 +97,7 @@ class CpuNeighbours:
 
 
 def gpu_neighbours(device: torch.device) -> float:
-    """Other processes that compute on the GPU at this moment, as far as nvidia-smi tells."""
+    """Other processes that compute on the GPU at this moment, by nvidia-smi; NaN where it does not run."""
     this = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
         listed = subprocess.run(
@@ -101,9 +105,10 @@ def gpu_neighbours(device: torch.device) -> float:
             capture_output=True,
             text=True,
             timeout=10,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
-        return 0.0
+        return math.nan
     return float(len({int(pid) for pid in listed.split() if pid.isdigit()} - {os.getpid()}))
 
 

@@ -1,0 +1,255 @@
+"""Latency as rows: what ran, beside which dense run, and what a table makes of it."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+import kernels
+from harness.execution.check import NoKernelRanError, check_kernels
+from harness.execution.layouts import own_gemv
+from harness.probes.latency import reads, timing
+from harness.probes.latency import rows as latency_rows
+from harness.probes.latency.timing import Timing
+from harness.probes.latency.variants import Variant
+from harness.results.collect import headline, relate, time_ratios
+from harness.results.rows import make_row, to_frame, with_engine
+from methods.dense import Dense
+from methods.griffin import Griffin
+from methods.kv_skip import KvSkip
+from methods.teal import Teal
+from tests import tiny
+from tests.timed import fitted_teal, planned
+
+
+@pytest.fixture(scope="module")
+def teal():
+    return fitted_teal()
+
+
+def test_roofline_counts_kept_weights_head_and_cache():
+    view = tiny.view("llama")
+    head = view.model.get_output_embeddings().weight.numel()
+    blocks = view.block_weights * view.n_layers
+    assert reads.step_bytes(view, 1.0, 1, 0) == 4 * (blocks + head)
+    assert reads.step_bytes(view, 0.5, 2, 10) == 4 * (blocks / 2 + head + 2 * 2 * 10 * 2 * 16 * 3)
+
+
+def cell(*runs) -> pd.DataFrame:
+    """A cell's latency rows: (execution, variant, sparsity, seconds a token)."""
+    rows = []
+    for execution, variant, sparsity, seconds in runs:
+        rows.append(
+            make_row(
+                cell_id="c",
+                model="m",
+                method="teal",
+                phase="all",
+                probe="latency",
+                execution=execution,
+                variant=variant,
+                sparsity_requested=sparsity,
+                metric="tpot_median",
+                value=seconds,
+                unit="s",
+                n=9,
+                batch=1,
+                context=16,
+            )  # fmt: skip
+        )
+    return relate(to_frame(rows), {})
+
+
+def test_a_better_gemv_is_never_sold_as_sparsity():
+    """The headline compares the method with the strongest dense run, and never shows its kernel at 0 % as it."""
+    table = cell(
+        ("dense", None, 0.5, 0.4),
+        ("dense", "tuned GEMV", 0.5, 0.2),
+        ("kernel", None, 0.0, 0.1),
+        ("kernel", None, 0.5, 0.16),
+    )
+    line = headline(table).iloc[0]
+    assert line["tpot_ms"] == pytest.approx(160)
+    assert line["speedup"] == pytest.approx(0.2 / 0.16)
+
+
+def test_eager_and_compiled_never_meet():
+    """Neither a baseline nor a headline crosses over, whichever is faster."""
+    table = cell(
+        ("dense", None, 0.5, 0.4),
+        ("kernel", None, 0.5, 0.2),
+        ("dense_compiled", None, 0.5, 0.15),
+        ("kernel_compiled", None, 0.0, 0.12),
+        ("kernel_compiled", None, 0.5, 0.1),
+    )
+    speedup = dict(zip(zip(table["execution"], table["sparsity_requested"]), table["speedup"]))
+    assert speedup["kernel", 0.5] == pytest.approx(2) and speedup["kernel_compiled", 0.5] == pytest.approx(1.5)
+    line = headline(table).iloc[0]
+    assert (line["execution"], line["tpot_ms"], line["speedup"]) == ("kernel", 200, pytest.approx(2))
+
+
+def test_a_dense_cells_time_is_its_fastest():
+    """Its rows tell the library's step and the tuned one; which comes first must not matter."""
+    rows = cell(("dense", None, 0.0, 0.4), ("dense", "tuned GEMV", 0.0, 0.2)).assign(method="dense")
+    assert headline(rows).iloc[0]["tpot_ms"] == pytest.approx(200)
+
+
+def test_claims_compare_within_an_engine_and_take_older_cells_as_they_are():
+    row = {"execution": "kernel", "value": 1.0, "batch": 1}
+    rows = pd.DataFrame(
+        [
+            row | {"cell_id": "new", "metric": "time_ratio", "value": 0.3},
+            row | {"cell_id": "new", "metric": "time_ratio_engine", "value": 1.2},
+            row | {"cell_id": "old", "metric": "time_ratio", "value": 1.5},
+            row | {"cell_id": "old", "metric": "tpot_median", "value": 0.1},
+        ]
+    )
+    assert list(time_ratios(rows)["value"]) == [1.2, 1.5]
+
+
+def test_a_table_from_before_engines_were_told_is_read():
+    """On a GPU a cell ran in CUDA graphs, or it had an ideal slice beside its eager kernels."""
+
+    def one(cell_id, execution, device="NVIDIA H100", **more):
+        facts = {"metric": "tpot_median", "value": 1.0, "unit": "s", "n": 1, "probe": "latency", "batch": 1} | more
+        return make_row(cell_id=cell_id, execution=execution, device=device, **facts)
+
+    rows = [
+        *(one("fused", "dense", variant=v) for v in (None, "tuned GEMV")),
+        one("fused", "kernel"),
+        *(one("module", "dense", variant=v) for v in (None, "tuned GEMV")),
+        one("module", "dense_slice"),
+        one("dense", "dense"),
+        one("cpu", "dense", "cpu: a", variant="tuned GEMV"),
+        one("cpu", "kernel_compiled", "cpu: a"),
+        one("cpu", "dense", "cpu: a", metric="read_bandwidth", batch=None),
+        one("cpu", "masked", "cpu: a", probe="quality"),
+    ]
+    read = with_engine(to_frame(rows).drop(columns="engine"))
+    assert list(read.columns) == list(to_frame(rows).columns)
+    expected = [*["graph"] * 3, *["eager"] * 5, "compiled", None, None]
+    assert [None if pd.isna(e) else e for e in read["engine"]] == expected
+    assert with_engine(read) is read
+
+
+def test_masked_time_is_no_speedup():
+    line = headline(cell(("dense", None, 0.5, 0.4), ("masked", None, 0.5, 0.1))).iloc[0]
+    assert line["execution"] == "masked"
+    assert pd.isna(line.get("speedup"))
+
+
+def point(*runs):
+    """A grid point: (execution, engine, tuned, seconds a step)."""
+    variants, timings = [], []
+    for execution, engine, tuned, seconds in runs:
+        decoder = torch.nn.Linear(1, 1) if engine == "compiled" else None
+        columns = {"variant": "tuned GEMV"} if tuned else {}
+        variants.append(Variant(execution, columns=columns, captured=engine == "graph", decoder=decoder))
+        timings.append(Timing([0.1], [seconds], [seconds]))
+    return latency_rows.Point(1, 16, variants, timings, None, 1e9, "resident_memory")
+
+
+def ratios(at, place):
+    compared = latency_rows.baselines(at, at.variants[place])
+    return {metric: timing.ratio(base, at.timings[place]) for metric, base in compared.items()}
+
+
+def test_the_strongest_dense_run_is_everybodys_baseline_whatever_its_engine():
+    """On a GPU a method that decides on the host is eager; the dense graph beside it is what it must beat."""
+    at = point(
+        ("dense", "eager", False, 8.0),
+        ("dense", "eager", True, 6.0),
+        ("dense", "graph", False, 2.0),
+        ("dense", "graph", True, 1.0),
+        ("kernel", "eager", False, 4.0),
+        ("kernel", "graph", False, 0.5),
+        ("dense_compiled", "compiled", False, 0.25),
+        ("kernel_compiled", "compiled", False, 0.125),
+    )
+    assert ratios(at, 4) == {"time_ratio": 0.25, "time_ratio_engine": 1.5, "time_ratio_library": 2.0}
+    assert ratios(at, 5) == {"time_ratio": 2.0, "time_ratio_engine": 2.0, "time_ratio_library": 4.0}
+    compiled = {"time_ratio": 2.0, "time_ratio_engine": 2.0, "time_ratio_library": 2.0, "time_ratio_eager": 64.0}
+    assert ratios(at, 7) == compiled
+
+
+def test_every_cell_of_a_model_has_the_same_dense_baselines(teal):
+    view, fitted = teal
+    plans_of = (
+        planned(view, fitted),
+        planned(view, fitted, "masked"),
+        planned(view, [(Dense(), {})]),
+        planned(view, [(KvSkip(0.5, unit="group"), {})]),
+    )
+    wanted = [("dense", "eager", {}), ("dense", "eager", {"variant": "tuned GEMV"})]
+    for plan in plans_of:
+        assert [(v.execution, v.engine, v.columns) for v in plan if v.dense] == wanted
+
+
+@pytest.fixture(params=["no compiler", "float16"])
+def no_kernels(request, monkeypatch):
+    """A model on a machine where torch's operators run in every kernel's place."""
+    view = tiny.view("llama")
+    method = Teal(0.5)
+    state = method.fit(view, tiny.calibration(view))
+    if request.param == "float16":
+        view.model.half()
+        return view, [(method, state)]
+    monkeypatch.setattr("kernels.ops.cpu_extension", lambda: False)
+    for name in ("column_gemv", "column_gemv_index", "dense_gemv", "dense_gemv_rows", "row_gemv_index"):
+        monkeypatch.setattr(kernels, name, getattr(torch.ops.dynact, f"_torch_{name}").default)
+    return view, [(method, state)]
+
+
+def test_kernel_execution_is_never_written_where_no_kernel_ran(no_kernels):
+    view, fitted = no_kernels
+    with pytest.raises(NoKernelRanError, match="no kernel ran for teal: on this machine torch's own operators"):
+        planned(view, fitted, "kernel")
+    plan = planned(view, fitted, "auto")
+    assert [v.execution for v in plan] == ["dense", "masked"], "no tuned GEMV either"
+    assert "no kernel ran for teal" in plan[1].columns["message"]
+
+
+def test_a_check_says_which_projections_a_kernel_computed(teal, monkeypatch):
+    """One projection off the fast path is not counted among them."""
+    view, fitted = teal
+    right, off = kernels.column_gemv, torch.ops.dynact._torch_column_gemv.default
+
+    def column_gemv(x, wt, t, bias=None):
+        return (off if len(wt) == view.d_ff else right)(x, wt, t, bias)
+
+    monkeypatch.setattr(kernels, "column_gemv", column_gemv)
+    check = check_kernels(view, fitted, tiny.tokens(1, 20))
+    assert check.masked == {"down"} and check.ran == {"q", "k", "v", "o", "gate", "up"}
+    assert "no kernel for down" in planned(view, fitted)[3].columns["message"]
+
+
+def test_the_ideal_slice_leaves_out_what_the_methods_own_sites_allow(monkeypatch):
+    """A method that skips in the MLP is not compared with a slice of the attention."""
+    view = tiny.view("llama")
+    method = Griffin(0.5)
+    timed = planned(view, [(method, {})], phase="decode")
+    kernel, ceiling = timed[3], timed[4]
+    assert ceiling.reads == pytest.approx(kernel.reads), "as many bytes as the method, without choosing them"
+    read: list[int] = []
+    dense = kernels.dense_gemv
+    monkeypatch.setattr(kernels, "dense_gemv", lambda x, wt, b=None: read.append(len(wt)) or dense(x, wt, b))
+    with ceiling.attach():
+        for _, module in view.blocks[0].projections():
+            module(torch.zeros(1, 1, module.in_features))
+    names, whole = zip(*((name, module.in_features) for name, module in view.blocks[0].projections()))
+    assert {n for n, part, all_ in zip(names, read, whole) if part < all_} == {"gate", "up", "down"}
+    assert read[names.index("gate")] == pytest.approx(0.5 * whole[names.index("gate")], abs=2)
+    assert reads.ideal_slice(view, [(method, {})], 0.0) == {}
+
+
+def test_the_kernel_at_zero_reads_everything_also_where_a_relu_made_zeros():
+    """What a zero channel's weights hold shows in the result: NaN if they are read."""
+    view = tiny.view("llama")
+    with torch.no_grad(), own_gemv(view, limits={}):
+        down = view.blocks[0].down
+        down.weight.data[:, 3] = torch.nan
+        x = torch.ones(1, 1, view.d_ff)
+        x[..., 3] = 0
+        assert down(x).isnan().all()
+        assert down(x.repeat(2, 1, 1)).isnan().all(), "a batch too"
