@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from harness.claims.study import COUNTERPARTS
+from harness.claims.pairs import COUNTERPARTS
 from harness.errors import ConfigError, UnsupportedError
 from harness.model.families import ADAPTERS, view_of
 from harness.model.families.fused import SplitLinear

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from harness import figures
-from harness.claims.study import sparsity_pairs
+from harness.claims.pairs import sparsity_pairs
 from harness.errors import ConfigError
 from harness.figures import select, style
 from harness.figures.latency import frontier

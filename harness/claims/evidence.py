@@ -1,26 +1,36 @@
-"""What a claim is, and the evidence for it."""
+"""What a claim is, the evidence for it, and how far it reaches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.claims.pairs import lineage
 from harness.claims.study import Study
 from harness.results import stats
 
-ALPHA = 0.05  # of the family of claims, by Holm
-ENOUGH = 5  # items; fewer say nothing
+ALPHA = 0.05  # of the family of tests, by Holm
+LEVELS = {  # what a verdict holds for
+    "measured": "for what was measured, and nothing beyond it",
+    "items": "on other items and text like these, for these models as they were trained",
+    "seeds": "over training seeds of these models",
+    "models": "over models like these",
+}
 
 
 @dataclass(frozen=True)
 class Evidence:
     """values, reference: [n], above zero in the difference supports the claim.
 
-    able: None, or (of the values, of the reference): what of each item there was to lose. The two sides are then
-    different items, and what is compared is the share lost of it: sum(values) / sum(able), resampled together.
+    drawn: whether the n are a sample (items, text) that another study would draw anew. Layers, methods and settings are
+    not: they are described and no test is made of them.
+    at_stake: None, or (of the values, of the reference) what of each item there was to lose. The two sides are then
+    different items, and what is compared is the share lost of it: sum(values) / sum(at_stake), resampled together.
+    besides: p of what must hold as well, or 0.
+    by_model: the effect on each model ("<SwiGLU model> and <ReLU model>" for a pair).
     """
 
     values: NDArray[np.float64]
@@ -28,15 +38,46 @@ class Evidence:
     unit: str
     cells: tuple[str, ...]
     reference: NDArray[np.float64] | None = None
-    able: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    at_stake: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    drawn: bool = True
+    besides: float = 0.0
+    by_model: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def n(self) -> int:
+        """The smaller number of units where the two sides differ."""
+        return len(self.values) if self.at_stake is None else min(len(self.values), len(self.at_stake[1]))
+
     def tested(self) -> stats.PairedDifference:
-        """The effect with its 95 % interval and p. Needs `ENOUGH` values."""
-        reference = np.zeros(len(self.values)) if self.reference is None else self.reference
-        if self.able is None:
-            return stats.paired_bootstrap(self.values, reference)
-        return shares_lost((self.values, self.able[0]), (reference, self.able[1]))
+        """The effect with its 95 % interval and p."""
+        if self.at_stake is not None:
+            assert self.reference is not None
+            result = stats.shares(
+                stats.Lost(self.values, self.at_stake[0]), stats.Lost(self.reference, self.at_stake[1])
+            )
+        else:
+            result = stats.paired(self.values, 0.0 if self.reference is None else self.reference)
+        return result._replace(p=max(result.p, self.besides))
+
+    def described(self) -> tuple[float, float, float]:
+        """Mean, least and greatest of the differences."""
+        difference = self.values if self.reference is None else self.values - self.reference
+        return float(difference.mean()), float(difference.min()), float(difference.max())
+
+    def runs(self) -> NDArray[np.float64]:
+        """The effect of each training run (a model of a family and size, and a seed): [runs]."""
+        return _means({lineage(name.rpartition(" and ")[2]): [] for name in self.by_model}, self.by_model, 2)
+
+    def bases(self) -> NDArray[np.float64]:
+        """The effect on each model of a family and size, mean over what was trained from it: [bases]."""
+        return _means({lineage(name.rpartition(" and ")[2])[:1]: [] for name in self.by_model}, self.by_model, 1)
+
+
+def _means(groups: dict, by_model: Mapping[str, float], keys: int) -> NDArray[np.float64]:
+    for name, effect in by_model.items():
+        groups[lineage(name.rpartition(" and ")[2])[:keys]].append(effect)
+    return np.array([np.mean(effects) for effects in groups.values()])
 
 
 @dataclass(frozen=True)
@@ -46,27 +87,3 @@ class Claim:
     name: str
     statement: str
     test: Callable[[Study], Evidence]
-
-
-Side = tuple[NDArray[np.float64], NDArray[np.float64]]  # what was lost, and what there was to lose, by item
-
-
-def shares_lost(ours: Side, theirs: Side, *, resamples: int = stats.RESAMPLES) -> stats.PairedDifference:
-    """Difference of two shares, each a ratio of sums over its own items; otherwise as `stats.paired_bootstrap`.
-
-    Items are resampled with what there was to lose, whose error counts too: where the dense model can do hardly
-    anything, no share of it is sure. A resample in which it can do nothing says nothing either way.
-    """
-    rng = np.random.default_rng(0)
-    shares = []
-    for lost, able in (ours, theirs):
-        picked = [rng.integers(len(lost), size=len(lost)) for _ in range(resamples)]
-        sums = np.array([(lost[index].sum(), able[index].sum()) for index in picked])
-        shares.append(np.divide(sums[:, 0], sums[:, 1], out=np.full(resamples, np.nan), where=sums[:, 1] > 0))
-    difference = shares[0] - shares[1]
-    difference = np.where(np.isfinite(difference), difference, 0.0)
-    low, high = np.quantile(difference, (0.025, 0.975))
-    below = np.count_nonzero(difference < 0) + np.count_nonzero(difference == 0) / 2
-    p = 2 * (min(below, resamples - below) + 1) / (resamples + 2)
-    mean = ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum()
-    return stats.PairedDifference(float(mean), float(low), float(high), min(float(p), 1.0), len(ours[0]))

@@ -1,4 +1,5 @@
-"""Whether active sets suit hardware, and what is left of it in time."""
+"""Whether active sets suit hardware, and what is left of it in time. All of it describes: layers, settings and machines
+are not drawn from anything."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_
 from harness.results.collect import time_ratios
 
 LEFT = 0.5  # share of a token's sparsity that a batch must leave, or it needs many more neurons
+SETTING = ["model", "method", "variant", "sparsity_requested", "scope", "phase", "dense_prefix"]
+ENGINE = ["device", "dtype", "execution", "engine", "context"]  # times are compared within these, as far as rows say
 
 
 def _active(study: Study, metric: str) -> pd.DataFrame:
@@ -34,9 +37,18 @@ def activations_are_inert(study: Study) -> Evidence:
     both = both.merge(shuffled, on=["cell_id", "layer"], how="left", suffixes=("", "_shuffled"))
     both = both.assign(value_chance=both["value_shuffled"].fillna(both["value_chance"]))
     layers = both.groupby("layer")[["value", "value_chance"]].mean()
+    models = both.groupby("model")[["value", "value_chance"]].mean()
     note = f"reused {layers['value'].mean():.1%}, by chance {layers['value_chance'].mean():.1%}"
-    ours, chance_ = numbers(layers["value"]), numbers(layers["value_chance"])
-    return Evidence(ours, "layers", "share of active neurons", used(both["cell_id"]), reference=chance_, note=note)
+    return Evidence(
+        numbers(layers["value"]),
+        "layers",
+        "share of active neurons",
+        used(both["cell_id"]),
+        reference=numbers(layers["value_chance"]),
+        drawn=False,
+        by_model=(models["value"] - models["value_chance"]).to_dict(),
+        note=note,
+    )
 
 
 def batch_unites(study: Study) -> Evidence:
@@ -48,58 +60,97 @@ def batch_unites(study: Study) -> Evidence:
     if union["batch"].nunique() < 2:
         raise MissingEvidence("the affinity probe's unions at two or more batch sizes, of neurons not all active")
     layers = union.pivot_table(index="layer", columns="batch", values="value").dropna()
+    models = union.pivot_table(index="model", columns="batch", values="value").dropna()
     one, many = layers.columns.min(), layers.columns.max()
     lost = (layers[many] - layers[one]) / (1 - layers[one])
     note = (
         f"{layers[one].mean():.1%} of the neurons at batch {one}, {layers[many].mean():.1%} at batch {many}: "
         f"{lost.mean():.0%} of the sparsity is gone, {LEFT:.0%} were claimed"
     )
-    return Evidence(numbers(lost) - LEFT, "layers", "share of a token's sparsity", used(union["cell_id"]), note=note)
+    by_model = ((models[many] - models[one]) / (1 - models[one]) - LEFT).to_dict()
+    unit, cells = "share of a token's sparsity", used(union["cell_id"])
+    return Evidence(numbers(lost) - LEFT, "layers", unit, cells, drawn=False, by_model=by_model, note=note)
 
 
 def _kernel_times(study: Study) -> pd.DataFrame:
     """Paired time ratios of methods' own kernels to dense of their engine. Masked execution never counts."""
-    rows = time_ratios(study.rows[study.rows["execution"] == "kernel"])
+    rows = time_ratios(study.rows[study.rows["execution"].isin(["kernel", "kernel_compiled"])])
     rows = rows[rows["cell_id"].isin(study.counted) & (rows["sparsity_requested"] > 0)]
-    return need(rows, "kernel times of a method (masked execution is no time)")
+    rows = need(rows, "kernel times of a method (masked execution is no time)")
+    keys = [name for name in ENGINE if name in rows]
+    return rows.assign(**{name: rows[name].astype("string").fillna("") for name in (*keys, "variant")})
+
+
+def _engines(rows: pd.DataFrame) -> list[str]:
+    return [name for name in ENGINE if name in rows]
 
 
 def batch_slows(study: Study) -> Evidence:
-    """Speed-up at batch 1 minus at the largest batch, by cell and context."""
-    times = _kernel_times(study).pivot_table(index=["cell_id", "context"], columns="batch", values="value")
-    if times.shape[1] < 2:
+    """Speed-up at batch 1 minus at the largest batch, by setting, device and engine. Timed settings describe."""
+    rows = _kernel_times(study)
+    index = [*SETTING, *_engines(rows)]
+    if rows["batch"].nunique() < 2:
         raise MissingEvidence("kernel times at two or more batch sizes (where no kernel serves a batch, none is timed)")
-    one, many = times.columns.min(), times.columns.max()
-    times = need(times[[one, many]].dropna(), "kernel times of one cell at two or more batch sizes")
-    note = f"{times[one].mean():.2f}x at batch {one}, {times[many].mean():.2f}x at batch {many}"
-    cells = used(times.index.get_level_values("cell_id"))
-    return Evidence(numbers(times[one]), "cells", "speed-up", cells, reference=numbers(times[many]), note=note)
+    by_batch = rows.pivot_table(index=index, columns="batch", values="value", dropna=False).dropna(how="all")
+    one, many = by_batch.columns.min(), by_batch.columns.max()
+    by_batch = need(by_batch[[one, many]].dropna(), "kernel times of one cell at two or more batch sizes")
+    slower = by_batch[one] - by_batch[many]
+    note = (
+        f"{by_batch[one].mean():.2f}x at batch {one}, {by_batch[many].mean():.2f}x at batch {many}; less in "
+        f"{int((slower > 0).sum())} of {len(slower)}; {_devices(slower)}"
+    )
+    both = rows[rows["batch"].isin([one, many])].merge(by_batch.reset_index()[index], on=index)
+    return Evidence(
+        numbers(by_batch[one]),
+        "settings",
+        "speed-up",
+        used(both["cell_id"]),
+        reference=numbers(by_batch[many]),
+        drawn=False,
+        by_model=slower.groupby(level="model").mean().to_dict(),
+        note=note,
+    )
+
+
+def _devices(values: pd.Series) -> str:
+    """Mean by device, with the number of settings: a setting counts once on each."""
+    by_device = values.groupby(level="device").agg(["mean", "size"])
+    return ", ".join(f"{device or 'device not named'} {mean:+.3g} ({size})" for device, mean, size in by_device.itertuples())
 
 
 def nominal_exceeds_measured(study: Study) -> Evidence:
-    """Share of block weights that a token did not touch, minus the share of time saved, by cell at batch 1."""
+    """Share of the step's bytes that were not read, minus the share of the step's time saved, at batch 1.
+
+    Both are of the whole step, head and cache included, so an ideal kernel scores nothing. By setting, once a device and
+    engine: settings describe.
+    """
     times = _kernel_times(study)
-    times = times[times["batch"] == times["batch"].min()].groupby("cell_id")["value"].mean()
-    lines = study.lines.set_index("cell_id").reindex(times.index)
-    if "achieved_model" not in lines or lines["achieved_model"].isna().all():
-        raise MissingEvidence("achieved sparsity of cells with kernel times")
-    nominal = lines["achieved_model"].dropna()
-    saved = 1 - 1 / times[nominal.index]
-    slower = [f"{lines.loc[c, 'method']} {lines.loc[c, 'sparsity_requested']:g}" for c in saved.index if saved[c] < 0]
-    note = (
-        f"{nominal.mean():.1%} of the blocks' bytes{_of_the_step(study, nominal.index)}, {saved.mean():.1%} of time; "
-        f"slower than dense: {', '.join(slower) or 'none'}"
+    times = times[times["batch"] == times["batch"].min()]
+    keys = ["cell_id", "execution", "context"]
+    sizes = study.rows[(study.rows["metric"] == "step_bytes") & (study.rows["batch"] == times["batch"].min())]
+    sizes = sizes.assign(context=sizes["context"].astype("string").fillna(""))
+    dense = sizes[sizes["execution"].isin(["dense", "dense_compiled"])].groupby(["cell_id", "context"])["value"].max()
+    kernel = sizes[sizes["sparsity_requested"] > 0].groupby(keys)["value"].mean()
+    both = times.merge(kernel.rename("kernel").reset_index(), on=keys).merge(
+        dense.rename("dense").reset_index(), on=["cell_id", "context"]
     )
-    values, reference = numbers(nominal), numbers(saved)
-    return Evidence(values, "cells", "share", used(nominal.index), reference=reference, note=note)
-
-
-def _of_the_step(study: Study, cells: pd.Index) -> str:
-    """What the skipped bytes are of all that a step reads, head and cache included, in words."""
-    rows = study.rows[(study.rows["metric"] == "step_bytes") & study.rows["cell_id"].isin(cells)]
-    rows = rows[rows["batch"] == rows["batch"].min()]
-    asked = rows["sparsity_requested"].fillna(0) > 0
-    kernel = rows[(rows["execution"] == "kernel") & asked].groupby("cell_id")["value"].mean()
-    dense = rows[rows["execution"] == "dense"].groupby("cell_id")["value"].mean()
-    share = (1 - kernel / dense).mean()
-    return "" if pd.isna(share) else f", {share:.1%} of the step's with head and cache"
+    need(both, "the bytes that a step reads, of cells with kernel times")
+    both = both.assign(bytes_=1 - both["kernel"] / both["dense"], time=1 - 1 / both["value"])
+    settings = both.groupby([*SETTING, *_engines(both)], dropna=False)[["bytes_", "time"]].mean()
+    missed = settings["bytes_"] - settings["time"]
+    slower = settings[settings["time"] < 0].reset_index()
+    names = sorted({f"{line.method} {line.sparsity_requested:g} ({line.device})" for line in slower.itertuples()})
+    note = (
+        f"{settings['bytes_'].mean():.1%} of the step's bytes, {settings['time'].mean():.1%} of its time; less in "
+        f"{int((missed > 0).sum())} of {len(missed)}; {_devices(missed)}; slower than dense: {', '.join(names) or 'none'}"
+    )
+    return Evidence(
+        numbers(settings["bytes_"]),
+        "settings",
+        "share of the step",
+        used(both["cell_id"]),
+        reference=numbers(settings["time"]),
+        drawn=False,
+        by_model=missed.groupby(level="model").mean().to_dict(),
+        note=note,
+    )

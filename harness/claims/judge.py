@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from rich.console import Console
+from numpy.typing import NDArray
 
 from harness.claims.consistency import inconsistent_first
-from harness.claims.evidence import ALPHA, ENOUGH, Claim
+from harness.claims.evidence import ALPHA, Claim, Evidence
 from harness.claims.hardware import activations_are_inert, batch_slows, batch_unites, nominal_exceeds_measured
 from harness.claims.length import (
     kv_grows_with_length,
@@ -29,8 +31,9 @@ from harness.claims.relu import (
     swiglu_loses_more_accuracy,
     swiglu_loses_more_text,
 )
+from harness.claims.show import VERDICTS, print_verdicts
 from harness.claims.study import MissingEvidence, Study, study_of
-from harness.console import complain, stdout, styled, table
+from harness.console import complain
 from harness.errors import ConfigError
 from harness.results import stats
 from harness.results.find import find
@@ -53,7 +56,7 @@ CLAIMS = (
     ),
     Claim("prediction_costs", "Predicting heads and neurons costs quality", prediction_costs),
     Claim("swiglu_harder_to_predict", "SwiGLU's neurons are harder to predict than ReLU's", swiglu_harder_to_predict),
-    Claim("lookahead_worse", "Look-ahead predictors find less than serial ones", lookahead_worse),
+    Claim("lookahead_worse", "Look-ahead predictors lose more than serial ones", lookahead_worse),
     Claim("kv_skip_loses", "Skipping KV entries loses more than masking the same heads", kv_skip_loses),
     Claim("kv_grows_with_sparsity", "That loss grows with the share of heads", kv_grows_with_sparsity),
     Claim("kv_grows_with_length", "That loss grows with the length of the text", kv_grows_with_length),
@@ -66,81 +69,124 @@ CLAIMS = (
     Claim("activations_are_inert", "Active neurons stay active from token to token", activations_are_inert),
     Claim("batch_unites", "A batch loses most of the sparsity of one token", batch_unites),
     Claim("batch_slows", "Sparsity that speeds one token up helps a batch less", batch_slows),
-    Claim("nominal_exceeds_measured", "Less time is saved than bytes", nominal_exceeds_measured),
-    Claim("inconsistent_first", "Answers change before accuracy falls", inconsistent_first),
+    Claim("nominal_exceeds_measured", "Less of a step's time is saved than of its bytes", nominal_exceeds_measured),
+    Claim("inconsistent_first", "Answers change while accuracy stays the same", inconsistent_first),
 )
 COLUMNS = {
     "claim": "string",
     "statement": "string",
-    "verdict": "string",
+    "verdict": "string",  # of `VERDICTS`
+    "level": "string",  # what it holds for, of `LEVELS`
     "effect": "Float64",
-    "low": "Float64",  # 95 % interval of the effect
+    "low": "Float64",  # 95 % interval of the effect; of a description the range over its units
     "high": "Float64",
     "unit": "string",
     "p": "Float64",  # two-sided, of no effect
-    "p_holm": "Float64",  # adjusted for all claims that could be tested
+    "p_holm": "Float64",  # adjusted for all tests that were made
+    "power": "Float64",  # the smallest effect that these data would have shown in 80 % of cases, in the effect's unit
     "n": "Int64",
     "over": "string",  # what the n are
+    "seeds": "Int64",  # training runs behind it (of models times seeds), and how the effect is on each model
+    "models": "Int64",  # models of a family and size behind it
+    "by_model": "string",
     "cells": "string",  # ids, one a line
     "limited": "boolean",  # rests on smoke runs
     "note": "string",
 }
 
+@dataclass
+class _Test:
+    """One test: of the line's effect over items, over training runs or over models."""
+
+    line: dict[str, Any]
+    level: str
+    units: NDArray[np.float64] | Evidence
+    n: int
+    mixed: bool = False  # the effect is above zero on some models and below on others: their mean says nothing
+
+    def run(self) -> stats.PairedDifference:
+        return self.units.tested() if isinstance(self.units, Evidence) else stats.paired(self.units)
+
 
 def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> pd.DataFrame:
     """One line a claim, with `COLUMNS`. table: of `harness.results.collect.collect`. samples: of `read_samples`.
 
-    Effects come with a 95 % bootstrap interval over items, paired but where `Evidence.able` says otherwise, and p is
-    corrected by Holm over the claims that could be tested. Models and methods are fixed, not sampled: an interval says
-    how sure the effect is on these. limited: take rows of smoke runs in; the lines say so.
+    Tested is what another study would draw anew: items and text, and, where there are enough of them, training runs and
+    models. Layers, methods and settings are fixed: those claims are described, with the range over them. Each test is a
+    sign-flip test (of shares a studentised bootstrap); p is corrected by Holm over all tests made, and a test that has
+    too few units to reach the corrected level at all is not made. A verdict holds for the highest of `LEVELS` whose test
+    says the same. limited: take rows of smoke runs in; the lines say so.
     """
     study = study_of(table, samples, limited)
-    lines = [_line(claim, study) for claim in CLAIMS]
-    tested = [line for line in lines if line["p"] is not None]
-    for line, adjusted in zip(tested, stats.holm([line["p"] for line in tested]) if tested else [], strict=True):
-        line["p_holm"] = adjusted
-        if adjusted < ALPHA:
-            line["verdict"] = "reproduced" if line["effect"] > 0 else "not reproduced"
+    lines, planned = [], []
+    for claim in CLAIMS:
+        line, tests = _line(claim, study)
+        lines.append(line)
+        planned += tests
+    tests, level = possible(planned)
+    _judge(tests, level)
+    for test in planned:
+        if test.level == "items" and test not in tests:
+            least = stats.least_units(ALPHA / (len(tests) + 1))
+            test.line["note"] = f"too few {test.line['over']} to tell: {test.n} of at least {least}; {test.line['note']}"
     smoke = set(table.loc[table["limited"].fillna(False), "cell_id"])
     for line in lines:
         line["limited"] = bool(smoke & set((line["cells"] or "").split()))
     return pd.DataFrame(lines, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-def _line(claim: Claim, study: Study) -> dict[str, Any]:
+def possible(planned: Sequence[_Test]) -> tuple[list[_Test], float]:
+    """The tests with units enough to reach the corrected level, and that level: as many as can be made together.
+
+    It is decided by the numbers of units alone, before any p is seen.
+    """
+    for count in range(len(planned), 0, -1):
+        least = stats.least_units(ALPHA / count)
+        enough = [test for test in planned if test.n >= least]
+        if len(enough) >= count:
+            return enough, ALPHA / len(enough)
+    return [], ALPHA
+
+
+def _judge(tests: Sequence[_Test], level: float) -> None:
+    """Fill in what the tests say, lowest level of each line first."""
+    results = [test.run() for test in tests]
+    for test, result, adjusted in zip(tests, results, stats.holm([result.p for result in results]), strict=True):
+        line = test.line
+        verdict = "inconclusive"
+        if adjusted < ALPHA and test.mixed:
+            line["note"] = f"the sign depends on the model: {line['by_model']}; {line['note']}"
+        elif adjusted < ALPHA:
+            verdict = "reproduced" if result.mean > 0 else "not reproduced"
+        first = line["p"] is None
+        if first:
+            line |= {"effect": result.mean, "low": result.low, "high": result.high, "p": result.p, "p_holm": adjusted}
+            line |= {"power": stats.detectable(result.error, test.n, level), "verdict": verdict, "level": test.level}
+        elif verdict == line["verdict"] and verdict != "inconclusive":
+            line["level"] = test.level
+
+
+def _line(claim: Claim, study: Study) -> tuple[dict[str, Any], list[_Test]]:
+    """The line of a claim before any test, and the tests that would tell more."""
     line: dict[str, Any] = dict.fromkeys(COLUMNS) | {"claim": claim.name, "statement": claim.statement}
     line |= {"verdict": "inconclusive", "n": 0}
     left_out = f"; left out, they skip nothing: {', '.join(study.left_out)}" if study.left_out else ""
     try:
         evidence = claim.test(study)
     except MissingEvidence as missing:
-        return line | {"note": f"missing: {missing}{left_out}"}
-    n = len(evidence.values)
-    line |= {"n": n, "over": evidence.over, "unit": evidence.unit, "cells": " ".join(evidence.cells)}
-    if n < ENOUGH:
-        return line | {"note": f"missing: more {evidence.over} ({n} of at least {ENOUGH})"}
-    found = evidence.tested()
-    return line | {"effect": found.mean, "low": found.low, "high": found.high, "p": found.p, "note": evidence.note}
-
-
-def print_verdicts(lines: pd.DataFrame, console: Console | None = None) -> None:
-    """The verdicts as a table."""
-    console = console or stdout()
-    listing = table()
-    for header, justify in (("claim", "left"), ("verdict", "left"), ("effect [95 %]", "right"), ("p (Holm)", "right")):
-        listing.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    listing.add_column("n", justify="right")
-    listing.add_column("what it rests on", overflow="fold")
-    styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow"}
-    for line in lines.itertuples():
-        effect = "" if pd.isna(line.effect) else f"{line.effect:+.4g} [{line.low:+.4g}, {line.high:+.4g}]\n{line.unit}"
-        p = "" if pd.isna(line.p_holm) else f"{line.p_holm:.3g}"
-        count = f"{line.n} {line.over}" if line.n else ""
-        verdict = f"{line.verdict}{' (LIMITED RUN)' if line.limited else ''}"
-        note = "" if pd.isna(line.note) else line.note
-        told = (line.statement, (verdict, styles[line.verdict]), effect, p, count, note)
-        listing.add_row(*(styled(cell) for cell in told))
-    console.print(listing)
+        return line | {"note": f"missing: {missing}{left_out}"}, []
+    runs, bases = evidence.runs(), evidence.bases()
+    line |= {"n": evidence.n, "over": evidence.over, "unit": evidence.unit, "cells": " ".join(evidence.cells)}
+    line |= {"seeds": len(runs), "models": len(bases), "note": evidence.note, "level": "items"}
+    line["by_model"] = "; ".join(f"{model} {effect:+.3g}" for model, effect in evidence.by_model.items())
+    if not evidence.drawn:
+        effect, low, high = evidence.described()
+        line |= {"verdict": "described", "level": "measured", "effect": effect, "low": low, "high": high}
+    over = {"seeds": runs if len(runs) > len(bases) else runs[:0], "models": bases}
+    mixed = len({np.sign(effect) for effect in evidence.by_model.values() if effect}) > 1
+    tests = [_Test(line, "items", evidence, evidence.n, mixed)] if evidence.drawn else []
+    tests += [_Test(line, level, units, len(units)) for level, units in over.items() if len(units) > 1]
+    return line, tests
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -150,8 +196,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--limited", action="store_true", help="take smoke runs in; their verdicts are marked")
     given = parser.parse_args(args)
     try:
-        found = find(given.results)
-        lines = verdicts(found.table, found.samples, given.limited)
+        results = find(given.results)
+        lines = verdicts(results.table, results.samples, given.limited)
     except ConfigError as error:
         complain(error)
         return 2

@@ -7,19 +7,8 @@ from collections.abc import Callable
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.claims.study import (
-    POLICY,
-    MissingEvidence,
-    Study,
-    by_option,
-    contrast,
-    gaps,
-    need,
-    numbers,
-    options,
-    slopes,
-    used,
-)
+from harness.claims.pairs import by_option, contrast, gaps, options, slopes, stretches
+from harness.claims.study import POLICY, MissingEvidence, Study, need, numbers, used
 
 KV = "kv_skip with kv=skip beside kv=mask_output"
 PROMPT_FIXED = ("griffin", "tda")
@@ -31,7 +20,7 @@ def _kv_pairs(study: Study, choice: str = "skip") -> pd.DataFrame:
 
 
 def kv_skip_loses(study: Study) -> Evidence:
-    """Loss on running text with missing entries minus with masked outputs alone, by window."""
+    """Loss on running text with missing entries minus with masked outputs alone, by stretch of text."""
     pairs = need(_kv_pairs(study), KV)
     gap = need(gaps(study, pairs, "cell_id_worse", "cell_id_better", "text"), f"{KV}, with text windows")
     pairs = pairs.loc[gap.columns]
@@ -42,27 +31,32 @@ def kv_skip_loses(study: Study) -> Evidence:
     if len(same):
         note += f"; recompute beside mask_output: {same.mean().mean():+.1e}"
     cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
-    return Evidence(numbers(gap.mean(axis=1)), "text windows", "nats/token", cells, note=note)
+    values, over = stretches(study, gap.mean(axis=1), pairs["length"].iloc[0])
+    by_model = {str(m): float(value) for m, value in gap.mean().groupby(pairs["model"]).mean().items()}
+    return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)
 
 
 def kv_grows_with_sparsity(study: Study) -> Evidence:
-    """Slope of that gap over the share of dropped heads, by window."""
+    """Slope of that gap over the share of dropped heads, by stretch of text."""
     pairs = need(_kv_pairs(study), KV)
     gap = gaps(study, pairs, "cell_id_worse", "cell_id_better", "text")
     pairs = pairs.loc[gap.columns].assign(variant_worse=lambda frame: frame["variant_worse"].fillna(""))
-    rising = [
-        (group, slopes(gap[group.index], numbers(group["sparsity_requested"])))
-        for _, group in pairs.groupby(["model", "method", "variant_worse", *POLICY], dropna=False)
+    rising = {
+        key: (group, slopes(gap[group.index], numbers(group["sparsity_requested"])))
+        for key, group in pairs.groupby(["model", "method", "variant_worse", *POLICY], dropna=False)
         if group["sparsity_requested"].nunique() > 1
-    ]
+    }
     if not rising:
         raise MissingEvidence(f"{KV}, at two or more sparsities, with text windows")
-    together = pd.concat([group for group, _ in rising])
-    slope = pd.concat([slope for _, slope in rising], axis=1).mean(axis=1)
+    together = pd.concat([group for group, _ in rising.values()])
+    slope = pd.concat([slope for _, slope in rising.values()], axis=1)
     cells = used(together["cell_id_worse"], together["cell_id_better"])
-    levels = gap[together.index].mean().groupby(together["sparsity_requested"]).mean()
-    note = "gap by share of heads: " + ", ".join(f"{level:.0%} {value:+.3f}" for level, value in levels.items())
-    return Evidence(numbers(slope), "text windows", "nats/token for all of the heads", cells, note=note)
+    shares = gap[together.index].mean().groupby(together["sparsity_requested"]).mean()
+    note = "gap by share of heads: " + ", ".join(f"{share:.0%} {value:+.3f}" for share, value in shares.items())
+    models = pd.Series([str(key[0]) for key in rising], index=slope.columns)
+    by_model = {str(m): float(value) for m, value in slope.mean().groupby(models).mean().items()}
+    values, over = stretches(study, slope.mean(axis=1), together["length"].iloc[0])
+    return Evidence(values, over, "nats/token for all of the heads", cells, by_model=by_model, note=note)
 
 
 def growth(lossy: list[tuple[float, pd.Series]]) -> pd.Series:
@@ -90,7 +84,8 @@ def _grows_with_length(
     what: str,
 ) -> Evidence:
     """Growth with the length of the text, mean over groups of cells that differ in `length` alone."""
-    found, names, means = [], [], []
+    growths: list[pd.Series] = []
+    models, names, means = [], [], []
     for _, group in lines.dropna(subset=["length"]).groupby(keys, dropna=False):
         lossy = [(float(line["length"]), loss(line)) for _, line in group.iterrows()]
         measured = [
@@ -99,16 +94,19 @@ def _grows_with_length(
             if values is not None and len(values)
         ]
         if len({length for length, _ in measured}) > 1:
-            found.append(growth(measured))
+            growths.append(growth(measured))
+            models.append(str(group["model"].iloc[0]))
             names += [group[cell] for cell in cells]
             means += [(length, float(values.mean())) for length, values in measured]
-    if not found:
+    if not growths:
         raise MissingEvidence(f"{what}, on the same text in windows of two or more lengths")
-    together = pd.concat(found, axis=1).dropna().mean(axis=1)
+    together = pd.concat(growths, axis=1).dropna()
+    by_model = {str(m): float(value) for m, value in together.mean().groupby(models).mean().items()}
     by_length = pd.DataFrame(means, columns=["tokens", "loss"]).groupby("tokens")["loss"].mean()
     note = "by tokens of a window: " + ", ".join(f"{tokens:.0f} {loss:+.3f}" for tokens, loss in by_length.items())
     unit = "nats/token, longest minus shortest windows"
-    return Evidence(numbers(together), "stretches of text", unit, used(*names), note=note)
+    values = numbers(together.mean(axis=1))
+    return Evidence(values, "stretches of text", unit, used(*names), by_model=by_model, note=note)
 
 
 def kv_grows_with_length(study: Study) -> Evidence:
@@ -130,27 +128,29 @@ def prompt_fixed_fails_generation(study: Study) -> Evidence:
     """
     lines = need(study.select(*PROMPT_FIXED), "cells of griffin or tda")
     generative = study.rows[study.rows["metric"].str.startswith("exact_match").fillna(False)]["task"].unique()
-    sides: dict[bool, list[pd.DataFrame]] = {True: [], False: []}
-    cells, seen = [], {True: 0, False: 0}
-    for cell in lines["cell_id"]:
-        loss = study.loss(cell, "accuracy")
+    parts: dict[bool, list[pd.DataFrame]] = {True: [], False: []}  # generated, scored
+    cells, scored = [], {True: 0, False: 0}
+    for line in lines.itertuples():
+        loss = study.loss(line.cell_id, "accuracy")
         if loss is None:
             continue
-        both = pd.DataFrame({"lost": loss, "able": study.able(cell).reindex(loss.index)})
+        both = pd.DataFrame({"lost": loss, "at_stake": study.at_stake(line.cell_id).reindex(loss.index)})
         is_generated = study.tasks_of(loss.index).isin(generative)
-        parts = {kind: both[is_generated == kind] for kind in (True, False)}
-        seen = {kind: seen[kind] + len(part) for kind, part in parts.items()}
-        if all(map(len, parts.values())):
-            cells.append(cell)
-            for kind, part in parts.items():
-                sides[kind].append(part)
+        halves = {kind: both[is_generated == kind].assign(model=line.model) for kind in (True, False)}
+        scored = {kind: scored[kind] + len(half) for kind, half in halves.items()}
+        if all(map(len, halves.values())):
+            cells.append(line.cell_id)
+            for kind, half in halves.items():
+                parts[kind].append(half)
     for kind, words in ((True, "a generative task"), (False, "a scored task")):
-        if not seen[kind]:
+        if not scored[kind]:
             raise MissingEvidence(f"griffin or tda on {words} that the dense model can do")
     if not cells:
         raise MissingEvidence("griffin or tda on a generative and on a scored task in one cell")
-    ours, theirs = (pd.concat(sides[kind]).groupby(level=0).mean() for kind in (True, False))
-    shares = [side["lost"].sum() / side["able"].sum() for side in (ours, theirs)]
+    items = [pd.concat(parts[kind]) for kind in (True, False)]
+    by_model = dict(zip(items[0]["model"], items[0]["model"].map(_share_by_model(items[0]) - _share_by_model(items[1]))))
+    ours, theirs = (side[["lost", "at_stake"]].groupby(level=0).mean() for side in items)
+    shares = [side["lost"].sum() / side["at_stake"].sum() for side in (ours, theirs)]
     note = f"{shares[0]:.1%} of it lost in {len(ours)} generated answers, {shares[1]:.1%} in {len(theirs)} scored"
     return Evidence(
         numbers(ours["lost"]),
@@ -158,9 +158,15 @@ def prompt_fixed_fails_generation(study: Study) -> Evidence:
         "share of what dense can do",
         tuple(sorted(cells)),
         numbers(theirs["lost"]),
-        (numbers(ours["able"]), numbers(theirs["able"])),
+        (numbers(ours["at_stake"]), numbers(theirs["at_stake"])),
+        by_model={str(model): float(value) for model, value in by_model.items()},
         note=note,
     )
+
+
+def _share_by_model(items: pd.DataFrame) -> pd.Series:
+    sums = items.groupby("model")[["lost", "at_stake"]].sum()
+    return sums["lost"] / sums["at_stake"]
 
 
 def prompt_fixed_fades(study: Study) -> Evidence:

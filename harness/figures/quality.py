@@ -10,7 +10,8 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.claims.study import BASELINES, sparsity_pairs
+from harness.claims.pairs import sparsity_pairs
+from harness.claims.study import BASELINES
 from harness.figures import select, style
 from harness.results.collect import ACHIEVED, PERPLEXITY
 

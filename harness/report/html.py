@@ -42,7 +42,7 @@ from harness.results.store import Store
 TEMPLATE = Path(__file__).with_suffix(".html")
 PIXELS = 84  # an inch of a figure on the page
 SHORT = 48  # characters of a cell that is never broken
-MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?"}
+MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?", "described": "≈"}
 
 
 def build(table: pd.DataFrame, found: Path, limited: bool = False) -> str:
@@ -83,33 +83,41 @@ def _summary(lines: pd.DataFrame, verdicts: pd.DataFrame) -> str:
 
 
 def _claims(verdicts: pd.DataFrame) -> str:
-    head = ("claim", "verdict", "effect [95 %]", "p (Holm)", "n", "what it rests on")
+    head = ("claim", "verdict", "level", "effect [95 %]", "power", "p (Holm)", "n", "what it rests on")
     body = []
-    for line in verdicts.to_dict("records"):
-        verdict = line["verdict"]
-        badge = f'<span class="badge {verdict.replace(" ", "-")}">{MARKS[verdict]} {verdict}</span>'
-        if line["limited"]:
+    for row in verdicts.itertuples():
+        line: Any = row
+        badge = f'<span class="badge {line.verdict.replace(" ", "-")}">{MARKS[line.verdict]} {line.verdict}</span>'
+        if line.limited:
             badge += " LIMITED RUN"
         effect = ""
-        if not pd.isna(line["effect"]):
-            effect = f"{line['effect']:+.3g} [{line['low']:+.3g}, {line['high']:+.3g}]"
-            effect = f"<span>{effect}</span>"
-            effect += f' <span class="more">{escape(line["unit"])}</span>'
-        p = "" if pd.isna(line["p_holm"]) else f"{line['p_holm']:.2g}"
-        n = f"{line['n']} {escape(line['over'])}" if line["n"] and not pd.isna(line["over"]) else ""
-        note = "" if pd.isna(line["note"]) else escape(line["note"])
-        cells = [] if pd.isna(line["cells"]) else line["cells"].split()
+        if not pd.isna(line.effect):
+            words, _, unit = claims.effect(line).partition("] ")
+            effect = f'<span>{escape(words)}]</span> <span class="more">{escape(unit)}</span>'
+        level = "" if pd.isna(line.level) else line.level
+        power = "" if pd.isna(line.power) else f"{line.power:.2g}"
+        p = "" if pd.isna(line.p_holm) else f"{line.p_holm:.2g}"
+        n = f"{line.n} {escape(line.over)}" if line.n and not pd.isna(line.over) else ""
+        note = "" if pd.isna(line.note) else escape(line.note)
+        if not pd.isna(line.by_model) and line.by_model:
+            runs = f"training runs {line.seeds}, models {line.models}"
+            note += f'<br><span class="more">{escape(f"{runs}: {line.by_model}")}</span>'
+        cells = [] if pd.isna(line.cells) else line.cells.split()
         if cells:
             note += f"<details><summary>{len(cells)} cells</summary><pre>{escape(chr(10).join(cells))}</pre></details>"
         body.append(
-            f"<tr><td>{escape(line['statement'])}</td><td>{badge}</td>"
-            f"{_number(line['effect'], effect, head[2], 'effect')}{_number(line['p_holm'], p, head[3])}"
+            f'<tr><td>{escape(line.statement)}</td><td>{badge}</td><td data-label="level">{level}</td>'
+            f"{_number(line.effect, effect, head[3], 'effect')}{_number(line.power, power, head[4])}"
+            f"{_number(line.p_holm, p, head[5])}"
             f'<td data-label="n">{n}</td><td class="note">{note}</td></tr>'
         )
+    levels = "; ".join(claims.levels(verdicts))
     return (
-        "<p>Each claim is a test over the rows: the effect as claimed is above zero, its interval is a bootstrap over "
-        "items, paired where the items are the same, and p is corrected by Holm for all claims that could be "
-        f"tested.</p>{_table('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
+        "<p>Each claim is a test over the rows: the effect as claimed is above zero. What is drawn anew is tested (items, "
+        "stretches of text; paired where they are the same) by a sign-flip test with a studentised bootstrap interval, and "
+        "p is corrected by Holm for all tests made. Layers, methods and settings are described, with the range over them. "
+        f"{escape(levels)}. {escape(claims.POWER)}.</p>"
+        f"{_table('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
     )
 
 

@@ -1,64 +1,116 @@
-"""The statistics behind the verdicts: paired differences, flips, intervals, correction for many claims."""
+"""The statistics behind the verdicts: paired tests and intervals, equivalence, power, correction for many claims."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-RESAMPLES = 10_000
-MANY, FEW = 2000, 100  # from so many items with no more distinct values on, samples are drawn by value
-_BLOCK = 1 << 20  # resampled items held in memory at once (8 MiB an array)
+EXACT = 14  # up to so many units every assignment of signs is tried
+FLIPS = 20_000  # assignments of signs drawn for more units
+RESAMPLES = 5_000  # of a bootstrap
+POWER = 0.8
+_BLOCK = 1 << 20  # drawn numbers held in memory at once
+
+Vector = NDArray[np.float64]
 
 
 class PairedDifference(NamedTuple):
-    """What `paired_bootstrap` found, in the unit of the values."""
+    """What `paired` or `shares` found, in the unit of the values."""
 
     mean: float
     low: float  # 95 % interval
     high: float
     p: float  # two-sided, of no difference
     n: int
+    error: float  # standard error of the mean
 
 
-def paired_bootstrap(
-    values: ArrayLike, reference: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
-) -> PairedDifference:
-    """Mean of `values - reference` over the same items, with a percentile bootstrap over items.
+class Lost(NamedTuple):
+    """What was lost, and what there was to lose: both [items], in the same order."""
 
-    values, reference: [items], any unit, paired by position. p is twice the smaller share of resampled means
-    on one side of zero (ties count half, one added to each so that p is never 0), the test that the interval
-    inverts. One item has no interval (nan) and p = 1. Raises ValueError for no items, unequal lengths or
-    values that are not finite.
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 13.3 and 15.4.
+    lost: Vector
+    at_stake: Vector
+
+
+# --------------------------------------------------------------------------------------------------- tests
+
+
+def paired(values: ArrayLike, reference: ArrayLike = 0.0, *, seed: int = 0) -> PairedDifference:
+    """Mean of `values - reference` over the same units, with a sign-flip test and a studentised bootstrap interval.
+
+    values, reference: [units], any unit, paired by position; one number for a fixed reference. The units must be
+    independent draws: average what belongs together first. One unit has no interval (nan) and p = 1. Raises ValueError
+    for no units, unequal lengths or values that are not finite.
     """
     ours = _vector(values)
-    difference = ours - _vector(reference, len(ours))
-    if len(difference) == 1:
-        return PairedDifference(float(difference[0]), math.nan, math.nan, 1.0, 1)
-    distinct, counts = np.unique(difference, return_counts=True)
-    if len(difference) >= MANY and len(distinct) <= FEW:
-        # How often each value is drawn is multinomial: the same bootstrap, at a cost that does not grow with the items.
-        drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=resamples)
-        means = drawn @ distinct / len(difference)
-        low, high = np.quantile(means, (0.025, 0.975))
-    else:
-        result = stats.bootstrap(
-            (difference,),
-            np.mean,
-            n_resamples=resamples,
-            batch=max(1, _BLOCK // len(difference)),
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        means, (low, high) = result.bootstrap_distribution, result.confidence_interval
-    below = np.count_nonzero(means < 0) + np.count_nonzero(means == 0) / 2
-    p = 2 * (min(below, resamples - below) + 1) / (resamples + 2)
-    return PairedDifference(float(difference.mean()), float(low), float(high), min(float(p), 1.0), len(difference))
+    theirs = np.full(len(ours), float(reference)) if np.ndim(reference) == 0 else _vector(reference, len(ours))
+    difference = _vector(ours - theirs)
+    low, high = _studentised(difference, seed)
+    error = standard_error(difference)
+    return PairedDifference(float(difference.mean()), low, high, sign_flip(difference, seed), len(difference), error)
+
+
+def sign_flip(differences: ArrayLike, seed: int = 0) -> float:
+    """Two-sided p that the differences are symmetric about zero: how many assignments of signs reach such a mean.
+
+    differences: [units]. Exact up to `EXACT` units, else from `FLIPS` drawn assignments, the observed one counted in.
+    The smallest p of n units is 2 / 2^n. Because the sum of squares does not change with the signs, this is at once the
+    test of the studentised mean, which holds for many units without symmetry.
+    Fisher, The Design of Experiments (1935), section 21; Ernst, Statistical Science 19 (2004).
+    """
+    x = _vector(differences)
+    x = x[x != 0]  # no sign changes these
+    if not len(x):
+        return 1.0
+    reached = abs(x.sum()) - 1e-9 * np.abs(x).sum()
+    if len(x) <= EXACT:
+        return float(np.mean(np.abs(_assignments(len(x)) @ x) >= reached))
+    rng, hits = np.random.default_rng(seed), 0
+    sizes, counts = np.unique(np.abs(x).round(12), return_counts=True)
+    few = 4 * len(sizes) <= len(x)  # of equal sizes, as many as a coin says are positive: the same test, cheaper
+    for size in _blocks(FLIPS, len(sizes) if few else len(x)):
+        if few:
+            sums = (2 * rng.binomial(counts, 0.5, size=(size, len(counts))) - counts) @ sizes
+        else:
+            bits = np.frombuffer(rng.bytes(size * len(x)), dtype=np.uint8).reshape(size, len(x)) & 1
+            sums = bits.astype(np.float64) @ (2 * x) - x.sum()
+        hits += int(np.count_nonzero(np.abs(sums) >= reached))
+    return (hits + 1) / (FLIPS + 1)
+
+
+def shares(ours: Lost, theirs: Lost, *, seed: int = 0) -> PairedDifference:
+    """Difference of two shares lost, sum(lost) / sum(at_stake), each over its own items; studentised bootstrap.
+
+    What there was to lose is resampled with the items: where the dense model can do hardly anything, no share of it is
+    sure, and the interval is wide. p is the share of resamples whose studentised error is as large as the effect.
+    Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 2.4 and 4.4.
+    """
+    share, error = map(float, _share(*(np.array([[m] for m in _moments(side).mean(axis=0)]) for side in (ours, theirs))))
+    drawn, errors = _share(*(_resampled(_moments(side), seed + place).T for place, side in enumerate((ours, theirs))))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        studentised = np.nan_to_num((drawn - share) / errors, nan=np.inf)
+        p = (np.count_nonzero(np.abs(studentised) >= abs(share) / error) + 1) / (RESAMPLES + 1) if error else 1.0
+    low, high = _interval(share, error, studentised)
+    return PairedDifference(share, low, high, min(float(p), 1.0), len(ours.lost), error)
+
+
+def equivalence(differences: ArrayLike, margin: float) -> float:
+    """P that the mean difference is `margin` or more to either side: two one-sided t tests (TOST).
+
+    differences: [items], each within -1 and 1. Two items are added, one fully better and one fully worse: without them a
+    few answers that happen to agree would pass as proof that all do.
+    Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
+    """
+    x = np.append(_vector(differences), [1.0, -1.0])
+    error = standard_error(x)
+    sides = [stats.t.sf((margin + sign * x.mean()) / error, len(x) - 1) for sign in (1, -1)]
+    return float(max(sides))
 
 
 def flips(before: ArrayLike, after: ArrayLike) -> tuple[int, int]:
@@ -66,12 +118,6 @@ def flips(before: ArrayLike, after: ArrayLike) -> tuple[int, int]:
     old = _vector(before).astype(bool)
     new = _vector(after, len(old)).astype(bool)
     return int(np.count_nonzero(old & ~new)), int(np.count_nonzero(~old & new))
-
-
-def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
-    """Two-sided p that both flips are equally likely; 1 if there are none. McNemar (1947), exact binomial."""
-    changed = right_to_wrong + wrong_to_right
-    return float(stats.binomtest(right_to_wrong, changed).pvalue) if changed else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -82,6 +128,45 @@ def holm(p_values: Sequence[float]) -> list[float]:
     steps = p[order] * np.arange(len(p), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return [float(value) for value in adjusted]
+
+
+# --------------------------------------------------------------------------------------------------- power
+
+
+def least_units(level: float) -> int:
+    """The fewest units whose sign-flip test can fall below `level` at all: 2 / 2^n < level."""
+    return math.floor(math.log2(2 / level)) + 1
+
+
+def detectable(error: float, n: int, level: float) -> float:
+    """The smallest effect that a two-sided test of n units at `level` shows in `POWER` of cases, or nan if none.
+
+    error: standard error of the mean; the effect has its unit. By the t distribution; where the exact test is coarser
+    than that (up to `EXACT` units), by trying it on normal draws.
+    """
+    if n < least_units(level) or not math.isfinite(error):
+        return math.nan
+    if n <= EXACT:
+        return error * math.sqrt(n) * _shift(n, level)
+    return float(error * (stats.t.isf(level / 2, n - 1) + stats.t.ppf(POWER, n - 1)))
+
+
+@lru_cache(maxsize=None)
+def _shift(n: int, level: float) -> float:
+    """The least mean, in standard deviations, at which the exact test of n normal draws has `POWER`."""
+    draws = np.random.default_rng(0).normal(size=(1000, n))
+    signs = _assignments(n)
+    low, high = 0.0, 20.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        moved = draws + middle
+        sums = np.abs(moved @ signs.T)
+        p = (sums >= np.abs(moved.sum(axis=1))[:, None] * (1 - 1e-9)).mean(axis=1)
+        low, high = (low, middle) if np.mean(p < level) >= POWER else (middle, high)
+    return high
+
+
+# ----------------------------------------------------------------------------------------------- intervals
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -96,7 +181,67 @@ def standard_error(values: ArrayLike) -> float:
     return float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
 
 
-def _vector(values: ArrayLike, length: int | None = None) -> NDArray[np.float64]:
+def _studentised(x: Vector, seed: int) -> tuple[float, float]:
+    """95 % bootstrap-t interval of the mean. Efron and Tibshirani, An Introduction to the Bootstrap, section 12.5."""
+    if len(x) < 2:
+        return math.nan, math.nan
+    centred = x - x.mean()  # against rounding where the mean is far from zero
+    means, squares = _resampled(np.stack([centred, centred**2], axis=1), seed).T
+    errors = np.sqrt(np.maximum(squares - means**2, 0) / (len(x) - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        studentised = np.nan_to_num(means / errors, nan=0.0, posinf=np.inf, neginf=-np.inf)
+    return _interval(float(x.mean()), standard_error(x), studentised)
+
+
+def _interval(mean: float, error: float, studentised: Vector) -> tuple[float, float]:
+    """The 95 % interval of a mean from the studentised errors of its resamples."""
+    if not error:
+        return mean, mean
+    ordered = np.sort(studentised)
+    tail = int(0.025 * len(ordered))
+    return float(mean - error * ordered[-1 - tail]), float(mean - error * ordered[tail])
+
+
+def _moments(side: Lost) -> Vector:
+    """What a share and its error are made of, [items, 5]: lost, at stake, and their products."""
+    lost, stake = _vector(side.lost), _vector(side.at_stake, len(side.lost))
+    return np.stack([lost, stake, lost**2, lost * stake, stake**2, np.full(len(lost), len(lost))], axis=1)
+
+
+def _share(ours: Vector, theirs: Vector) -> tuple[Vector, Vector]:
+    """Difference of shares and its standard error (delta method) of `_moments`, [6, resamples] each."""
+    found, variance = [], []
+    for lost, stake, lost2, both, stake2, n in (ours, theirs):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(stake > 0, lost / stake, np.nan)
+            variance.append((lost2 - 2 * share * both + share**2 * stake2) / stake**2 / n)
+        found.append(share)
+    return np.squeeze(found[0] - found[1]), np.squeeze(np.sqrt(np.maximum(variance[0] + variance[1], 0)))
+
+
+def _resampled(columns: Vector, seed: int) -> Vector:
+    """Means of [items, columns] over `RESAMPLES` draws of items with replacement: [resamples, columns]."""
+    rng, n = np.random.default_rng(seed), len(columns)
+    distinct, counts = np.unique(columns, axis=0, return_counts=True)
+    if 4 * len(distinct) <= n:  # how often each is drawn is multinomial: the same bootstrap at a lower price
+        return rng.multinomial(n, counts / n, size=RESAMPLES) @ distinct / n
+    return np.concatenate([columns[rng.integers(n, size=(size, n))].mean(axis=1) for size in _blocks(RESAMPLES, n)])
+
+
+def _blocks(total: int, width: int) -> Iterator[int]:
+    """Sizes of blocks of `total` lines of this width that memory holds at once."""
+    size = max(1, _BLOCK // width)
+    yield from (min(size, total - start) for start in range(0, total, size))
+
+
+@lru_cache(maxsize=EXACT)
+def _assignments(n: int) -> Vector:
+    """All assignments of signs to n units but for the overall sign: [2^(n-1), n]."""
+    bits = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
+    return 1.0 - 2.0 * bits
+
+
+def _vector(values: ArrayLike, length: int | None = None) -> Vector:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"expected a vector of items, got shape {array.shape}")
