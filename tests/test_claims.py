@@ -26,6 +26,7 @@ from tests.planted import RELU, SPARSITIES, SWIGLU, Planted
 WINDOWS, ITEMS = 12, 700
 EMPTY = study_of(synthetic.table().iloc[:0], pd.DataFrame(columns=list(SAMPLES)))
 
+
 @pytest.fixture(scope="module")
 def planted():
     return Planted(1.0, items=2500).verdicts()
@@ -119,7 +120,10 @@ def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
 def test_what_grows_is_told_step_by_step(planted):
     """The steps that a note tells rise from the first to the last where the planted effect grows."""
     for name in ("gap_widens", "kv_grows_with_sparsity", "kv_grows_with_length", "prompt_fixed_fades"):
-        steps = [float(step.rpartition(" ")[2]) for step in planted.loc[name, "note"].partition(": ")[2].partition(";")[0].split(", ")]
+        steps = [
+            float(step.rpartition(" ")[2])
+            for step in planted.loc[name, "note"].partition(": ")[2].partition(";")[0].split(", ")
+        ]
         assert len(steps) > 1 and steps[-1] > steps[0], name
 
 
@@ -227,7 +231,9 @@ def test_a_verdict_reaches_over_seeds_and_models_only_where_enough_of_them_agree
 
     def level(names):
         effects = {name: 1 + 0.01 * place for place, name in enumerate(names)}
-        line, tests = judge._line(claims.Claim("a", "b", lambda _: Evidence(items, "items", "u", (), by_model=effects)), EMPTY)
+        line, tests = judge._line(
+            claims.Claim("a", "b", lambda _: Evidence(items, "items", "u", (), by_model=effects)), EMPTY
+        )
         judge._judge(*judge.possible(tests))
         return line["level"], line["seeds"], line["models"]
 

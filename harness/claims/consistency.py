@@ -17,9 +17,9 @@ def inconsistent_first(study: Study) -> Evidence:
     """Share of changed answers above `MATERIAL_FLIPS`, by item, in cells whose accuracy is shown to be the same.
 
     The same: within `MARGIN` of the dense model's, by two one-sided tests on the cell's items (not seeing a loss proves
-    none). Of each method on each model the cells are tried from the least sparse on, up to the first that does not pass,
-    and the last that passed counts: tried in that fixed order, the error stays at 5 % a method. What must hold besides
-    is that the mean change of accuracy over all of them is within the margin too.
+    none). Of each method on each model the cells are tried from the least sparse on, up to the first that does not
+    pass, and the last that passed counts: tried in that fixed order, the error stays at 5 % a method. What must hold
+    besides is that the mean change of accuracy over all of them is within the margin too.
     """
     lines = study.select().assign(variant=lambda frame: frame["variant"].fillna(""))
     losses: dict[str, pd.Series] = {}

@@ -1,5 +1,6 @@
 """Whether active sets suit hardware, and what is left of it in time. All of it describes: layers, settings and machines
-are not drawn from anything."""
+are not drawn from anything.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +78,8 @@ def _kernel_times(study: Study) -> pd.DataFrame:
     rows = time_ratios(study.rows[study.rows["execution"].isin(["kernel", "kernel_compiled"])])
     rows = rows[rows["cell_id"].isin(study.counted) & (rows["sparsity_requested"] > 0)]
     rows = need(rows, "kernel times of a method (masked execution is no time)")
-    keys = [name for name in ENGINE if name in rows]
-    return rows.assign(**{name: rows[name].astype("string").fillna("") for name in (*keys, "variant")})
+    texts = [*_engines(rows), *(name for name in SETTING if name != "sparsity_requested")]
+    return rows.assign(**{name: rows[name].astype("string").fillna("") for name in texts})
 
 
 def _engines(rows: pd.DataFrame) -> list[str]:
@@ -115,14 +116,16 @@ def batch_slows(study: Study) -> Evidence:
 def _devices(values: pd.Series) -> str:
     """Mean by device, with the number of settings: a setting counts once on each."""
     by_device = values.groupby(level="device").agg(["mean", "size"])
-    return ", ".join(f"{device or 'device not named'} {mean:+.3g} ({size})" for device, mean, size in by_device.itertuples())
+    return ", ".join(
+        f"{device or 'device not named'} {mean:+.3g} ({size})" for device, mean, size in by_device.itertuples()
+    )
 
 
 def nominal_exceeds_measured(study: Study) -> Evidence:
     """Share of the step's bytes that were not read, minus the share of the step's time saved, at batch 1.
 
-    Both are of the whole step, head and cache included, so an ideal kernel scores nothing. By setting, once a device and
-    engine: settings describe.
+    Both are of the whole step, head and cache included, so an ideal kernel scores nothing. By setting, once a device
+    and engine: settings describe.
     """
     times = _kernel_times(study)
     times = times[times["batch"] == times["batch"].min()]
@@ -142,7 +145,8 @@ def nominal_exceeds_measured(study: Study) -> Evidence:
     names = sorted({f"{line.method} {line.sparsity_requested:g} ({line.device})" for line in slower.itertuples()})
     note = (
         f"{settings['bytes_'].mean():.1%} of the step's bytes, {settings['time'].mean():.1%} of its time; less in "
-        f"{int((missed > 0).sum())} of {len(missed)}; {_devices(missed)}; slower than dense: {', '.join(names) or 'none'}"
+        f"{int((missed > 0).sum())} of {len(missed)}; {_devices(missed)}; "
+        f"slower than dense: {', '.join(names) or 'none'}"
     )
     return Evidence(
         numbers(settings["bytes_"]),

@@ -31,7 +31,7 @@ from harness.claims.relu import (
     swiglu_loses_more_accuracy,
     swiglu_loses_more_text,
 )
-from harness.claims.show import VERDICTS, print_verdicts
+from harness.claims.show import print_verdicts
 from harness.claims.study import MissingEvidence, Study, study_of
 from harness.console import complain
 from harness.errors import ConfigError
@@ -94,6 +94,7 @@ COLUMNS = {
     "note": "string",
 }
 
+
 @dataclass
 class _Test:
     """One test: of the line's effect over items, over training runs or over models."""
@@ -114,8 +115,8 @@ def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     Tested is what another study would draw anew: items and text, and, where there are enough of them, training runs and
     models. Layers, methods and settings are fixed: those claims are described, with the range over them. Each test is a
     sign-flip test (of shares a studentised bootstrap); p is corrected by Holm over all tests made, and a test that has
-    too few units to reach the corrected level at all is not made. A verdict holds for the highest of `LEVELS` whose test
-    says the same. limited: take rows of smoke runs in; the lines say so.
+    too few units to reach the corrected level at all is not made. A verdict holds for the highest of `LEVELS` whose
+    test says the same. limited: take rows of smoke runs in; the lines say so.
     """
     study = study_of(table, samples, limited)
     lines, planned = [], []
@@ -128,7 +129,9 @@ def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     for test in planned:
         if test.level == "items" and test not in tests:
             least = stats.least_units(ALPHA / (len(tests) + 1))
-            test.line["note"] = f"too few {test.line['over']} to tell: {test.n} of at least {least}; {test.line['note']}"
+            test.line["note"] = (
+                f"too few {test.line['over']} to tell: {test.n} of at least {least}; {test.line['note']}"
+            )
     smoke = set(table.loc[table["limited"].fillna(False), "cell_id"])
     for line in lines:
         line["limited"] = bool(smoke & set((line["cells"] or "").split()))

@@ -148,7 +148,9 @@ def prompt_fixed_fails_generation(study: Study) -> Evidence:
     if not cells:
         raise MissingEvidence("griffin or tda on a generative and on a scored task in one cell")
     items = [pd.concat(parts[kind]) for kind in (True, False)]
-    by_model = dict(zip(items[0]["model"], items[0]["model"].map(_share_by_model(items[0]) - _share_by_model(items[1]))))
+    by_model = dict(
+        zip(items[0]["model"], items[0]["model"].map(_share_by_model(items[0]) - _share_by_model(items[1])))
+    )
     ours, theirs = (side[["lost", "at_stake"]].groupby(level=0).mean() for side in items)
     shares = [side["lost"].sum() / side["at_stake"].sum() for side in (ours, theirs)]
     note = f"{shares[0]:.1%} of it lost in {len(ours)} generated answers, {shares[1]:.1%} in {len(theirs)} scored"

@@ -120,7 +120,7 @@ def swiglu_less_sparse(study: Study) -> Evidence:
 
 
 def sparsity_falls_with_depth(study: Study) -> Evidence:
-    """Natural sparsity of SwiGLU models, an early layer minus its mirror image at the end, by such pair: a description."""
+    """Natural sparsity of SwiGLU models, early layers minus their mirror images at the end: a description."""
     natural, cells = _natural(study)
     activation = study.lines.drop_duplicates("model").set_index("model")["activation"].fillna("")
     models = [m for m in natural.columns if "relu" not in activation[m].lower()]
@@ -129,7 +129,7 @@ def sparsity_falls_with_depth(study: Study) -> Evidence:
     layers = natural[models].dropna()
     half, mean = len(layers) // 2, numbers(layers.mean(axis=1))
     note = f"first layer {mean[0]:.1%}, last {mean[-1]:.1%}; published for LLaMA-3-8B: over 99 % and about 10 %"
-    falls = {m: float((layers[m].iloc[:half].mean() - layers[m].iloc[-half:].mean())) for m in models}
+    falls = {m: float(layers[m].iloc[:half].mean() - layers[m].iloc[-half:].mean()) for m in models}
     early, late = mean[:half], mean[::-1][:half]
     return Evidence(
         early, "pairs of layers", "share of neurons", cells, reference=late, drawn=False, by_model=falls, note=note

@@ -60,6 +60,96 @@ def run(bench: Bench) -> None:
         bench.commit(part, on_task)
 
 
+<<<<<<< HEAD
+=======
+# --------------------------------------------------------------------------------------------- perplexity
+
+
+@torch.no_grad()
+def perplexity(
+    view: View,
+    tokenizer: Any,
+    methods: Fitted,
+    policy: Policy,
+    windows: Tensor,
+    kl_windows: int,
+    dense: dict[str, Tensor] | None,
+) -> tuple[list[Row], pd.DataFrame, dict[str, Tensor]]:
+    """Perplexity over windows [n, length], and against the dense twin on the first `kl_windows` of them.
+
+    Under phase `all` every token but a window's first is scored. Under `decode` the first half of a window is its
+    prompt and only tokens predicted by decode steps are scored.
+
+    dense: the tensors that this function returned for the dense twin, or None for the dense cell itself.
+    Returns rows, negative log-likelihoods by window (nats), and for a dense cell its final hidden states (from which
+    the head gives the dense distributions again, at a fifth of the cost of a forward pass).
+    """
+    length = windows.shape[1]
+    start = length // 2 if policy.phase == "decode" else 0
+    hidden: list[Tensor] = []
+    head = view.model.get_output_embeddings()
+    losses: list[Tensor] = []
+    divergence, agreement = [], []
+    # A GPU is idle most of the time on one window; a CPU gains nothing from several and needs the memory.
+    several = WINDOWS_AT_ONCE if view.device.type == "cuda" else 1
+    with attached(view, methods, policy):
+        for first in track(range(0, len(windows), several), "perplexity"):
+            ids = windows[first : first + several].to(view.device)
+            decode = torch.zeros_like(ids, dtype=torch.bool)
+            decode[:, start:] = policy.phase == "decode"
+            seen: list[Tensor] = []
+            handle = head.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+            with view.tracker.hint(torch.ones_like(decode), decode):
+                logits = view.model(ids, use_cache=False).logits
+            handle.remove()
+            for place, target in enumerate(ids[:, start + 1 :]):
+                log_p = F.log_softmax(logits[place, start:-1].float(), dim=-1)
+                losses.append(F.nll_loss(log_p, target, reduction="sum"))
+                if first + place >= kl_windows:
+                    continue
+                if dense is None:
+                    hidden.append(seen[0][place].cpu())
+                    continue
+                reference = view.logits(dense["hidden"][first + place][None].to(view.device))[0, start:-1].float()
+                log_q = F.log_softmax(reference, dim=-1)
+                divergence.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).cpu())
+                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
+    nll = torch.stack(losses).tolist()
+    scored = (length - 1 - start) * len(windows)
+    total = float(np.sum(nll))
+    text_bytes = sum(len(tokenizer.decode(w[start + 1 :].tolist()).encode()) for w in windows)
+    per_window = np.array(nll) / (length - 1 - start)
+    error = float(per_window.std(ddof=1) / math.sqrt(len(nll))) if len(nll) > 1 else None
+    value = math.exp(min(total / scored, 700.0))
+    rows = [
+        _text_row("token_perplexity", value, scored, "ratio", None if error is None else value * error),
+        _text_row("nll", total / scored, scored, "nats/token", error),
+        _text_row("bits_per_byte", total / math.log(2) / text_bytes, text_bytes, "bits/byte"),
+    ]
+    if divergence:
+        kl, same = torch.stack(divergence), torch.stack(agreement)  # [windows, tokens]
+        # The tokens of a window are no independent draws: the error is that of the windows' means.
+        rows.append(_text_row("kl_to_dense", kl.mean().item(), kl.numel(), "nats", _error(kl.mean(-1))))
+        rows.append(_text_row("top1_agreement", same.mean().item(), same.numel(), "share", _error(same.mean(-1))))
+    for row in rows:
+        row["context"] = length  # tokens a window
+    samples = pd.DataFrame({"window": range(len(nll)), "nll": nll, "tokens": length - 1 - start})
+    return rows, samples, {"hidden": torch.stack(hidden)} if hidden else {}
+
+
+def _error(x: Tensor) -> float | None:
+    return (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
+
+
+def _text_row(metric: str, value: float, n: int, unit: str, stderr: float | None = None) -> Row:
+    facts = {"metric": metric, "value": value, "n": n, "unit": unit, "stderr": stderr, "split": "validation"}
+    return {"probe": "quality", "task": "perplexity", "step_phase": "all"} | facts
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+
+
+>>>>>>> 325ac0c (Test what is drawn and describe what is not: judge the study again, tell its verdicts anew, errors of KL by window)
 def task(
     lm: HarnessLM,
     methods: Fitted,
@@ -169,7 +259,7 @@ def _samples(task_name: str, by_task: dict[str, list[dict[str, Any]]]) -> pd.Dat
 
 
 def _against_dense(samples: pd.DataFrame, dense: pd.DataFrame) -> list[Row]:
-    """Flips and the paired difference to dense on the same items (95 % bootstrap interval as half-width / 1.96)."""
+    """Flips and the paired difference to dense on the same items."""
     rows: list[Row] = []
     both = samples.merge(dense, on=["task", "part", "doc_id", "metric"], suffixes=("", "_dense"))
     answers = [m for m in both["metric"].unique() if m == "acc" or m.startswith("exact_match")]
@@ -177,14 +267,14 @@ def _against_dense(samples: pd.DataFrame, dense: pd.DataFrame) -> list[Row]:
         if metric.partition(":")[0] not in CORRECT:
             continue
         ours, theirs = items["value"].to_numpy(), items["value_dense"].to_numpy()
-        difference = stats.paired_bootstrap(ours, theirs)
+        difference = ours - theirs
         common = {"probe": "quality", "task": name, "n": len(items), "unit": "share"}
         rows.append(
             common
             | {
                 "metric": f"{metric}_minus_dense",
-                "value": difference.mean,
-                "stderr": (difference.high - difference.low) / (2 * 1.96),
+                "value": float(difference.mean()),
+                "stderr": stats.standard_error(difference),
             }
         )
         if metric == answers[0]:  # one filter of a task's answers is enough to count flips

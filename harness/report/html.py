@@ -113,9 +113,10 @@ def _claims(verdicts: pd.DataFrame) -> str:
         )
     levels = "; ".join(claims.levels(verdicts))
     return (
-        "<p>Each claim is a test over the rows: the effect as claimed is above zero. What is drawn anew is tested (items, "
-        "stretches of text; paired where they are the same) by a sign-flip test with a studentised bootstrap interval, and "
-        "p is corrected by Holm for all tests made. Layers, methods and settings are described, with the range over them. "
+        "<p>Each claim is judged over the rows; an effect as claimed is above zero. What another study would draw anew "
+        "(items, stretches of text) is tested by a sign-flip test with a studentised bootstrap interval, paired where "
+        "they are the same, and p is corrected by Holm for all tests made. Layers, methods and settings are described, "
+        "with the range over them. "
         f"{escape(levels)}. {escape(claims.POWER)}.</p>"
         f"{_table('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
     )

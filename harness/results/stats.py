@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ def paired(values: ArrayLike, reference: ArrayLike = 0.0, *, seed: int = 0) -> P
     for no units, unequal lengths or values that are not finite.
     """
     ours = _vector(values)
-    theirs = np.full(len(ours), float(reference)) if np.ndim(reference) == 0 else _vector(reference, len(ours))
+    theirs = np.full(len(ours), reference) if isinstance(reference, float) else _vector(reference, len(ours))
     difference = _vector(ours - theirs)
     low, high = _studentised(difference, seed)
     error = standard_error(difference)
@@ -91,8 +91,10 @@ def shares(ours: Lost, theirs: Lost, *, seed: int = 0) -> PairedDifference:
     sure, and the interval is wide. p is the share of resamples whose studentised error is as large as the effect.
     Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 2.4 and 4.4.
     """
-    share, error = map(float, _share(*(np.array([[m] for m in _moments(side).mean(axis=0)]) for side in (ours, theirs))))
-    drawn, errors = _share(*(_resampled(_moments(side), seed + place).T for place, side in enumerate((ours, theirs))))
+    sides = [_moments(side) for side in (ours, theirs)]
+    whole = _share(*(side.mean(axis=0)[:, None] for side in sides))
+    share, error = (float(value) for value in whole)
+    drawn, errors = _share(*(_resampled(side, seed + place).T for place, side in enumerate(sides)))
     with np.errstate(divide="ignore", invalid="ignore"):
         studentised = np.nan_to_num((drawn - share) / errors, nan=np.inf)
         p = (np.count_nonzero(np.abs(studentised) >= abs(share) / error) + 1) / (RESAMPLES + 1) if error else 1.0
@@ -103,8 +105,8 @@ def shares(ours: Lost, theirs: Lost, *, seed: int = 0) -> PairedDifference:
 def equivalence(differences: ArrayLike, margin: float) -> float:
     """P that the mean difference is `margin` or more to either side: two one-sided t tests (TOST).
 
-    differences: [items], each within -1 and 1. Two items are added, one fully better and one fully worse: without them a
-    few answers that happen to agree would pass as proof that all do.
+    differences: [items], each within -1 and 1. Two items are added, one fully better and one fully worse: without
+    them a few answers that happen to agree would pass as proof that all do.
     Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
     x = np.append(_vector(differences), [1.0, -1.0])
@@ -151,7 +153,7 @@ def detectable(error: float, n: int, level: float) -> float:
     return float(error * (stats.t.isf(level / 2, n - 1) + stats.t.ppf(POWER, n - 1)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shift(n: int, level: float) -> float:
     """The least mean, in standard deviations, at which the exact test of n normal draws has `POWER`."""
     draws = np.random.default_rng(0).normal(size=(1000, n))
@@ -225,7 +227,8 @@ def _resampled(columns: Vector, seed: int) -> Vector:
     distinct, counts = np.unique(columns, axis=0, return_counts=True)
     if 4 * len(distinct) <= n:  # how often each is drawn is multinomial: the same bootstrap at a lower price
         return rng.multinomial(n, counts / n, size=RESAMPLES) @ distinct / n
-    return np.concatenate([columns[rng.integers(n, size=(size, n))].mean(axis=1) for size in _blocks(RESAMPLES, n)])
+    blocks = [columns[rng.integers(n, size=(size, n))].mean(axis=1) for size in _blocks(RESAMPLES, n)]
+    return np.concatenate(blocks, dtype=np.float64)
 
 
 def _blocks(total: int, width: int) -> Iterator[int]:
@@ -238,7 +241,7 @@ def _blocks(total: int, width: int) -> Iterator[int]:
 def _assignments(n: int) -> Vector:
     """All assignments of signs to n units but for the overall sign: [2^(n-1), n]."""
     bits = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
-    return 1.0 - 2.0 * bits
+    return np.asarray(1 - 2 * bits, dtype=np.float64)
 
 
 def _vector(values: ArrayLike, length: int | None = None) -> Vector:
