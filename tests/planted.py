@@ -16,9 +16,9 @@ from scipy import stats
 
 from harness import claims
 from harness.results.collect import relate
+from harness.results.identity import cell_id
 from harness.results.rows import make_row, to_frame
 from harness.results.samples import SAMPLES
-from harness.results.identity import cell_id
 
 LAYERS = 12
 SWIGLU, RELU = "tiny-control", "tiny-relu"
