@@ -29,7 +29,7 @@ from harness.model.families import view_of
 from harness.model.lm import HarnessLM
 from harness.model.step import Policy
 from harness.results.environment import environment
-from harness.run.session import pick_dtype
+from harness.run.machine import pick_dtype
 from methods.teal import Teal
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = args.tasks.split(",")
     folder = embedded_model_dir()
-    dtype = pick_dtype("auto", torch.device("cpu"))
+    dtype = getattr(torch, pick_dtype("auto", "cpu"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     view = view_of(model)

@@ -13,7 +13,7 @@ from harness.model.selection import PROJECTIONS
 from harness.model.step import Policy
 from harness.probes import perplexity
 from harness.probes.sparsity import measure
-from harness.run.session import pick_dtype
+from harness.run.machine import pick_dtype
 from methods.dense import Dense
 from methods.oracle import Oracle
 from methods.random import Random
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ready(embedded_dir, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(embedded_dir, dtype=pick_dtype("auto", torch.device("cpu"))).eval()
+    model = AutoModelForCausalLM.from_pretrained(embedded_dir, dtype=getattr(torch, pick_dtype("auto", "cpu"))).eval()
     view = view_of(model.requires_grad_(False), name="smollm2-135m", fingerprint="embedded")
     calibration = Calibration(view, token_windows(tokenizer, calibration_text(), 512, count=16).split(4))
     windows = text_windows(tokenizer, evaluation_text(), 512).first(8, "perplexity")
