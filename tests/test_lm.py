@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from harness.data.tasks import load_tasks, task_manager
+from harness.data.text import Windows
 from harness.errors import MeasurementError
 from harness.execution.attach import attached
 from harness.execution.method import Method
@@ -24,6 +25,7 @@ from harness.model.lm import HarnessLM
 from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
+from harness.probes import sparsity
 
 TASKS = ["piqa", "arc_easy", "sciq", "lambada_openai"]
 
@@ -197,3 +199,36 @@ def test_scoring_makes_few_logits_at_a_time_and_the_same_scores(tiny_lm, monkeyp
     assert max(rows) == 3 and sum(rows) >= 36
     assert [greedy for _, greedy in in_pieces] == [greedy for _, greedy in whole]
     assert [value for value, _ in in_pieces] == pytest.approx([value for value, _ in whole], abs=1e-4)
+
+
+@pytest.mark.parametrize("until", [["\n"], ["e", "a"], ["zzz"]])
+def test_generated_answers_are_those_of_plain_hflm(tiny_lm, tokenizer, until):
+    """Each sequence stops by itself, which changes what is counted and no answer."""
+    plain = HFLM(pretrained=tiny_lm.view.model, tokenizer=tokenizer, batch_size=4, max_length=512)
+    prompts = ["The river", "A stone and the light", "7 plus 7 is", "Question: who?\nAnswer:", "One"]
+    facts = {"until": until, "max_gen_toks": 16}
+    requests = [[asks("generate_until", (text, dict(facts)), n) for n, text in enumerate(prompts)] for _ in range(2)]
+    assert tiny_lm.generate_until(requests[0]) == plain.generate_until(requests[1])
+
+
+def test_a_probe_over_text_names_logits_that_are_no_numbers(tiny_folder):
+    """Zeros among NaN can be counted, and would say something about nothing."""
+    view = view_of(AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), name="broken")
+    view.final_norm.weight.data.fill_(torch.nan)
+
+    class Stub:
+        config: ClassVar = {"probe": {"sparsity": {"windows": 2}}}
+        fitted: ClassVar = []
+        policy = Policy()
+
+        def windows(self, count):
+            tokens = torch.ones(count, 16, dtype=torch.long)
+            return Windows(tokens, None, count)
+
+        def commit(self, part, make):
+            make()
+
+    bench = Stub()
+    bench.view = view
+    with pytest.raises(MeasurementError, match="NaN, not a number, for the held-out text"):
+        sparsity.run(bench)

@@ -373,7 +373,7 @@ def load_tasks(
     for name in names:
         with _quiet():
             try:
-                found = manager.load(name)
+                parts = manager.load(name)
             except (OSError, ValueError) as error:
                 if data == "local":
                     raise
@@ -381,9 +381,9 @@ def load_tasks(
                 raise AssetError(
                     f"the data of task {name} can't be loaded from the hub ({reason}): data=local needs no network"
                 ) from error
-        loaded.append(found["groups"][name] if name in found.get("groups", {}) else found["tasks"][name])
+        loaded.append(parts["groups"][name] if name in parts.get("groups", {}) else parts["tasks"][name])
         shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         if shots is not None:
-            for task in found["tasks"].values():
+            for task in parts["tasks"].values():
                 task.set_config(key="num_fewshot", value=shots)
     return loaded

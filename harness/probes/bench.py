@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from harness.model.logits import watched_logits
 from harness.results.limited import little_text, marked
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def commit_on_text(
 
     def make() -> tuple[list[dict[str, Any]]]:
         windows = bench.windows(bench.config["probe"]["sparsity"]["windows"])
-        return (marked(measure(bench.view, bench.fitted, bench.policy, windows.tokens), little_text(windows)),)
+        with watched_logits(bench.view, "the held-out text"):
+            rows = measure(bench.view, bench.fitted, bench.policy, windows.tokens)
+        return (marked(rows, little_text(windows)),)
 
     bench.commit(part, make)

@@ -81,10 +81,10 @@ def on_tasks(
     for name in names:
         scores, _ = quality.task(lm, methods, policy, name, data, num_fewshot, limit, seed, None)
         bases = {row["metric"].partition(":")[0]: row for row in reversed(scores)}
-        found = next((bases[metric] for metric in ACCURACIES if metric in bases), None)
-        if found is None:
+        accuracy = next((bases[metric] for metric in ACCURACIES if metric in bases), None)
+        if accuracy is None:
             raise ConfigError(f"task {name} has no accuracy that a search could average")
-        rows.append(found | {"probe": "search", "metric": "trial_score", "message": None})
+        rows.append(accuracy | {"probe": "search", "metric": "trial_score", "message": None})
     mean = {
         "probe": "search",
         "metric": "trial_average",
@@ -150,11 +150,11 @@ def summary(rows: pd.DataFrame) -> list[str]:
     values = {(row.metric, row.site if pd.notna(row.site) else None): row.value for row in rows.itertuples()}
     for metric, value in ((m, v) for (m, _), v in values.items() if m.endswith("_dense")):
         goal = metric.removesuffix("_dense")
-        said = ", ".join(
+        facts = ", ".join(
             f"{m.removeprefix(f'{goal}_')} {v:.4g}"
             for (m, site), v in values.items()
             if site is None and m.startswith(f"{goal}_") and m != metric
         )
         share = values.get((f"{goal}_achieved", "model"))
-        lines.append(f"{goal}: {said} (dense {value:.4g}), of all block weights {share:.3f}")
+        lines.append(f"{goal}: {facts} (dense {value:.4g}), of all block weights {share:.3f}")
     return lines

@@ -35,7 +35,7 @@ def read_samples(root: Path | str) -> pd.DataFrame:
     store = Store(root)
     if not store.cells() and (root / "samples.parquet").exists():
         return pd.read_parquet(root / "samples.parquet")[list(SAMPLES)].astype(SAMPLES)
-    found = []
+    tables = []
     for cell in store.cells():
         view = store.view(cell)
         for probe in view.probes():
@@ -43,13 +43,13 @@ def read_samples(root: Path | str) -> pd.DataFrame:
                 frame = view.samples(probe)
                 value = frame["nll"] / frame["tokens"]
                 facts = {"task": "perplexity", "item": frame["window"].astype(str), "kind": "text", "chance": 0.0}
-                found.append(frame.assign(cell_id=cell, value=value, **facts)[list(SAMPLES)].astype(SAMPLES))
+                tables.append(frame.assign(cell_id=cell, value=value, **facts)[list(SAMPLES)].astype(SAMPLES))
             elif probe.startswith("quality-"):
                 frame = _answers(view.samples(probe))
                 item = frame["task"] + "/" + frame["doc_id"].astype(str)
                 facts = {"kind": "accuracy", "task": probe.removeprefix("quality-"), "tokens": 0, "item": item}
-                found.append(frame.assign(cell_id=cell, **facts)[list(SAMPLES)].astype(SAMPLES))
-    return stack(found)
+                tables.append(frame.assign(cell_id=cell, **facts)[list(SAMPLES)].astype(SAMPLES))
+    return stack(tables)
 
 
 def stack(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
