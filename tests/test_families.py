@@ -35,7 +35,8 @@ RELU = (
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_entry_has_the_keys(name: str) -> None:
     model = MODELS[name]
-    assert set(model) - {"adapter"} == {"name", "source", "path", "repo", "revision"}
+    optional = {"adapter", "embedded", "accept_license"}
+    assert set(model) - optional == {"name", "source", "path", "repo", "revision"}
     assert model["name"] == name
     if model["source"] == "hub":
         assert model["path"] is None and re.fullmatch(r"[\w.-]+/[\w.-]+", model["repo"])
@@ -195,10 +196,10 @@ def test_no_two_adapters_claim_one_model_type() -> None:
 
 def loaded(folder: Path) -> Any:
     """What the harness loads from a local folder."""
-    from harness.run import session
+    from harness.run import loading
 
     model = {"name": "local", "source": "path", "path": str(folder), "repo": None, "revision": None}
-    return session._load(json.dumps(model, sort_keys=True), "float32", "cpu")
+    return loading._load(json.dumps(model, sort_keys=True), "float32", "cpu")
 
 
 def test_a_relu_llama_is_an_ordinary_llama(tmp_path: Path, tokenizer: Any) -> None:

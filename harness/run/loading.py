@@ -1,0 +1,132 @@
+"""Load a cell's model, once a process: from a folder, a GGUF file, the embedded ones or the hub."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from harness.data import embedded
+from harness.data.assets import EMBEDDED_MODEL, model_fingerprint
+from harness.errors import ConfigError
+from harness.fitting.calibration import Calibration
+from harness.model.families import config_of, view_of
+from harness.model.view import View
+from harness.results.identity import content_key
+from harness.run.config import CellConfig
+from harness.training.checkpoints import merge_weights, read_checkpoint, swap_activation
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model ready to be measured."""
+
+    view: View
+    tokenizer: Any
+    max_length: int
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+
+
+def load(config: CellConfig) -> Loaded:
+    """The cell's model, loaded once a process. Raises `ConfigError` where it can't be had."""
+    return _load(json.dumps(config["model"], sort_keys=True), config["dtype"], config.device)
+
+
+def tokenizer_of(config: CellConfig) -> Any:
+    """The cell's tokenizer, without the model."""
+    return _tokenizer(json.dumps(config["model"], sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _load(model_json: str, dtype: str, device: str) -> Loaded:
+    from transformers import AutoModelForCausalLM
+
+    gc.collect()  # hooks make a patched model part of a cycle: the one before would stay, with its activations
+    model_config = json.loads(model_json)
+    place, wanted = torch.device(device), getattr(torch, dtype)
+    source, revision = _source(model_config)
+    tokenizer = _tokenizer(model_json)
+    adapter = model_config.get("adapter")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            config=config_of(source, revision),
+            dtype=torch.float32 if adapter else wanted,  # an adapter is merged before anything is rounded
+            attn_implementation=_attention(source, revision),
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_load(model_config, error) from error
+    checkpoint = read_checkpoint(adapter) if adapter else None
+    if checkpoint is not None:
+        merge_weights(checkpoint, model)
+    model.to(place, wanted).eval().requires_grad_(False)
+    if checkpoint is not None:  # after the cast: its thresholds stay float32
+        swap_activation(model, checkpoint.activation, checkpoint.tensors["threshold"])
+    if revision:  # a branch moves: the commit that was loaded is what a fit belongs to
+        fingerprint = f"{source}@{getattr(model.config, '_commit_hash', None) or revision}"
+    else:
+        fingerprint = model_fingerprint(Path(source))
+    view = view_of(model, name=model_config["name"], fingerprint=fingerprint)
+    if checkpoint is not None:
+        if checkpoint.record["base"] != fingerprint:
+            raise ConfigError(f"checkpoint {adapter} was trained on another base than {model_config['name']}")
+        view.activation = checkpoint.activation
+        view.fingerprint = content_key({"base": fingerprint, "adapter": checkpoint.record["sha256"]})
+    return Loaded(view, tokenizer, int(getattr(model.config, "max_position_embeddings", 2048)))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model_json: str) -> Any:
+    """Of its own, because whether a text is long enough must be known before a model is loaded."""
+    from transformers import AutoTokenizer
+
+    model_config = json.loads(model_json)
+    source, revision = _source(model_config)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model_config, error) from error
+
+
+def _source(model: dict[str, Any]) -> tuple[str, str | None]:
+    """What transformers loads from: (folder, None) or (hub repository, revision)."""
+    if model["path"] is not None:
+        path = Path(model["path"])
+        return str(embedded.gguf_dir(path) if path.suffix == ".gguf" else path), None
+    if model["source"] == "embedded":
+        return str(embedded.embedded_dir(model.get("embedded", EMBEDDED_MODEL))), None
+    return model["repo"], model["revision"]
+
+
+def _attention(source: str, revision: str | None) -> str:
+    """torch's attention, or the written-out one where scores are capped softly (Gemma 2), which torch's can't."""
+    from transformers import PreTrainedConfig
+
+    found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    capped = found.get("model_type") == "gemma2" and found.get("attn_logit_softcapping", 50.0) is not None
+    return "eager" if capped else "sdpa"
+
+
+def _cannot_load(model: dict[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(f"model {model['name']} can't be loaded: {' '.join(str(error).split())[:300]}")
+
+
+def vocabulary(config: CellConfig) -> int:
+    """How many tokens the model has embeddings for, as its config says."""
+    from transformers import AutoConfig
+
+    model = config["model"]
+    source, revision = _source(model)
+    try:
+        found = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model, error) from error
+    return int(found.get_text_config().vocab_size)
