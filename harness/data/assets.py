@@ -227,8 +227,10 @@ def made_once(name: str, folder: str, takes: str, make: Callable[[Path, Path], N
             make(Path(scratch), built)
             for path in built.iterdir():
                 path.chmod(0o644)  # safetensors writes 0600, which a shared cache can't use
-            (built / "fingerprint").write_text(model_fingerprint(built))
+            digest = model_fingerprint(built)
+            (built / "fingerprint").write_text(digest)
             os.replace(built, target)
+            _noted(_note(target, _weights(target)), digest)  # else the next start would hash gigabytes again
     return target
 
 
@@ -256,18 +258,13 @@ def model_fingerprint(folder: Path | str) -> str:
     where there is no config or no weights file.
     """
     folder = Path(folder)
-    config = folder / "config.json"
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if folder.suffix == ".gguf" and folder.is_file():  # its config is in it
-        weights, config = [], folder
-    elif not config.is_file() or not weights:
-        raise ConfigError(f"there is no model in {folder}: a config.json and weights files are needed")
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in [config, *weights]]
-    note = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    weights = _weights(folder)
+    note = _note(folder, weights)
     if note.exists():
         return note.read_text()
-    if not weights:
-        return _noted(note, sha256_of(config))
+    if folder.is_file():
+        return _noted(note, sha256_of(folder))
+    config = folder / "config.json"
     facts = json.loads(config.read_text())
     for key in ("transformers_version", "_name_or_path"):
         facts.pop(key, None)
@@ -275,6 +272,23 @@ def model_fingerprint(folder: Path | str) -> str:
     for path in weights:
         digest.update(f"{path.name} {sha256_of(path)}".encode())
     return _noted(note, digest.hexdigest())
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The weights files of a model folder, or the GGUF file itself."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        return [folder]
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise ConfigError(f"there is no model in {folder}: a config.json and weights files are needed")
+    return weights
+
+
+def _note(folder: Path, weights: list[Path]) -> Path:
+    """Where the hash of these files, as they are now, is kept."""
+    files = weights if folder.is_file() else [folder / "config.json", *weights]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _noted(note: Path, digest: str) -> str:
