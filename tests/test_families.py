@@ -37,7 +37,7 @@ def test_every_model_entry_has_the_keys(name: str) -> None:
     model = MODELS[name]
     optional = {"adapter", "embedded", "accept_license"}
     assert set(model) - optional == {"name", "source", "path", "repo", "revision"}
-    assert model["name"] == name
+    assert model["name"] == (None if name == "local" else name)
     if model["source"] == "hub":
         assert model["path"] is None and re.fullmatch(r"[\w.-]+/[\w.-]+", model["repo"])
         pinned = re.fullmatch("[0-9a-f]{40}", model["revision"])
