@@ -486,6 +486,21 @@ def test_a_cell_without_results_does_not_stop_the_others_side_by_side(runner: Ru
     assert "2 of 3 cells have results" in err and "experts of 7 neurons do not divide" in err
 
 
+@pytest.mark.parametrize(
+    ("how", "words", "workers"),
+    [("Killed", "ended by SIGKILL", 2), ("Exits", "called exit(3)", 2), ("Exits", "called exit(3)", 1)],
+)
+def test_a_cell_that_takes_its_process_with_it_takes_no_other_cell(
+    runner: Runner, how: str, words: str, workers: int
+) -> None:
+    command = ["-m", "method=random,oracle", "sparsity=0.4", f"method.random._target_=tests.dying.{how}"]
+    _, err = runner.run(*command, "probe=sparsity", "tasks=none", f"workers={workers}", code=1)
+    ended = {name.split("_")[1]: runner.store.view(name).status for name in runner.store.cells()}
+    assert ended["oracle"]["status"] == "done"
+    assert ended["random"]["status"] == "failed" and words in ended["random"]["message"]
+    assert "1 of 2 cells have results" in err and words in err
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_cells_of_an_archive_are_not_run_again(sweep: Runner, runner: Runner, workers: int) -> None:
     study = runner.folder / "study"

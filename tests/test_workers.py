@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from rich.console import Console
 
 from harness.results.store import Store
-from harness.run import workers
+from harness.run import execute, workers
+from harness.run.cell import state_of, versions
 from harness.run.config import CellConfig, check
+from harness.run.nest import build_methods
 from harness.run.overrides import composed, expand, rewrite
 
 
@@ -66,3 +70,79 @@ def test_a_sweep_of_which_nothing_is_missing_starts_no_process(tmp_path: Path, m
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # cores are shared out where the user has not done it
     monkeypatch.setattr(workers.mp, "get_context", None)
     workers.run_cells([], Store(tmp_path), {"name": "none"}, 8, False, Console(quiet=True))
+
+
+# ------------------------------------------------------------------------------- a cell and its dense cell
+
+
+def fails(ran: list[str]) -> Callable[..., str]:
+    """A `run_cell` under which every cell fails, and is recorded."""
+
+    def run_cell(cell: CellConfig, store: Store, *_: object) -> str:
+        ran.append(cell.id)
+        with store.claim(cell.id, cell.plain, versions(build_methods(cell["method"]))):
+            raise ZeroDivisionError("broken")
+
+    return run_cell
+
+
+def done(cell: CellConfig, store: Store) -> None:
+    """As if the cell had been run."""
+    with store.claim(cell.id, cell.plain, versions(build_methods(cell["method"]))) as claimed:
+        claimed.finish()
+
+
+def test_a_dense_cell_that_fails_is_not_run_again_for_each_cell_that_needs_it(
+    asked: list[CellConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ran = Store(tmp_path), []
+    monkeypatch.setattr(execute, "run_cell", fails(ran))
+    mine = [cell for cell in asked if cell.model_name == "smollm2-135m"]
+    dense = mine[0].dense_cell()
+    ended = [execute.attempt(cell, store, {}, Console(quiet=True), retry=True) for cell in mine]
+    assert len(mine) == 4 and ran == [dense.id]
+    assert all(state == "failed" and str(words).startswith(execute.NO_DENSE) for state, words in ended)
+    assert not any(store.view(cell.id).status for cell in mine), "they have not been run: the same command goes on"
+
+
+def test_a_cell_waits_while_its_dense_cell_is_made(
+    asked: list[CellConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, cell = Store(tmp_path), asked[0]
+    dense = cell.dense_cell()
+    looks: list[str] = []
+
+    def sleep(_: float) -> None:  # the other process ends while this one looks a third time
+        looks.append(state_of(dense, store))
+        if len(looks) == 3:
+            held.close()
+
+    held = ExitStack()
+    claimed = held.enter_context(store.claim(dense.id, dense.plain, versions(build_methods(dense["method"]))))
+    held.callback(claimed.finish)
+    monkeypatch.setattr(execute.time, "sleep", sleep)
+    monkeypatch.setattr(execute, "run_cell", lambda cell, store, *_: done(cell, store) or "done")
+    assert execute.attempt(cell, store, {}, Console(quiet=True)) == ("done", None)
+    assert looks == ["locked"] * 3
+
+
+def test_dependents_are_handed_out_after_their_dense_cell_has_ended(asked: list[CellConfig], tmp_path: Path) -> None:
+    store, cell = Store(tmp_path), asked[0]
+    dense = cell.dense_cell()
+    other = next(c for c in asked if c.model_name != cell.model_name).dense_cell()
+    queue = workers.Queue([dense, cell, other], store)
+    assert queue.next([]) == dense
+    assert queue.next([dense]) == other, "it is not even claimed yet: nobody may take it for failed"
+    assert queue.next([dense]) is None
+    done(dense, store)
+    assert queue.next([]) == cell and not queue.waiting
+
+
+def test_dependents_of_a_dense_cell_that_has_failed_are_not_handed_out(asked: list[CellConfig], tmp_path: Path) -> None:
+    store, cell = Store(tmp_path), asked[0]
+    dense = cell.dense_cell()
+    with pytest.raises(ZeroDivisionError):
+        fails([])(dense, store)
+    queue = workers.Queue([cell], store)
+    assert queue.next([]) is None
+    assert queue.held_up == {cell.id: execute.NO_DENSE} and not queue.waiting
