@@ -59,10 +59,10 @@ def check_fused(
             stack.enter_context(dequantised(view, packed, methods))
         values: dict[tuple[int, str], Tensor] = {}
         with _watching(view, values, "raw"), attached(view, methods, policy), _watching(view, values, "kept"):
-            cache = _filled(view, prompt, steps)
+            past = _filled(view, prompt, steps)
             expected = []
             for token in tokens:
-                logits = _decode(view, token, cache)
+                logits = _decode(view, token, past)
                 expected.append(Seen(dict(values), logits))
     part = logits_error = 0.0
     with fused_decode(view, methods, policy, packed) as fused:
@@ -73,6 +73,8 @@ def check_fused(
                 raise KernelMismatchError("the fused step did not run where it was asked to")
             logits_error = max(logits_error, _error(own, seen.logits))
             for layer in range(view.n_layers):
+                cache.layers[layer].keys.copy_(past.layers[layer].keys)  # of the tokens before, as masks made them
+                cache.layers[layer].values.copy_(past.layers[layer].values)
                 for error in _parts(fused, methods, layer, seen.values, cache):
                     part = max(part, error)
             fused.step.begin(seen.values[view.n_layers - 1, "out raw"].flatten())
