@@ -233,15 +233,11 @@ def steps(args: argparse.Namespace, threads: int) -> dict[str, Any]:
         rows.append(row)
         print(row, flush=True)
     facts = {"threads": threads, "skipped": round(skipped, 4), "read_bytes_per_s": round(median(bandwidth))}
-    return facts | {
-        "dtype": args.dtype,
-        "clock": "thread CPU" if threads == 1 else "wall",
-        "rows": rows,
-        "checks": checks,
-    }
+    facts |= {"dtype": args.dtype, "clock": "thread CPU" if threads == 1 else "wall"}
+    return facts | {"rows": rows, "checks": checks}
 
 
-# ----------------------------------------------------------------------------------------------------------- the kernels
+# ---------------------------------------------------------------------------------------------------------- the kernels
 
 
 def packed_pool(k: int, n: int, bits: int) -> list[lowbit.Packed]:
