@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from harness import claims
+from harness.claims import judge
 from harness.results.collect import relate
 from harness.results.identity import cell_id
 from harness.results.rows import make_row, to_frame
@@ -31,7 +33,11 @@ Draws = dict[tuple, NDArray[np.float64]]
 
 
 class Planted:
-    """sign: of every effect; 0 for none. able: dense accuracy. noise: of the text, times what real rows have."""
+    """sign: of every effect; 0 for none. able: dense accuracy. noise: of the text, times what real rows have.
+
+    strength: of the effects on text that are smallest beside that noise. falls: accuracy lost by the cells that change
+    answers without losing any.
+    """
 
     def __init__(
         self,
@@ -44,10 +50,12 @@ class Planted:
         items: int = 700,
         noise: float = 0.1,
         falls: float = 0.0,
+        strength: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.sign, self.able, self.achieved, self.execution, self.limited = sign, able, achieved, execution, limited
         self.windows, self.items, self.text_noise, self.falls = windows, items, noise, falls
+        self.strength = strength
         self.rng = np.random.default_rng(seed)
         self.rows: list[dict[str, Any]] = []
         self.twins: dict[str, str] = {}
@@ -61,11 +69,11 @@ class Planted:
         self.methods()
 
     def methods(self) -> None:
-        sign = self.sign
+        sign, strength = self.sign, self.strength
         for model, harm in ((SWIGLU, 1.0), (RELU, 1.0 - 0.5 * sign)):
             for s in SPARSITIES:
                 time = 1.0 / (1 - s * 0.4 * sign)
-                self.cell(model, "teal", s, text=0.5 * harm * s**2, wrong=0.3 * harm * s, time=time)
+                self.cell(model, "teal", s, text=0.5 * strength * harm * s**2, wrong=0.3 * harm * s, time=time)
             recall = 0.8 - 0.1 * sign * (model == SWIGLU)
             for predictor, lost, recalled in (
                 ("serial", 0.3, recall), ("lookahead", 0.3 + 0.1 * sign, recall - 0.1 * sign),
@@ -76,9 +84,9 @@ class Planted:
             self.cell(model, "cett", 0.5, variant="cett=0.2", wrong=0.1, natural=0.6 + 0.2 * sign * (model == RELU))
         for s in (0.25, 0.5):
             self.cell(SWIGLU, "kv_skip", s, variant="kv=mask_output", text=0.1, wrong=0.1)
-            self.cell(SWIGLU, "kv_skip", s, text=0.1 + 0.2 * sign * s, wrong=0.1)
+            self.cell(SWIGLU, "kv_skip", s, text=0.1 + 0.2 * strength * sign * s, wrong=0.1)
         for length in (128, 512):
-            lost = 0.1 + 0.05 * sign * (length == 512)
+            lost = 0.1 + 0.05 * strength * sign * (length == 512)
             alike = 0.1 * self.able / max(self.able - CHANCE["piqa"], 0.1)  # the same share of what there is to lose
             harm = {"text": lost, "wrong": 0.1, "failed": alike + 0.5 * sign}
             self.cell(SWIGLU, "griffin", 0.5, length=length, phase="decode", **harm)
@@ -224,6 +232,12 @@ class Planted:
     def verdicts(self, **options: Any) -> pd.DataFrame:
         samples = pd.concat(self.samples, ignore_index=True)
         return claims.verdicts(self.table(), samples, **options).set_index("claim")
+
+    def verdict(self, name: str) -> pd.Series:
+        """The line of one claim, judged as if it were the only one."""
+        alone = tuple(claim for claim in claims.CLAIMS if claim.name == name)
+        with mock.patch.object(judge, "CLAIMS", alone):
+            return self.verdicts().loc[name]
 
 
 def _alike(rng: np.random.Generator, n: int, correlation: float) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from tests.planted import Planted
 # Of the right size for the numbers of windows and items that are drawn: about what `power` says.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "null": {"sign": 0.0, "windows": 64, "items": 1500, "noise": 1.0},
-    "effect": {"sign": 1.0, "windows": 64, "items": 2500, "noise": 1.0},
+    "effect": {"sign": 1.0, "windows": 64, "items": 2500, "noise": 1.0, "strength": 4.0},
     "accuracy falls by the margin": {"falls": claims.MARGIN, "windows": 12, "items": 1500, "noise": 1.0},
 }
 NOMINAL = 0.05

@@ -100,7 +100,7 @@ def test_shuffled_labels_give_chance_and_support_nothing():
 
 def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
     study = Planted()
-    line = study.verdicts().loc["swiglu_loses_more_accuracy"]
+    line = study.verdict("swiglu_loses_more_accuracy")
     samples = pd.concat(study.samples).query("kind == 'accuracy'").set_index(["cell_id", "task", "item"])
     dense = {row["model"]: row["cell_id"] for row in study.rows if row["method"] == "dense"}
     models = {row["cell_id"]: row["model"] for row in study.rows}
@@ -161,7 +161,7 @@ def test_an_ideal_kernel_saves_as_much_time_as_bytes():
     study.rows = [row for row in study.rows if row["probe"] != "latency"]
     for s in (0.3, 0.5, 0.7):
         study.cell("other", "teal", s, time=1 / (1 - s / 2))
-    line = study.verdicts().loc["nominal_exceeds_measured"]
+    line = study.verdict("nominal_exceeds_measured")
     assert line["effect"] == pytest.approx(0, abs=1e-9) and line["verdict"] == "described" and line["n"] == 3
 
 
@@ -171,13 +171,13 @@ def test_a_setting_timed_on_two_devices_counts_once_a_device():
     for device, time in (("cpu", 1.25), ("gpu", 1.0)):
         study.cell("other", "teal", 0.5, time=time, device=device)
     study.cell("other", "teal", 0.5, time=1.25, device="cpu", phase="decode")  # another setting
-    line = study.verdicts().loc["nominal_exceeds_measured"]
+    line = study.verdict("nominal_exceeds_measured")
     assert line["n"] == 3 and "cpu +0.05 (2)" in line["note"] and "gpu +0.25 (1)" in line["note"]
     repeated = Planted()
     repeated.rows = [row for row in repeated.rows if row["probe"] != "latency"]
     for length, time in ((512, 1.2), (128, 1.3)):  # the same setting in two cells of one device
         repeated.cell("other", "teal", 0.5, time=time, device="cpu", length=length)
-    assert repeated.verdicts().loc["nominal_exceeds_measured", "n"] == 1
+    assert repeated.verdict("nominal_exceeds_measured")["n"] == 1
 
 
 def test_times_of_another_engine_are_not_compared():
@@ -196,21 +196,20 @@ def test_times_of_another_engine_are_not_compared():
 
 @pytest.mark.parametrize(("items", "falls"), [(40, 0.09), (100, 0.05), (1000, 0.012), (5000, 0.02)])
 def test_a_loss_that_is_not_seen_is_no_proof_that_accuracy_has_not_fallen(items, falls):
-    line = Planted(falls=falls, items=items // 2, seed=2).verdicts().loc["inconsistent_first"]
+    line = Planted(falls=falls, items=items // 2, seed=2).verdict("inconsistent_first")
     assert line["verdict"] == "inconclusive", line["note"]
 
 
 def test_missing_tasks_and_same_answers_are_told_apart():
-    same = Planted(-1.0).verdicts().loc["inconsistent_first"]
+    same = Planted(-1.0).verdict("inconsistent_first")
     assert same["verdict"] == "not reproduced" and same["effect"] == pytest.approx(-claims.MATERIAL_FLIPS, abs=1e-3)
-    few = Planted(-1.0, items=30).verdicts().loc["inconsistent_first"]
+    few = Planted(-1.0, items=30).verdict("inconsistent_first")
     assert few["verdict"] == "inconclusive" and "enough to show" in few["note"]
 
 
 def test_too_few_units_to_reach_the_corrected_level_are_no_evidence():
     """Five windows of one sign: their p cannot be below 2 / 2^5, whatever the effect."""
-    lines = Planted(windows=5).verdicts()
-    line = lines.loc["kv_skip_loses"]
+    line = Planted(windows=5).verdict("kv_skip_loses")
     assert line["verdict"] == "inconclusive" and line["n"] == 5 and pd.isna(line["p"])
     assert line["note"].startswith("too few text windows to tell: 5 of at least ")
 
@@ -221,7 +220,7 @@ def test_an_effect_whose_sign_depends_on_the_model_is_no_verdict():
         name = frame["cell_id"].iloc[0]
         if "lookahead" in str(next(spec[3] for spec in study.specs if spec[0] == name)) and name.startswith(RELU):
             frame.loc[frame["kind"] == "text", "value"] -= 0.15  # better there, worse on the other model
-    line = study.verdicts().loc["lookahead_worse"]
+    line = study.verdict("lookahead_worse")
     assert line["p_holm"] < 0.05 and line["verdict"] == "inconclusive" and "sign depends on the model" in line["note"]
 
 
@@ -267,7 +266,7 @@ def test_a_counterpart_is_as_sparse_to_either_side(less, partner):
     for row in study.rows:
         if row["model"] == RELU and row["metric"] == "achieved" and row["layer"] is None:
             row["value"] -= less
-    line = study.verdicts().loc["swiglu_loses_more_text"]
+    line = study.verdict("swiglu_loses_more_text")
     if partner is None:
         assert line["verdict"] == "inconclusive" and line["note"].startswith("missing: ")
     else:
@@ -285,7 +284,7 @@ def test_the_nearest_cell_is_taken_and_what_is_left_between_them_is_corrected():
     lines = study_of(study.table(), pd.concat(study.samples)).lines
     pairs = sparsity_pairs(lines)
     assert set(pairs["relu"]) <= set(nearer) and (pairs["more"].abs() <= EQUAL_SPARSITY).all()
-    line = study.verdicts().loc["swiglu_loses_more_text"]
+    line = study.verdict("swiglu_loses_more_text")
     raw = 0.5 * (0.4**2 - (0.4 + pairs["more"].iloc[0]) ** 2)
     assert abs(line["effect"]) < abs(raw) / 3 and "corrected" in line["note"]
 

@@ -31,7 +31,7 @@ def kv_skip_loses(study: Study) -> Evidence:
     if len(same):
         note += f"; recompute beside mask_output: {same.mean().mean():+.1e}"
     cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
-    values, over = stretches(study, gap.mean(axis=1), pairs["length"].iloc[0])
+    values, over = stretches(study.in_text(gap.mean(axis=1)), pairs["length"].iloc[0])
     by_model = {str(m): float(value) for m, value in gap.mean().groupby(pairs["model"]).mean().items()}
     return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)
 
@@ -55,7 +55,7 @@ def kv_grows_with_sparsity(study: Study) -> Evidence:
     note = "gap by share of heads: " + ", ".join(f"{share:.0%} {value:+.3f}" for share, value in shares.items())
     models = pd.Series([str(key[0]) for key in rising], index=slope.columns)
     by_model = {str(m): float(value) for m, value in slope.mean().groupby(models).mean().items()}
-    values, over = stretches(study, slope.mean(axis=1), together["length"].iloc[0])
+    values, over = stretches(study.in_text(slope.mean(axis=1)), together["length"].iloc[0])
     return Evidence(values, over, "nats/token for all of the heads", cells, by_model=by_model, note=note)
 
 
@@ -88,11 +88,7 @@ def _grows_with_length(
     models, names, means = [], [], []
     for _, group in lines.dropna(subset=["length"]).groupby(keys, dropna=False):
         lossy = [(float(line["length"]), loss(line)) for _, line in group.iterrows()]
-        measured = [
-            (length, values.set_axis(study.names_of(values.index).astype(int)))
-            for length, values in lossy
-            if values is not None and len(values)
-        ]
+        measured = [(length, study.in_text(values)) for length, values in lossy if values is not None and len(values)]
         if len({length for length, _ in measured}) > 1:
             growths.append(growth(measured))
             models.append(str(group["model"].iloc[0]))
@@ -105,7 +101,7 @@ def _grows_with_length(
     by_length = pd.DataFrame(means, columns=["tokens", "loss"]).groupby("tokens")["loss"].mean()
     note = "by tokens of a window: " + ", ".join(f"{tokens:.0f} {loss:+.3f}" for tokens, loss in by_length.items())
     unit = "nats/token, longest minus shortest windows"
-    values = numbers(together.mean(axis=1))
+    values, _ = stretches(together.mean(axis=1), max(length for length, _ in means))
     return Evidence(values, "stretches of text", unit, used(*names), by_model=by_model, note=note)
 
 

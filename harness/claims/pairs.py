@@ -170,15 +170,14 @@ def slopes(gap: pd.DataFrame, at: NDArray[np.float64]) -> pd.Series:
     return (gap * centred).sum(axis=1) / (centred**2).sum()
 
 
-def stretches(study: Study, values: pd.Series, tokens: float) -> tuple[NDArray[np.float64], str]:
+def stretches(values: pd.Series, tokens: float) -> tuple[NDArray[np.float64], str]:
     """Means over stretches of the text, and what they are called: neighbouring windows are not independent draws.
 
-    values: by window. tokens: of a window. Windows are joined by two, four, ... up to `STRETCH` tokens, as long as
-    `STRETCHES` are left.
+    values: by the window's place in the text. tokens: of a window. Windows are joined by two, four, ... up to `STRETCH`
+    tokens, as long as `STRETCHES` are left.
     """
     joined = 1
     while 2 * joined * tokens <= STRETCH and len(values) >= 2 * joined * STRETCHES:
         joined *= 2
-    place = study.names_of(values.index).astype(int) // joined
-    means = values.groupby(np.asarray(place)).mean().to_numpy(dtype=np.float64)
+    means = values.groupby(values.index.to_numpy(dtype=int) // joined).mean().to_numpy(dtype=np.float64)
     return means, "text windows" if joined == 1 else f"stretches of {joined} text windows"

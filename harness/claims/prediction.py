@@ -29,7 +29,7 @@ def prediction_costs(study: Study) -> Evidence:
 
 
 def _by_stretch(study: Study, gap: pd.DataFrame, pairs: pd.DataFrame, note: str) -> Evidence:
-    values, over = stretches(study, gap.mean(axis=1), pairs["length"].iloc[0])
+    values, over = stretches(study.in_text(gap.mean(axis=1)), pairs["length"].iloc[0])
     by_model = {str(m): float(value) for m, value in gap.mean().groupby(pairs["model"]).mean().items()}
     cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
     return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)

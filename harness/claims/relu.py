@@ -71,7 +71,7 @@ def _share_lost(study: Study, cells: pd.Series, items: pd.Index) -> float:
 def swiglu_loses_more_text(study: Study) -> Evidence:
     """Loss on running text, SwiGLU minus ReLU, by stretch of text."""
     gap, pairs, corrected = _at_equal_sparsity(study, "text", "text windows")
-    values, over = stretches(study, gap.mean(axis=1), pairs["length"].iloc[0])
+    values, over = stretches(study.in_text(gap.mean(axis=1)), pairs["length"].iloc[0])
     note = f"mean of {len(pairs)} pairs of cells; {corrected}"
     cells, by_model = used(pairs["swiglu"], pairs["relu"]), _by_pair(gap, pairs)
     return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)
@@ -92,7 +92,7 @@ def gap_widens(study: Study) -> Evidence:
     cells = used(together["swiglu"], together["relu"])
     by_level = gap[together.index].mean().groupby(together["achieved"].round(1)).mean()
     note = "gap by MLP sparsity: " + ", ".join(f"{level:.0%} {value:+.3f}" for level, value in by_level.items())
-    values, over = stretches(study, slope.mean(axis=1), pairs["length"].iloc[0])
+    values, over = stretches(study.in_text(slope.mean(axis=1)), pairs["length"].iloc[0])
     by_model = {str(pair): float(value) for pair, value in slope.mean().groupby(level=0).mean().items()}
     unit = "nats/token for all of the sparsity"
     return Evidence(values, over, unit, cells, by_model=by_model, note=f"{note}; {corrected}")

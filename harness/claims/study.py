@@ -58,6 +58,10 @@ class Study:
         """What the samples call each item: a window's number, or "<part>/<document>"."""
         return self.names[items % max(1, len(self.names))]
 
+    def in_text(self, values: pd.Series) -> pd.Series:
+        """Values by window, indexed by the window's place in the text."""
+        return values.set_axis(self.names_of(values.index).astype(int))
+
     def loss(self, cell: str, kind: str) -> pd.Series | None:
         """Loss against the dense twin by item, above zero is worse; informative tasks only.
 
