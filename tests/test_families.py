@@ -35,7 +35,7 @@ RELU = (
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_entry_has_the_keys(name: str) -> None:
     model = MODELS[name]
-    optional = {"adapter", "embedded", "accept_license"}
+    optional = {"adapter", "embedded", "accept_license", "shape"}
     assert set(model) - optional == {"name", "source", "path", "repo", "revision"}
     assert model["name"] == (None if name == "local" else name)
     if model["source"] == "hub":

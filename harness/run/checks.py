@@ -19,6 +19,9 @@ CONF = Path(__file__).parents[2] / "conf"
 CHECKPOINTS = CONF.parent / "results" / "checkpoints"
 PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity", "search", "frequency")
 
+# Probes that random weights can answer; sparsity says what a timed cell skipped.
+TIMED_SHAPES = ("latency", "sparsity")
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A blank and "(did you mean teal?)", or nothing if no known name is near."""
@@ -79,6 +82,8 @@ def check_values(cfg: Mapping[str, Any]) -> None:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
     _check_model(cfg["model"])
     _check_probe(cfg["probe"])
+    if sentence := _only_shape(cfg["model"], cfg["probe"]["names"]):
+        raise ConfigError(sentence)
     calibration = cfg["calibration"]
     _file(calibration["path"], "calibration.path")
     whole(calibration["tokens"], "calibration.tokens")
@@ -89,7 +94,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    source = choice(model["source"], "model.source", ("embedded", "path", "hub"))
+    source = choice(model["source"], "model.source", ("embedded", "path", "hub", "shape"))
     adapter = model.get("adapter")
     if adapter is not None and not any((root / adapter / "adapter.json").is_file() for root in (CHECKPOINTS, Path())):
         known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
@@ -113,6 +118,17 @@ def _check_model(model: Mapping[str, Any]) -> None:
                 f"model {model['name']} lies on the hub and is not cached, but HF_HUB_OFFLINE is set: "
                 f"fetch it once while online, or use model.path="
             )
+
+
+def _only_shape(model: Mapping[str, Any], probes: Sequence[str]) -> str | None:
+    """Random weights are for latency and memory."""
+    asked = [name for name in probes if name not in TIMED_SHAPES]
+    if model["source"] != "shape" or not asked:
+        return None
+    return (
+        f"{model['name']} has random weights, for latency and memory only: probe {asked[0]} would measure noise "
+        "(take probe=latency)"
+    )
 
 
 def _check_probe(probe: Mapping[str, Any]) -> None:

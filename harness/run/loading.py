@@ -16,11 +16,14 @@ from harness.data import embedded
 from harness.data.assets import EMBEDDED_MODEL, model_fingerprint
 from harness.errors import ConfigError
 from harness.fitting.calibration import Calibration
+from harness.model import memory, shapes
 from harness.model.families import config_of, view_of
 from harness.model.view import View
 from harness.results.identity import content_key
 from harness.run.config import CellConfig
 from harness.training.checkpoints import merge_weights, read_checkpoint, swap_activation
+
+WINDOW = 512  # tokens of the pass that memory is estimated for
 
 
 @dataclass(eq=False)
@@ -45,7 +48,7 @@ def tokenizer_of(config: CellConfig) -> Any:
 
 @lru_cache(maxsize=1)
 def _load(model_json: str, dtype: str, device: str) -> Loaded:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     gc.collect()  # hooks make a patched model part of a cycle: the one before would stay, with its activations
     model_config = json.loads(model_json)
@@ -53,11 +56,16 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     source, revision = _source(model_config)
     tokenizer = _tokenizer(model_json)
     adapter = model_config.get("adapter")
+    if model_config["source"] == "shape":
+        view = view_of(shapes.random_model(model_config, wanted, place), model_config["name"], shapes.key(model_config))
+        return Loaded(view, tokenizer, int(view.model.config.max_position_embeddings))
     try:
+        config = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
+        memory.check(model_config["name"], memory.need(config, wanted, WINDOW), place)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
-            config=config_of(source, revision),
+            config=config,
             dtype=torch.float32 if adapter else wanted,  # an adapter is merged before anything is rounded
             attn_implementation=_attention(source, revision),
             trust_remote_code=False,
@@ -101,6 +109,8 @@ def _source(model: dict[str, Any]) -> tuple[str, str | None]:
     if model["path"] is not None:
         path = Path(model["path"])
         return str(embedded.gguf_dir(path) if path.suffix == ".gguf" else path), None
+    if model["source"] == "shape":  # random weights read any text: the smallest tokenizer there is
+        return str(embedded.embedded_dir(EMBEDDED_MODEL)), None
     if model["source"] == "embedded":
         return str(embedded.embedded_dir(model.get("embedded", EMBEDDED_MODEL))), None
     return model["repo"], model["revision"]
