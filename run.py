@@ -1,6 +1,6 @@
 """Run cells: `python run.py method=teal sparsity=0.5`; sweep: `python run.py -m method=teal,random sparsity=0.4,0.5`.
 
-The same command again does only what is missing. `dry=true` prints the plan. Hydra's own flags (--help, --cfg job,
+The same command again does only what is missing. `plan=true` prints the plan. Hydra's own flags (--help, --cfg job,
 --info) work as usual. The steps are in harness/run: overrides and plan say what is asked for, execute and workers do
 it.
 """
@@ -58,16 +58,19 @@ def run(overrides: list[str], multirun: bool) -> int:
         return 0
 
     from harness.report.terminal import print_plan
+    from harness.run.estimate import seconds
+    from harness.run.execute import rules
     from harness.run.session import check_tokens
 
     store = plan.open_store(settings["results"])
     cells = plan.with_dense(asked)
     states = plan.states(cells, store)
-    for name, cell in cells.items():
-        if states[name] in plan.NEEDS_RUN:
-            check_tokens(cell)
-    print_plan(states, stderr())
-    if settings["dry"]:
+    again = rules(settings)
+    todo = {n: cell for n, cell in cells.items() if states[n] != "locked" and not again.settled(states[n])}
+    for cell in todo.values():
+        check_tokens(cell)
+    print_plan(states, stderr(), seconds(todo, store))
+    if settings["plan"] or settings["dry"]:
         return 0
     execute(command, cells, store)
     return report(store, list(cells))
@@ -88,6 +91,7 @@ def not_archived(cells: list[CellConfig], study: str | None) -> list[CellConfig]
 def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store) -> None:
     """Run the cells: in this process, in several, or through one of Hydra's launchers."""
     from harness.results.identity import content_key
+    from harness.run.execute import rules, run_all
 
     settings = command.settings
     group = settings["logger"]["group"] or (f"sweep-{content_key(sorted(cells))[:8]}" if len(cells) > 1 else None)
@@ -99,11 +103,9 @@ def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store) -
     elif settings["workers"] > 1:
         from harness.run.workers import run_cells
 
-        run_cells(list(cells.values()), store, logger, settings["workers"], settings["retry"], stderr())
+        run_cells(list(cells.values()), store, logger, settings["workers"], rules(settings), stderr())
     else:
-        from harness.run.execute import run_all
-
-        run_all(cells.values(), store, logger, stderr(), settings["retry"])
+        run_all(cells.values(), store, logger, stderr(), rules(settings))
 
 
 def report(store: Store, names: list[str]) -> int:
@@ -133,12 +135,12 @@ def job(cfg: DictConfig) -> None:
     """One cell, for Hydra's launchers. A cell that fails is recorded; a full disk or the like ends the sweep."""
     if FATAL:
         return
-    from harness.run.execute import run_all
+    from harness.run.execute import rules, run_all
 
     settings: dict[str, Any] = to_plain(cfg)
     try:
         cells = not_archived([check(settings)], settings["archived"])
-        run_all(cells, plan.open_store(settings["results"]), settings["logger"], stderr(), settings["retry"])
+        run_all(cells, plan.open_store(settings["results"]), settings["logger"], stderr(), rules(settings))
     except (ConfigError, AssetError) as error:
         FATAL.append(error)
 

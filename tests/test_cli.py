@@ -142,6 +142,8 @@ BAD = {
     "key": (["sparsty=0.4"], "sparsty"),
     "workers": (["workers=0"], "workers must be a whole number of at least 1, not 0"),
     "workers-and-launcher": (["workers=2", "hydra/launcher=basic"], "give either workers or hydra/launcher"),
+    "on-error": (["on_error=halt"], "on_error must be one of go_on, stop"),
+    "switch": (["force=yes please"], "force must be true or false, not 'yes please'"),
     "archived": (["archived=/no/such/study"], "archived names a folder without an archived study: /no/such/study"),
     "no-value": (["sparsity"], "'sparsity' is not an override: write key=value"),
 }
@@ -365,6 +367,17 @@ def test_dry_says_what_would_run_and_writes_nothing(runner: Runner) -> None:
     assert err.count("  run\n") == 5 and out == ""
     assert err.splitlines()[-1] == "model code imported: False"
     assert runner.store.cells() == []
+
+
+def test_a_plan_says_about_how_long_it_will_take(sweep: Runner) -> None:
+    out, err = sweep.run("-m", "method=teal,cats", "sparsity=0.3,0.4", "plan=true", before="pass")
+    plan = {line.split()[0].rsplit("_", 1)[0]: line for line in err.splitlines() if "_s0" in line}
+    model = sweep.always[1].rpartition("/")[2]
+    assert "skip: finished" in plan[f"{model}_teal_s0.4"] and "about" not in plan[f"{model}_teal_s0.4"]
+    assert re.search(r"run, about \d+ (s|min)$", plan[f"{model}_teal_s0.3"])
+    assert re.search(r"run, about \d+ (s|min)$", plan[f"{model}_cats_s0.3"]), "as long as other methods took"
+    assert re.search(r"3 cells to run, about \d+ (s|min) one after the other$", err.splitlines()[-2])
+    assert out == "" and err.splitlines()[-1] == "model code imported: False"
 
 
 @pytest.fixture(scope="module")

@@ -173,6 +173,15 @@ def test_an_error_that_leaves_the_claim_is_recorded_and_an_interrupt_is_not(stor
     assert store.state("d", VERSIONS) == "partial"
 
 
+def test_a_cell_that_starts_afresh_keeps_nothing(store: Store) -> None:
+    with claim(store) as cell:
+        cell.commit("quality", [ROW])
+        cell.finish(seconds=1.5)
+    assert store.view("c").status["seconds"] == 1.5
+    with store.claim("c", CONFIG, VERSIONS, afresh=True) as cell:
+        assert cell.probes() == [] and "seconds" not in cell.status
+
+
 def test_other_versions_make_a_cell_stale_and_running_it_again_mixes_nothing(store: Store) -> None:
     with claim(store) as cell:
         cell.commit("quality", [ROW])

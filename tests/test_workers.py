@@ -59,17 +59,17 @@ def test_timed_cells_run_alone_and_what_lacked_memory_runs_again(
                     raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(workers, "_side_by_side", side_by_side)
-    workers.run_cells([*asked, *timed], store, {"name": "none"}, 8, False, Console(quiet=True))
+    workers.run_cells([*asked, *timed], store, {"name": "none"}, 8, execute.GO_ON, Console(quiet=True))
     (first, many, _), (alone, one, _), (again, few, retry) = runs
     assert unlucky in first and many == 8 and timed[0].id not in first
     assert alone == [timed[0].id] and one == 1
-    assert again == [unlucky] and few == max(1, torch.cuda.device_count()) and retry
+    assert again == [unlucky] and few == max(1, torch.cuda.device_count()) and retry.failed
 
 
 def test_a_sweep_of_which_nothing_is_missing_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # cores are shared out where the user has not done it
     monkeypatch.setattr(workers.mp, "get_context", None)
-    workers.run_cells([], Store(tmp_path), {"name": "none"}, 8, False, Console(quiet=True))
+    workers.run_cells([], Store(tmp_path), {"name": "none"}, 8, execute.GO_ON, Console(quiet=True))
 
 
 # ------------------------------------------------------------------------------- a cell and its dense cell
@@ -99,7 +99,7 @@ def test_a_dense_cell_that_fails_is_not_run_again_for_each_cell_that_needs_it(
     monkeypatch.setattr(execute, "run_cell", fails(ran))
     mine = [cell for cell in asked if cell.model_name == "smollm2-135m"]
     dense = mine[0].dense_cell()
-    ended = [execute.attempt(cell, store, {}, Console(quiet=True), retry=True) for cell in mine]
+    ended = [execute.attempt(cell, store, {}, Console(quiet=True), execute.Rules(failed=True)) for cell in mine]
     assert len(mine) == 4 and ran == [dense.id]
     assert all(state == "failed" and str(words).startswith(execute.NO_DENSE) for state, words in ended)
     assert not any(store.view(cell.id).status for cell in mine), "they have not been run: the same command goes on"
@@ -146,3 +146,38 @@ def test_dependents_of_a_dense_cell_that_has_failed_are_not_handed_out(asked: li
     queue = workers.Queue([cell], store)
     assert queue.next([]) is None
     assert queue.held_up == {cell.id: execute.NO_DENSE} and not queue.waiting
+
+
+# ---------------------------------------------------------------------------------------- what runs again
+
+
+@pytest.mark.parametrize(
+    ("rules", "finished", "failed"),
+    [
+        (execute.GO_ON, False, False),
+        (execute.Rules(failed=True), False, True),
+        (execute.Rules(finished=True), True, True),
+    ],
+)
+def test_what_has_ended_runs_again_where_the_user_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: execute.Rules, finished: bool, failed: bool
+) -> None:
+    store, ran = Store(tmp_path), []
+    one, other = cells("method=random", "sparsity=0.3,0.4", "probe.names=[sparsity]")
+    done(one, store)
+    with pytest.raises(ZeroDivisionError):
+        fails([])(other, store)
+    monkeypatch.setattr(execute, "run_cell", lambda cell, *rest: ran.append((cell.id, rest[-1])) or "done")
+    execute.run_all([one, other], store, {}, Console(quiet=True), rules)
+    assert ran == [(cell.id, rules.finished) for cell, runs in ((one, finished), (other, failed)) if runs]
+
+
+@pytest.mark.parametrize(("stop", "count"), [(False, 2), (True, 1)])
+def test_a_failing_cell_ends_the_sweep_where_the_user_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: bool, count: int
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(execute, "run_cell", fails(ran))
+    both = cells("method=random", "sparsity=0.3,0.4", "probe.names=[sparsity]")
+    execute.run_all(both, Store(tmp_path), {}, Console(quiet=True), execute.Rules(stop=stop))
+    assert len(ran) == count

@@ -23,6 +23,11 @@ PLAN = {
     "unsupported": ("skip: this method can't run on this model", "dim"),
     "locked": ("skip: another process is at work on it", "yellow"),
 }
+AGAIN = {  # where the user asks for it
+    "skip": "run again, though finished",
+    "failed": "run again: failed before",
+    "unsupported": "try again: this method can't run on this model",
+}
 OUTCOMES = {"failed": "failed", "oom": "out of memory", "unsupported": "unsupported", "locked": "locked"}
 PHASES = {"all": "every token sparse", "decode": "prompt dense, later tokens sparse"}
 LAYOUTS = ("tasks", "means", "short")  # by how much they show: every task, the mean over tasks, no KL either
@@ -57,16 +62,35 @@ def print_table(rows: pd.DataFrame, console: Console | None = None) -> None:
         console.print()
 
 
-def print_plan(states: Mapping[str, State], console: Console | None = None) -> None:
-    """Print what a run is about to do. `states`: cell id -> `Store.state`."""
-    console = console or stdout()
+def print_plan(
+    states: Mapping[str, State], console: Console | None = None, expected: Mapping[str, float | None] | None = None
+) -> None:
+    """Print what a run is about to do. `states`: cell id -> `Store.state`.
+
+    expected: of the cells that will run, how many seconds they may take, where cells like them have run before.
+    """
+    console, expected = console or stdout(), expected or {}
     listing = Table(box=None, pad_edge=False, show_header=False)
     listing.add_column(overflow="fold")
     listing.add_column()
     for name, state in states.items():
         words, style = PLAN[state]
-        listing.add_row(styled(name), styled(words, style=style))
+        if name in expected and state in AGAIN:
+            words, style = AGAIN[state], "green"
+        took = expected.get(name)
+        listing.add_row(styled(name), styled(words + (f", about {_duration(took)}" if took else ""), style=style))
     console.print(listing)
+    known = [took for took in expected.values() if took is not None]
+    if known:
+        rest = f", and {len(expected) - len(known)} of which nothing is known" if len(known) < len(expected) else ""
+        say(console, f"{len(known)} cells to run, about {_duration(sum(known))} one after the other{rest}")
+
+
+def _duration(seconds: float) -> str:
+    """A rough time: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:

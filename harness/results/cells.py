@@ -151,21 +151,21 @@ class Cell(CellView):
             self._write_status(status=status, message=message, ended=now())
         self.commit(STATUS_PROBE, [{"metric": "status", "status": status, "message": message}])
 
-    def finish(self) -> None:
-        """Mark the cell as finished: every probe that it was to have is committed."""
+    def finish(self, **facts: Any) -> None:
+        """Mark the cell as finished: every probe that it was to have is committed. facts: more to say in its status."""
         self._lock.check()
         with place_errors(self.path):
-            self._write_status(status="done", ended=now())
+            self._write_status(status="done", ended=now(), **facts)
 
     def _complete(self, row: Mapping[str, Any], probe: str) -> dict[str, Any]:
         given = {name: value for name, value in row.items() if value is not None}
         return make_row(**({"probe": probe} | self._identity | given))
 
-    def _open(self, config: Mapping[str, Any], versions: dict[str, Any]) -> None:
+    def _open(self, config: Mapping[str, Any], versions: dict[str, Any], afresh: bool) -> None:
         with place_errors(self.path):
             for draft in (self.path / "probes").glob(".*"):
                 shutil.rmtree(draft, ignore_errors=True)
-            if self.status.get("versions", versions) != versions:
+            if afresh or self.status.get("versions", versions) != versions:
                 for probe in self.probes():
                     _remove(self.path / "probes" / probe)
             _remove(self.path / "probes" / STATUS_PROBE)

@@ -81,8 +81,9 @@ class Store:
         config: Mapping[str, Any],
         versions: Mapping[str, Any],
         identity: Mapping[str, Any] | None = None,
+        afresh: bool = False,
     ) -> Iterator[Cell]:
-        """Hold the cell exclusively; committed probes of the same `versions` are kept, others removed.
+        """Hold the cell exclusively; committed probes of the same `versions` are kept unless `afresh`, others removed.
 
         `identity`: row columns (model, method, seed …) that fill whatever a committed row leaves empty.
         An `Exception` that leaves the block is recorded with `Cell.fail` unless it already was, and goes on; one that
@@ -95,7 +96,7 @@ class Store:
             lock = Lock(path, self.heartbeat_s, self.stale_s)
         with lock:
             cell = Cell(path, cell_id, lock, dict(identity or {}))
-            cell._open(config, _versions(versions))
+            cell._open(config, _versions(versions), afresh)
             try:
                 yield cell
             except (ConfigError, AssetError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from harness.results.rows import SCHEMA_VERSION
 from harness.results.store import State, Store
 from harness.run import session
 from harness.run.config import CellConfig
+from harness.run.estimate import alike
 from harness.run.nest import build_methods
 from harness.run.scope import to_native, unsolvable
 
@@ -41,13 +43,16 @@ def state_of(config: CellConfig, store: Store) -> State:
     return store.state(config.id, versions(build_methods(config["method"])))
 
 
-def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console) -> str:
-    """Do what is missing of a cell whose dense cell is there. Errors of the cell are recorded and raised."""
+def run_cell(
+    config: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, afresh: bool = False
+) -> str:
+    """Do what is missing of a cell whose dense cell is there, or all of it. Its errors are recorded and raised."""
     methods = build_methods(config["method"])
     dense = config.dense_cell()
     name = config.id
-    with store.claim(name, config.plain, versions(methods), identity(config, methods)) as cell:
+    with store.claim(name, config.plain, versions(methods), identity(config, methods), afresh) as cell:
         say(console, name, style="bold")
+        start, resumed = time.perf_counter(), bool(cell.probes())
         with track(name, config.plain, root=store.root, group=logger["group"], logger=logger["name"]) as log:
             run = Run(config, store, cell, methods, store.view(dense.id) if dense else None, console)
             try:
@@ -55,7 +60,8 @@ def run_cell(config: CellConfig, store: Store, logger: Mapping[str, Any], consol
                     importlib.import_module(f"harness.probes.{probe}").run(run)
             except SystemExit as error:  # a library's; it must not take the other cells with it
                 raise RuntimeError(f"something in it called exit({error.code})") from error
-            cell.finish()
+            took = {} if resumed else {"seconds": round(time.perf_counter() - start, 1), "alike": alike(config)}
+            cell.finish(**took)
             log.log(pd.concat([cell.read(probe) for probe in cell.probes()], ignore_index=True))
     return "done"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from harness.errors import AssetError, ConfigError, UnsupportedError
 from harness.progress import quiet_libraries
 from harness.results.cells import CellView
 from harness.results.lock import LockedError
-from harness.results.store import Store
+from harness.results.store import State, Store
 from harness.run.cell import run_cell, state_of
 from harness.run.config import CellConfig
 from harness.run.plan import NEEDS_RUN
@@ -26,28 +27,56 @@ class DenseError(RuntimeError):
     """The dense cell that a cell is compared with has no results."""
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Which cells that have ended run again, and what a cell that fails means for the others.
+
+    failed: those that have failed. finished: all, from the start. stop: end at the first that fails.
+    """
+
+    failed: bool = False
+    finished: bool = False
+    stop: bool = False
+
+    def settled(self, state: State) -> bool:
+        """Whether a cell in this state is left as it is."""
+        if self.finished:
+            return False
+        return state in ("skip", "unsupported") or (state == "failed" and not self.failed)
+
+
+GO_ON = Rules()
+
+
+def rules(settings: Mapping[str, Any]) -> Rules:
+    """What the keys of a run say."""
+    return Rules(settings["retry"], settings["force"], settings["on_error"] == "stop")
+
+
 def run_all(
-    cells: Iterable[CellConfig], store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False
+    cells: Iterable[CellConfig], store: Store, logger: Mapping[str, Any], console: Console, again: Rules = GO_ON
 ) -> None:
-    """Do what is missing of each cell. A cell that fails is recorded and does not stop the others.
+    """Do what is missing of each cell. A cell that fails is recorded and, unless `again.stop`, ends nothing else.
 
     What the user must mend (`ConfigError`, `AssetError`: a full disk, a model that can't be read) ends it.
     """
     for cell in cells:
-        attempt(cell, store, logger, console, retry)
+        state, _ = attempt(cell, store, logger, console, again)
+        if again.stop and state == "failed":
+            return
 
 
 def attempt(
-    cell: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, retry: bool = False
+    cell: CellConfig, store: Store, logger: Mapping[str, Any], console: Console, again: Rules = GO_ON
 ) -> tuple[str, str | None]:
     """Do what is missing of a cell, and of its dense cell before; returns how it ended, in a word and in words."""
-    state = state_of(cell, store)
-    if state in ("skip", "unsupported") or (state == "failed" and not retry):
-        return state, None
+    before = state_of(cell, store)
+    if again.settled(before):
+        return before, None
     quiet_libraries()
     try:
         _dense_first(cell, store, logger, console)
-        return run_cell(cell, store, logger, console), None
+        return run_cell(cell, store, logger, console, again.finished), None
     except (ConfigError, AssetError):
         raise
     except UnsupportedError as error:

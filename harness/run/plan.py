@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import cache_dir
 from harness.errors import ConfigError
-from harness.run.checks import whole
+from harness.run.checks import choice, whole
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, expand, opening, rewrite
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from harness.results.store import State, Store
 
 NEEDS_RUN = ("run", "partial", "stale")
+SWITCHES = ("plan", "dry", "retry", "retry_failed", "force")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ def read(overrides: list[str], multirun: bool) -> Command:
     overrides = rewrite(overrides, multirun)
     settings = opening(overrides)
     whole(settings["workers"], "workers")
+    choice(settings["on_error"], "on_error", ("go_on", "stop"))
+    for key in SWITCHES:
+        if not isinstance(settings[key], bool):
+            raise ConfigError(f"{key} must be true or false, not {settings[key]!r}")
     sweeps = [(overrides, multirun)]
     if settings["sweeps"]:
         sweeps = [(overrides + [str(o) for o in sweep], True) for sweep in settings["sweeps"]]

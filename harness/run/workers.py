@@ -31,7 +31,7 @@ from harness.results.identity import content_key
 from harness.results.store import Store
 from harness.run.cell import record_death, state_of
 from harness.run.config import CellConfig
-from harness.run.execute import NO_DENSE, attempt
+from harness.run.execute import NO_DENSE, Rules, attempt
 from harness.run.machine import gpu_count, gpu_name
 from harness.run.plan import with_dense
 
@@ -43,7 +43,7 @@ class DiedError(RuntimeError):
 
 
 def run_cells(
-    cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, retry: bool, console: Console
+    cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, again: Rules, console: Console
 ) -> None:
     """Do what is missing of the cells in `workers` processes; every cell records for itself how it ended.
 
@@ -54,11 +54,11 @@ def run_cells(
     timed = [cell for cell in cells if cell.timed]
     others = [cell for cell in cells if not cell.timed]
     for part, many in ((others, workers), (timed, 1)):
-        _side_by_side(part, store, logger, many, retry, console)
+        _side_by_side(part, store, logger, many, again, console)
     short = [cell for cell in others if store.view(cell.id).status.get("status") == "oom"]
     if short and (alone := max(1, gpu_count())) < workers:
         say(console, f"{len(short)} cells ran out of memory beside others: again, by {alone} at a time")
-        _side_by_side(short, store, logger, alone, True, console)
+        _side_by_side(short, store, logger, alone, Rules(failed=True, stop=again.stop), console)
 
 
 def ordered(cells: Sequence[CellConfig]) -> list[CellConfig]:
@@ -114,22 +114,21 @@ class Queue:
 
 
 def _side_by_side(
-    cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, retry: bool, console: Console
+    cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, again: Rules, console: Console
 ) -> None:
-    over = ("skip", "unsupported") if retry else ("skip", "unsupported", "failed")
-    cells = [cell for cell in cells if state_of(cell, store) not in over]
+    cells = [cell for cell in cells if not again.settled(state_of(cell, store))]
     if not cells:
         return
     workers = min(workers, len(cells))
     devices = _gpus(cells)
     sharing = -(-workers // len(devices)) if devices else 1
-    facts = (str(store.root), dict(logger), retry, sharing)
+    facts = (str(store.root), dict(logger), again, sharing)
     queue, crew = Queue(list(cells), store), []
     with _threads_each(workers):
         try:
             for rank in range(workers):
                 crew.append(_start(devices[rank % len(devices)] if devices else None, facts))
-            _hand_out(queue, crew, len(cells), store, facts, console)
+            _hand_out(queue, crew, len(cells), facts, again.stop, console)
         except KeyboardInterrupt:
             for worker in crew:
                 if worker.process.pid is not None and worker.process.is_alive():
@@ -143,9 +142,12 @@ def _side_by_side(
 
 
 def _hand_out(
-    queue: Queue, crew: list[Worker], total: int, store: Store, facts: tuple[Any, ...], console: Console
+    queue: Queue, crew: list[Worker], total: int, facts: tuple[Any, ...], stop: bool, console: Console
 ) -> None:
-    """Give cells to the crew until all have ended. Raises what the user must mend, after the cells under way."""
+    """Give cells to the crew until all have ended. Raises what the user must mend, after the cells under way.
+
+    facts: what each process is started with. stop: hand out no more once a cell has failed.
+    """
     done, fatal = 0, None
     while True:
         for worker in crew:
@@ -168,12 +170,14 @@ def _hand_out(
             try:
                 state, message, peak = worker.pipe.recv()
             except EOFError:
-                state, message, peak = "failed", _bury(worker, cell, store), 0
+                state, message, peak = "failed", _bury(worker, cell, queue.store), 0
                 crew[at] = _start(worker.device, facts)
             worker.cell = None
             if isinstance(message, ConfigError | AssetError):
                 fatal = fatal or message
                 continue
+            if stop and state == "failed":
+                queue.waiting.clear()
             done += 1
             tail = (f", {peak / 2**30:.1f} GiB" if peak else "") + (f": {message}" if message else "")
             say(console, f"[{done}/{total}] {cell.id}  {state}, {seconds:.0f} s{tail}")
@@ -203,7 +207,7 @@ def _bury(worker: Worker, cell: CellConfig, store: Store) -> str:
 
 
 def _work(
-    root: str, logger: Mapping[str, Any], retry: bool, sharing: int, device: str | None, pipe: Connection
+    root: str, logger: Mapping[str, Any], again: Rules, sharing: int, device: str | None, pipe: Connection
 ) -> None:
     """One process: do cells until no more come. sharing: how many processes use this one's GPU."""
     if device is not None:
@@ -218,7 +222,7 @@ def _work(
                 cell = pipe.recv()
                 ended: tuple[str, str | Exception | None]
                 try:
-                    ended = attempt(cell, store, logger, console, retry)
+                    ended = attempt(cell, store, logger, console, again)
                 except (ConfigError, AssetError) as error:
                     ended = "failed", error
                 peak = torch.cuda.max_memory_reserved() if device is not None else 0
