@@ -37,6 +37,7 @@ from methods.relu import Relu
 from methods.relu2 import Relu2
 from methods.relu_stage2 import ReluStage2
 from methods.rsparse import RSparse
+from methods.spon import Spon
 from methods.statistical_topk import StatisticalTopK
 from methods.tda import Tda
 from methods.teal import Teal
@@ -63,6 +64,16 @@ class RandomRouters(Lte):
         generator = torch.Generator().manual_seed(0)
         router = torch.randn(view.n_layers, 16, view.d_model, generator=generator)
         return {"router": router, "expert_of": torch.arange(view.d_ff).remainder(16).repeat(view.n_layers, 1)}
+
+
+@dataclass(frozen=True)
+class RandomConstants(Spon):
+    """SPON alone, with constants that are drawn: what it learns depends on the methods beside it."""
+
+    def fit(self, view: View, calibration: Calibration) -> State:
+        generator = torch.Generator().manual_seed(0)
+        widths = {name: module.out_features for name, module in view.blocks[0].projections()}
+        return {name: torch.randn(view.n_layers, n, generator=generator) for name, n in widths.items()}
 
 
 @dataclass(frozen=True)
@@ -143,4 +154,5 @@ CASES: dict[str, Case] = {
     "prox": Case(lambda s: Prox(s), site="neurons", tolerance=0.05),
     "dip": Case(lambda s: Dip(s), site="mlp"),
     "meangate": Case(lambda s: MeanGate(s), site=None, families=GATED),
+    "spon": Case(lambda s: RandomConstants(s), site=None),
 }

@@ -48,6 +48,7 @@ class Method:
     batch_coupled: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
     fit_fields: ClassVar[tuple[str, ...]] = ()
+    compensates: ClassVar[bool] = False  # makes up for what the methods beside it drop: fitted last, with them attached
     swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
 
     @property

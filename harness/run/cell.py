@@ -27,7 +27,7 @@ from harness.run import session
 from harness.run.config import CellConfig
 from harness.run.estimate import alike
 from harness.run.nest import build_methods
-from harness.run.scope import to_native, unsolvable
+from harness.run.scope import unsolvable
 
 if TYPE_CHECKING:
     from harness.model.lm import HarnessLM
@@ -127,8 +127,6 @@ class Run:
         torch.manual_seed(config["seed"])
         self.policy = Policy(config["phase"], config["dense_prefix"])
         self.fitted: Fitted = session.fitted(self.loaded, methods, config, store)
-        if config["scope"] == "model":
-            self.fitted = to_native(view, self.fitted, config["sparsity"])
 
     def windows(self, count: int) -> Windows:
         """Held-out text."""

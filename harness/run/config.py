@@ -87,8 +87,13 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
 
 
 def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:
-    """Whether the probes mean something for these methods."""
+    """Whether the probes mean something for these methods, and they for each other."""
     names = cfg["probe"]["names"]
+    repair = next((m.name for m in methods if m.compensates), None)
+    if repair and all(m.compensates or m.name == "dense" for m in methods):
+        raise ConfigError(f"{repair} makes up for what another method drops: nest it, method=[{repair},teal]")
+    if repair and "search" in names:
+        raise ConfigError(f"probe search tries many levels on one fit, and what {repair} learns holds for one level")
     if "search" in names:
         search.check(cfg["probe"]["search"], cfg["scope"], methods)
     if "frequency" in names and not any(method.makes_experts for method in methods):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.data import tasks, text
 from harness.errors import ConfigError
+from harness.execution.attach import Fitted
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.scratch import Scratch
@@ -25,6 +26,7 @@ from harness.results.identity import content_key
 from harness.results.store import Store
 from harness.run.config import CellConfig
 from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
+from harness.run.scope import to_native
 
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 
@@ -107,16 +109,31 @@ def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: 
     return text.text_windows(tokenizer, raw, length, what="perplexity" if calibration is None else "calibration")
 
 
-def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> list[tuple[Method, State]]:
-    """Every nested method with its state, each fitted while the ones outside it are attached.
+def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> Fitted:
+    """Every nested method with its state, at the level that the cell runs it at.
+
+    Each is fitted while the ones outside it are attached. Those that compensate for the others come last, wherever the
+    user wrote them: what they learn depends on what the others drop at their final level.
+    """
+    done = _fitted(loaded, [], [m for m in methods if not m.compensates], config, store)
+    if config["scope"] == "model":
+        done = to_native(loaded.view, done, config["sparsity"])
+    repairs = [m for m in methods if m.compensates]
+    return _fitted(loaded, done, repairs, config, store) if repairs else done
+
+
+def _fitted(loaded: Loaded, before: Fitted, methods: list[Method], config: CellConfig, store: Store) -> Fitted:
+    """Those fitted before, and `methods`, each fitted with all others so far attached.
 
     A fit is identified by whatever its numbers come from: the model, its dtype and the processor, the text, the
     methods outside with all of their options, and the method's own fit key.
     """
-    view, done = loaded.view, []
-    outer: list[Any] = []
+    view, done = loaded.view, list(before)
+    outer: list[Any] = [_options(method) for method, _ in before]
     with ExitStack() as stack:
         stack.enter_context(view.tracker.tracking(Policy()))
+        for method, known in before:
+            stack.enter_context(method.attach(view, known))
         for method in methods:
             state: State = {}
             if method.needs != "nothing":
@@ -128,9 +145,14 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
                 if view.device.type == "cuda":  # there a pass is quick, and gigabytes are what other processes lack
                     calibration.forget()
             done.append((method, state))
-            outer.append({"method": method.name, "version": method.version} | asdict(method))
+            outer.append(_options(method))
             stack.enter_context(method.attach(view, state))
     return done
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """A method with all of its options: what a fit inside it depends on."""
+    return {"method": method.name, "version": method.version} | asdict(method)
 
 
 def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[Calibration, dict[str, Any]]:

@@ -1,0 +1,179 @@
+"""SPON: one learnt constant vector a projection stands in for the inputs that are dropped (arXiv 2512.12744)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.errors import ConfigError
+from harness.execution.method import Method, State
+from harness.fitting.calibration import Calibration
+from harness.model.step import Policy
+from harness.model.view import View
+from harness.progress import track
+
+Constants = Mapping[tuple[str, int], Tensor]  # (projection, layer) -> float32 [outputs]
+
+
+@dataclass(frozen=True)
+class Spon(Method):
+    """Adds W a to every projection's output, a constant in the place of what the method beside it drops (section 3).
+
+    W a is what is learnt and kept: a bias, which costs no kernel anything. It starts at the mean of what is dropped and
+    is trained to bring the sparse model's next-token distribution back to the dense one's (KL divergence), with the
+    other methods attached and all weights frozen. To be nested with a method that drops: `method=[spon,teal]`.
+
+    epochs: passes of training over the calibration text, one step a window; 0 leaves the start. The paper trains on
+        more text than the default calibration has: raise calibration.tokens, and epochs where there is a GPU.
+    learning_rate: of AdamW without decay, falling to zero by a cosine.
+    """
+
+    epochs: int = 1
+    learning_rate: float = 2e-3
+
+    name: ClassVar[str] = "spon"
+    paper: ClassVar[str] = "arXiv 2512.12744"
+    needs: ClassVar[str] = "calibration"
+    compensates: ClassVar[bool] = True
+    fit_fields: ClassVar[tuple[str, ...]] = ("epochs", "learning_rate")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, int) or self.epochs < 0:
+            raise ConfigError(f"method.spon.epochs must be a whole number of at least 0, not {self.epochs!r}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"method.spon.learning_rate must be above 0, not {self.learning_rate}")
+
+    def fit(self, view: View, calibration: Calibration) -> State:
+        """By projection float32 [layers, outputs]; and `kl` [steps], the loss before each step, in nats a token."""
+        constants = dropped_means(view, calibration)
+        kl = distil(view, calibration, constants, self.epochs, self.learning_rate) if self.epochs else []
+        layers = range(view.n_layers)
+        state = {p: torch.stack([constants[p, layer].cpu() for layer in layers]) for p in view.projection_names()}
+        return state | {"kl": torch.tensor(kl)}
+
+    def rewrite(self, view: View, state: State) -> AbstractContextManager[None]:
+        """The constants as biases where every token is sparse; else added to the sparse tokens alone."""
+        if self.sparsity == 0:
+            return nullcontext()
+        names = view.projection_names()
+        constants = {(p, layer): c for p in names for layer, c in enumerate(state[p].to(view.device, view.dtype))}
+        if view.tracker.policy == Policy():
+            return biased(view, constants)
+        return added(view, constants)
+
+
+@contextmanager
+def biased(view: View, constants: Constants) -> Iterator[None]:
+    """Fold constants into the projections' biases until the context ends."""
+    before: list[tuple[nn.Linear, Any]] = []  # a parameter, or None where there was no bias
+    try:
+        for layer, block in enumerate(view.blocks):
+            for name, module in block.projections():
+                before.append((module, module.bias))
+                bias = constants[name, layer] if module.bias is None else module.bias.data + constants[name, layer]
+                module.bias = nn.Parameter(bias, requires_grad=False)
+        yield
+    finally:
+        for module, own in reversed(before):
+            module.bias = own
+
+
+@contextmanager
+def added(view: View, constants: Constants) -> Iterator[None]:
+    """Add constants to what the projections give for sparse tokens until the context ends. Gradients reach them."""
+
+    def hook_of(constant: Tensor):  # noqa: ANN202 (a torch hook)
+        def hook(_m: nn.Module, _a: tuple, out: Tensor) -> Tensor:
+            step = view.tracker.step
+            own = constant.to(out.dtype)
+            if step is None or step.sparse is None:
+                return out + own
+            return out + torch.where(step.sparse[..., None], own, 0).view(*out.shape[:-1], -1)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(view.blocks):
+            for name, module in block.projections():
+                stack.callback(module.register_forward_hook(hook_of(constants[name, layer])).remove)
+        yield
+
+
+def dropped_means(view: View, calibration: Calibration) -> dict[tuple[str, int], Tensor]:
+    """W E[x - S(x)], float32 [outputs] by (projection, layer): S(x) is what attached methods leave of an input x."""
+    sums: dict[tuple[str, int], Tensor] = {}
+    inputs: dict[tuple[str, int], Tensor] = {}
+
+    def whole(key: tuple[str, int]):  # noqa: ANN202 (a torch hook)
+        return lambda _m, args: inputs.__setitem__(key, args[0])
+
+    def left(key: tuple[str, int]):  # noqa: ANN202 (a torch hook)
+        def hook(_m: nn.Module, args: tuple) -> None:
+            x = inputs.pop(key)
+            if x is not args[0]:
+                sums[key] = sums.get(key, 0) + (x.float() - args[0].float()).flatten(0, -2).sum(0)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(view.blocks):
+            for name, module in block.projections():
+                key = (name, layer)
+                stack.callback(module.register_forward_pre_hook(whole(key), prepend=True).remove)
+                stack.callback(module.register_forward_pre_hook(left(key)).remove)
+        calibration.visit({})
+    return {
+        (name, layer): module.weight.float() @ (sums[name, layer] / calibration.tokens)
+        if (name, layer) in sums
+        else torch.zeros(module.out_features, device=view.device)
+        for layer, block in enumerate(view.blocks)
+        for name, module in block.projections()
+    }
+
+
+def distil(
+    view: View, calibration: Calibration, constants: dict[tuple[str, int], Tensor], epochs: int, learning_rate: float
+) -> list[float]:
+    """Train constants in place, one AdamW step a window, towards the dense model. Returns the loss before each step."""
+    windows = [row[None] for batch in calibration.batches for row in batch]
+    parameters = [constant.requires_grad_() for constant in constants.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    total, losses = epochs * len(windows), []
+    try:
+        with added(view, constants):
+            for step in track(range(total), "learning constants"):
+                window = windows[step % len(windows)]
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
+                with torch.no_grad():
+                    target = F.log_softmax(log_odds(view, window, dense=True), dim=-1)
+                with torch.enable_grad():
+                    found = F.log_softmax(log_odds(view, window, dense=False), dim=-1)
+                    loss = F.kl_div(found, target, log_target=True, reduction="sum") / window.numel()
+                    optimizer.zero_grad()
+                    loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+    finally:
+        for constant in constants.values():
+            constant.requires_grad_(False)
+    return losses
+
+
+def log_odds(view: View, window: Tensor, dense: bool) -> Tensor:
+    """Logits float32 [1, length, vocabulary] of the patched model with every token sparse, or with none.
+
+    A method touches no token that the step calls dense, so the dense model is there without detaching anything.
+    """
+    valid = torch.ones_like(window, dtype=torch.bool)
+    policy = Policy("decode") if dense else Policy()
+    tracker: Any = view.tracker
+    with tracker.tracking(policy), tracker.hint(valid, decode=~valid):
+        return view.model(window, use_cache=False).logits.float()
