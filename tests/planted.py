@@ -33,7 +33,7 @@ Draws = dict[tuple, NDArray[np.float64]]
 
 
 class Planted:
-    """sign: of every effect; 0 for none. able: dense accuracy. noise: of the text, times what real rows have.
+    """sign: of every effect; 0 for none. ability: dense accuracy. noise: of the text, times what real rows have.
 
     strength: of the effects on text that are smallest beside that noise. falls: accuracy lost by the cells that change
     answers without losing any.
@@ -42,7 +42,7 @@ class Planted:
     def __init__(
         self,
         sign: float = 1.0,
-        able: float = 0.75,
+        ability: float = 0.75,
         achieved: float | None = None,
         execution: str = "kernel",
         limited: bool = False,
@@ -53,7 +53,13 @@ class Planted:
         strength: float = 1.0,
         seed: int = 0,
     ) -> None:
-        self.sign, self.able, self.achieved, self.execution, self.limited = sign, able, achieved, execution, limited
+        self.sign, self.ability, self.achieved, self.execution, self.limited = (
+            sign,
+            ability,
+            achieved,
+            execution,
+            limited,
+        )
         self.windows, self.items, self.text_noise, self.falls = windows, items, noise, falls
         self.strength = strength
         self.rng = np.random.default_rng(seed)
@@ -87,7 +93,9 @@ class Planted:
             self.cell(SWIGLU, "kv_skip", s, text=0.1 + 0.2 * strength * sign * s, wrong=0.1)
         for length in (128, 512):
             lost = 0.1 + 0.05 * strength * sign * (length == 512)
-            alike = 0.1 * self.able / max(self.able - CHANCE["piqa"], 0.1)  # the same share of what there is to lose
+            alike = (
+                0.1 * self.ability / max(self.ability - CHANCE["piqa"], 0.1)
+            )  # the same share of what there is to lose
             harm = {"text": lost, "wrong": 0.1, "failed": alike + 0.5 * sign}
             self.cell(SWIGLU, "griffin", 0.5, length=length, phase="decode", **harm)
         for length, lost in ((128, 0.1), (512, 0.1 + 0.2 * sign)):
@@ -200,20 +208,20 @@ class Planted:
             facts = {"task": "perplexity", "step_phase": "all"}
             row("quality", "nll", nll.mean(), n=tokens * windows, unit="nats/token", **facts)
         for task, metric, lost in (("piqa", "acc", wrong), ("gsm8k", "exact_match:strict", failed)):
-            value = self._answers(model, method, task, min(max(lost, 0.0), self.able), swaps)
+            value = self._answers(model, method, task, min(max(lost, 0.0), self.ability), swaps)
             self._sample(name, task, "accuracy", value, CHANCE[task], 0)
             if row is not None:
                 row("quality", metric, value.mean(), n=self.items, task=task)
 
     def _answers(self, model: str, method: str, task: str, lost: float, swaps: float) -> NDArray[np.float64]:
         """Right or wrong by item: `lost` of all items go from right to wrong, and swaps / 2 each way."""
-        right = self._shared((model, task), self.items, lambda n: (self.rng.random(n) < self.able).astype(float))
+        right = self._shared((model, task), self.items, lambda n: (self.rng.random(n) < self.ability).astype(float))
         if method == "dense":
             return right
         common = self._shared(("items", task), self.items, lambda n: self.rng.normal(size=n))
         own = self.rng.normal(size=self.items)
         fate = stats.norm.cdf(np.sqrt(SAME_ITEMS) * common + np.sqrt(1 - SAME_ITEMS) * own)
-        falls, rises = (lost + swaps / 2) / self.able, swaps / 2 / (1 - self.able)
+        falls, rises = (lost + swaps / 2) / self.ability, swaps / 2 / (1 - self.ability)
         return np.where(right == 1, (fate >= falls).astype(float), (fate < rises).astype(float))
 
     def _shared(self, key: tuple, n: int, draw: Callable[[int], NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -57,17 +57,17 @@ def most(studies: int, rate: float = NOMINAL) -> int:
 
 def table(lines: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """By claim: studies, how many had p < 0.05, each verdict, mean effect and what was said to be detectable."""
-    said = {}
+    by_claim = {}
     for claim, group in lines.groupby("claim", sort=False):
         counts = group["verdict"].value_counts()
-        said[str(claim)] = {
+        by_claim[str(claim)] = {
             "studies": len(group),
             "p_below_0.05": int((group["p"] < NOMINAL).fillna(False).sum()),
             **{verdict.replace(" ", "_"): int(counts.get(verdict, 0)) for verdict in claims.VERDICTS},
             "effect": _rounded(group["effect"].mean()),
             "power": _rounded(group["power"].mean()),
         }
-    return said
+    return by_claim
 
 
 def _rounded(value: Any) -> float | None:

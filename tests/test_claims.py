@@ -106,13 +106,13 @@ def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
     models = {row["cell_id"]: row["model"] for row in study.rows}
     shares = []
     for model in (SWIGLU, RELU):
-        lost = able = 0.0
+        lost = ability = 0.0
         for cell in line["cells"].split():
             if models[cell] == model:
                 ours, twin = samples.loc[cell], samples.loc[dense[model]]
                 lost += (twin["value"] - ours["value"]).mean()
-                able += (twin["value"] - twin["chance"]).mean()
-        shares.append(lost / able)
+                ability += (twin["value"] - twin["chance"]).mean()
+        shares.append(lost / ability)
     assert shares[0] > shares[1] > 0
     assert line["note"].endswith(f"can do, SwiGLU loses {shares[0]:.0%}, ReLU {shares[1]:.0%}")
 
@@ -366,6 +366,6 @@ def test_training_seeds_are_matched_with_each_other():
 
 
 def test_only_tasks_on_which_the_dense_model_is_above_chance_inform():
-    study = Planted(able=0.5, seed=1)
+    study = Planted(ability=0.5, seed=1)
     informative = study_of(study.table(), pd.concat(study.samples)).informative
     assert {task for _, task in informative} == {"gsm8k"}  # half of gsm8k is ability, half of piqa is chance

@@ -138,7 +138,7 @@ def _neighbour(cell: object, others: list, below: bool) -> tuple[str | None, flo
     here = cell.achieved_mlp  # type: ignore[attr-defined]
     by_distance = sorted((abs(here - other.achieved_mlp), other.cell_id, other) for other in others)
     apart = [(other.cell_id, here - other.achieved_mlp) for far, _, other in by_distance if far > EQUAL_SPARSITY]
-    fitting = [found for found in apart if (found[1] > 0) == below] or apart
+    fitting = [other for other in apart if (other[1] > 0) == below] or apart
     return fitting[0] if fitting else (None, here)
 
 

@@ -212,13 +212,13 @@ def _moments(side: Lost) -> Vector:
 
 def _share(ours: Vector, theirs: Vector) -> tuple[Vector, Vector]:
     """Difference of shares and its standard error (delta method) of `_moments`, [6, resamples] each."""
-    found, variance = [], []
+    shares_, variance = [], []
     for lost, stake, lost2, both, stake2, n in (ours, theirs):
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(stake > 0, lost / stake, np.nan)
             variance.append((lost2 - 2 * share * both + share**2 * stake2) / stake**2 / n)
-        found.append(share)
-    return np.squeeze(found[0] - found[1]), np.squeeze(np.sqrt(np.maximum(variance[0] + variance[1], 0)))
+        shares_.append(share)
+    return np.squeeze(shares_[0] - shares_[1]), np.squeeze(np.sqrt(np.maximum(variance[0] + variance[1], 0)))
 
 
 def _resampled(columns: Vector, seed: int) -> Vector:

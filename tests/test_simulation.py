@@ -1,0 +1,67 @@
+"""Studies without an effect rarely get a verdict, and studies with one mostly do: few here, a thousand in the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scipy import stats as scipy_stats
+
+from harness import claims
+from tests import simulation
+from tests.simulation import NOMINAL, SCENARIOS, any_alarm, most, simulate
+from tests.test_claims import DESCRIBED, TESTED
+
+COMMITTED = Path(__file__).parents[1] / "results" / "bench" / "claims_simulation.json"
+TABLE = json.loads(COMMITTED.read_text())["scenarios"]
+
+
+def test_studies_without_an_effect_rarely_get_a_verdict() -> None:
+    lines, studies = simulate("null", 16), 16
+    for claim, group in lines.groupby("claim"):
+        alarms = int((group["p"] < NOMINAL).fillna(False).sum())
+        assert alarms <= most(studies), claim
+        assert (group["verdict"] == "described").all() == (claim in DESCRIBED), claim
+    assert any_alarm(lines) <= most(studies)
+
+
+def test_studies_with_an_effect_mostly_get_their_verdict() -> None:
+    lines = simulate("effect", 5)
+    found = (lines["verdict"] == "reproduced").groupby(lines["claim"]).sum()
+    least = int(scipy_stats.binom.ppf(1e-4, 5, 0.8))
+    assert (found[TESTED] > least).all(), found[TESTED]
+
+
+@pytest.mark.slow
+def test_four_hundred_studies_without_an_effect() -> None:
+    lines = simulate("null", 400, workers=2)
+    for claim, group in lines.groupby("claim"):
+        assert (group["p"] < NOMINAL).fillna(False).sum() <= most(400), claim
+    assert any_alarm(lines) <= most(400)
+
+
+def test_the_committed_table_keeps_to_one_and_a_half_times_the_nominal_rate() -> None:
+    """Made by `python -m tests.simulation`: at least 400 studies, each claim by itself and all together."""
+    null = TABLE["null"]
+    assert list(null["claims"]) == [claim.name for claim in claims.CLAIMS] and list(TABLE) == list(SCENARIOS)
+    assert null["studies_with_any_verdict"] <= 1.5 * NOMINAL * null["claims"]["gap_widens"]["studies"]
+    for name, line in null["claims"].items():
+        assert line["studies"] >= 400
+        if name in DESCRIBED:
+            assert line["described"] == line["studies"]
+        else:
+            assert line["p_below_0.05"] <= 1.5 * NOMINAL * line["studies"], name
+
+
+def test_the_committed_table_finds_four_of_five_effects() -> None:
+    for name, line in TABLE["effect"]["claims"].items():
+        if name not in DESCRIBED:
+            assert line["reproduced"] >= 0.8 * line["studies"], name
+    line = TABLE["accuracy falls by the margin"]["claims"]["inconsistent_first"]
+    assert line["reproduced"] <= 1.5 * NOMINAL * line["studies"]
+
+
+def test_a_rate_of_twice_the_nominal_would_be_noticed() -> None:
+    """The bars can fail: 1.5 times nominal passes, five times does not."""
+    assert simulation.most(400) < 0.15 * 400 and simulation.most(16) < 8
