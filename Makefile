@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM = false
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
-	$(BIN)/python -m harness.figures
+	$(BIN)/python -m harness figures
 
 test: setup assets
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 \
@@ -40,21 +40,21 @@ lint: setup
 	$(BIN)/mypy
 
 figures: setup
-	$(BIN)/python -m harness.figures
+	$(BIN)/python -m harness figures
 
 # One page with everything: results/report.html
 report: setup
-	$(BIN)/python -m harness.report.html
+	$(BIN)/python -m harness report
 
 # The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims. `make archive` adds
 # the whole cells to results/study.
 size ?= cpu
 study: setup assets
 	$(BIN)/python run.py experiment=pitfalls size=$(size)
-	$(BIN)/python -m harness.claims --limited
+	$(BIN)/python -m harness claims --limited
 
 archive: setup
-	$(BIN)/python -m harness.report.archive results $(wildcard results/study) --to results/study
+	$(BIN)/python -m harness archive results $(wildcard results/study) --to results/study
 
 bench: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_kernels --out results/bench/cpu_kernels.json
@@ -78,7 +78,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 assets: setup
-	$(BIN)/python -m harness.data.prefetch
+	$(BIN)/python -m harness prefetch
 
 clean:
 	rm -rf results/cells results/fits results/figures results/table.* results/wandb

@@ -33,6 +33,8 @@ from harness.training.generate import starts, write
 from harness.training.llama import Model
 from harness.training.loop import Recipe, Trainer
 
+CONF = Path(__file__).resolve().parent / "conf"
+
 ConfigStore.instance().store(group="train", name="recipe", node=Recipe)
 
 
@@ -46,7 +48,7 @@ def main() -> None:
         sys.exit(2)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="training")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="training")
 def app(cfg: DictConfig) -> None:
     """Run the stages of `cfg.do` for one variant."""
     recipe = cast(Recipe, OmegaConf.to_object(cfg.train))

@@ -20,7 +20,7 @@ Cell = tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]
 
 
 def config(method: str, sparsity: float, **changes: Any) -> dict[str, Any]:
-    base = {"model": {"name": "smollm2-135m"}, "method": {"name": method}, "sparsity": sparsity}
+    base = {"model": {"name": "smollm2-135m"}, "method": {method: {}}, "sparsity": sparsity}
     return base | {"tasks": list(TASKS), "phase": "all", "seed": 0} | changes
 
 

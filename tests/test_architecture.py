@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room may import from its own floor and from those below, never from above.
 FLOORS = (
-    ("errors", "files", "progress", "console"),
+    ("errors", "files", "progress", "console", "arguments"),
     ("model", "data"),
     ("results", "fitting"),
     ("execution", "training"),
@@ -20,6 +20,7 @@ FLOORS = (
     ("figures",),
     ("report",),
     ("run",),
+    ("cli", "__main__"),
 )
 VOCABULARY = ("harness.errors", "harness.progress", "harness.model", "harness.fitting", "harness.execution")
 

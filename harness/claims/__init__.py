@@ -1,4 +1,4 @@
-"""The study's claims as statistical tests over collected rows and per-item samples: `python -m harness.claims`.
+"""The study's claims as statistical tests over collected rows and per-item samples: `python -m harness claims`.
 
 A claim is a function from the study to the evidence for it: values paired with a reference, signed so that above zero
 supports it. The verdict is `reproduced` (the Holm-adjusted p is below 0.05 and the effect is as claimed), `not

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from harness.arguments import add_results, finish
+from harness.arguments import parser as arguments_of
 from harness.claims.consistency import inconsistent_first
 from harness.claims.evidence import ALPHA, Claim, Evidence
 from harness.claims.hardware import activations_are_inert, batch_slows, batch_unites, nominal_exceeds_measured
@@ -33,8 +33,6 @@ from harness.claims.relu import (
 )
 from harness.claims.show import print_verdicts
 from harness.claims.study import MissingEvidence, Study, study_of
-from harness.console import complain
-from harness.errors import ConfigError
 from harness.results import stats
 from harness.results.find import find
 
@@ -192,17 +190,15 @@ def _line(claim: Claim, study: Study) -> tuple[dict[str, Any], list[_Test]]:
     return line, tests
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """The command line: verdicts of a results folder. Exit code 2 where there are no results."""
-    parser = argparse.ArgumentParser(prog="python -m harness.claims", description="Verdicts on the study's claims.")
-    parser.add_argument("results", nargs="?", type=Path, default=Path("results"))
+def main(arguments: Sequence[str]) -> int:
+    """The command `claims`: print the verdicts of a results folder. Returns the exit code."""
+    parser = arguments_of("claims", "Verdicts on the study's claims, with what they rest on.")
+    add_results(parser)
     parser.add_argument("--limited", action="store_true", help="take smoke runs in; their verdicts are marked")
-    given = parser.parse_args(args)
-    try:
-        results = find(given.results)
-        lines = verdicts(results.table, results.samples, given.limited)
-    except ConfigError as error:
-        complain(error)
-        return 2
-    print_verdicts(lines)
-    return 0
+    given = parser.parse_args(arguments)
+
+    def do() -> None:
+        found = find(given.results)
+        print_verdicts(verdicts(found.table, found.samples, given.limited))
+
+    return finish(do)

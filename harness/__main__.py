@@ -1,0 +1,5 @@
+"""`python -m harness COMMAND`."""
+
+from harness.cli import script
+
+script()
