@@ -143,4 +143,3 @@ def job(cfg: DictConfig) -> None:
         run_all(cells, plan.open_store(settings["results"]), settings["logger"], stderr(), rules(settings))
     except (ConfigError, AssetError) as error:
         FATAL.append(error)
-
