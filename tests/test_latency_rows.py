@@ -20,7 +20,7 @@ from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
 from methods.teal import Teal
 from tests import tiny
-from tests.timed import fitted_teal, planned
+from tests.timed import CONFIG, fitted_teal, planned
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,9 @@ def point(*runs):
     for execution, engine, tuned, seconds in runs:
         decoder = torch.nn.Linear(1, 1) if engine == "compiled" else None
         columns = {"variant": "tuned GEMV"} if tuned else {}
-        variants.append(Variant(execution, columns=columns, captured=engine == "graph", decoder=decoder))
+        variants.append(
+            Variant(execution, columns=columns, captured=engine == "graph", fused=engine == "fused", decoder=decoder)
+        )
         timings.append(Timing([0.1], [seconds], [seconds]))
     return latency_rows.Point(1, 16, variants, timings, None, 1e9, "resident_memory")
 
@@ -173,15 +175,36 @@ def test_the_strongest_dense_run_is_everybodys_baseline_whatever_its_engine():
     assert ratios(at, 7) == compiled
 
 
+def test_a_fused_cpu_step_is_compared_with_the_fused_dense_one_and_with_the_eager_module():
+    at = point(
+        ("dense", "eager", False, 8.0),
+        ("dense", "eager", True, 4.0),
+        ("dense", "fused", False, 2.0),
+        ("kernel", "eager", False, 3.0),
+        ("kernel", "fused", False, 1.0),
+    )
+    assert ratios(at, 3) == {"time_ratio": 2 / 3, "time_ratio_engine": 4 / 3, "time_ratio_library": 8 / 3}
+    assert ratios(at, 4) == {"time_ratio": 2.0, "time_ratio_engine": 2.0, "time_ratio_library": 8.0}
+
+
+def test_the_fused_cpu_step_of_a_method_is_timed_at_batch_1(teal):
+    view, fitted = teal
+    plan = planned(view, fitted, fused=True)
+    rows = latency_rows.measure(view, plan, tiny.tokens(2, 96), CONFIG | {"batch": [1, 2]})
+    of = [r for r in rows if r.get("engine") == "fused" and r["metric"] == "tokens_per_second"]
+    assert [(r["batch"], r["execution"]) for r in of] == [(1, "dense"), (1, "kernel")]
+    assert "fused step equals masked" in of[1]["message"]
+
+
 def test_every_cell_of_a_model_has_the_same_dense_baselines(teal):
     view, fitted = teal
     plans_of = (
-        planned(view, fitted),
-        planned(view, fitted, "masked"),
-        planned(view, [(Dense(), {})]),
-        planned(view, [(KvSkip(0.5, unit="group"), {})]),
+        planned(view, fitted, fused=True),
+        planned(view, fitted, "masked", fused=True),
+        planned(view, [(Dense(), {})], fused=True),
+        planned(view, [(KvSkip(0.5, unit="group"), {})], fused=True),
     )
-    wanted = [("dense", "eager", {}), ("dense", "eager", {"variant": "tuned GEMV"})]
+    wanted = [("dense", "eager", {}), ("dense", "eager", {"variant": "tuned GEMV"}), ("dense", "fused", {})]
     for plan in plans_of:
         assert [(v.execution, v.engine, v.columns) for v in plan if v.dense] == wanted
 

@@ -18,9 +18,11 @@ def fitted_teal():
     return view, [(method, method.fit(view, tiny.calibration(view)))]
 
 
-def planned(view, fitted, execution="auto", phase="all", **options):
+def planned(view, fitted, execution="auto", phase="all", fused=False, **options):
+    """The variants, those of the fused CPU step only where asked for: most tests are about the module's own steps."""
     config = CHOICE | {"execution": execution} | options
-    return latency.variants(view, fitted, Policy(phase), 0.5, config, tiny.tokens(2, 96))
+    plan = latency.variants(view, fitted, Policy(phase), 0.5, config, tiny.tokens(2, 96))
+    return [variant for variant in plan if fused or not variant.fused]
 
 
 def executions(rows, batch):

@@ -8,6 +8,7 @@ a speed-up from it.
 Rows say by which engine a step ran:
     eager: the module, launched operation by operation.
     graph: a CUDA graph of the step, fused where the model allows it.
+    fused: the whole step as one C++ operator, on a CPU at batch 1; its library baseline is the eager module.
     compiled: torch.compile of the step (on a CPU, with `compile`), under an execution of its own (`dense_compiled`,
         `kernel_compiled`), compared with compiled dense only.
 The dense variants depend on the model and the machine alone, never on the method, and `time_ratio` is always to the

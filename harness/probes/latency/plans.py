@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from harness.model.sees import OUTPUT
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
+from harness.probes.latency.cpu_step import check_dense_step, dense_step, method_step
 from harness.probes.latency.reads import ideal_slice, union_read
 from harness.probes.latency.timing import prompts
 from harness.probes.latency.variants import Attach, Row, Variant
@@ -58,6 +59,7 @@ def variants(
     operators took the place of every kernel; with auto the method is then masked, and its rows say why.
     """
     plan = dense_variants(view)
+    check_dense_step(view, windows)
     compiles = config["compile"] and view.device.type != "cuda"
     if not any(method.sites for method, _ in methods):
         return plan + (compiled(view, None, {}, 1.0) if compiles else [])
@@ -75,7 +77,10 @@ def variants(
     union = None if known.no_batch else partial(union_read, view, methods, policy, known.ran)
     if fits_fused_step(view) and known.thresholds is not None:
         return plan + fused_plan(view, known, sparsity, union)
-    return plan + module_plan(view, methods, policy, known, union, compiles)
+    steps, reason = method_step(view, methods, policy, known.skipped, windows)
+    if reason is not None:
+        known = replace(known, message=f"{known.message}; not fused: {reason}")
+    return plan + module_plan(view, methods, policy, known, union, compiles) + steps
 
 
 def fits_fused_step(view: View) -> bool:
@@ -91,7 +96,7 @@ def dense_variants(view: View) -> list[Variant]:
     if fits_fused_step(view):
         plan.append(Variant("dense", fused(view, "library"), captured=True))
         plan.append(Variant("dense", fused(view, "rows"), {"variant": "tuned GEMV"}, captured=True))
-    return plan
+    return plan + dense_step(view)
 
 
 def has_tuned_gemv(view: View) -> bool:

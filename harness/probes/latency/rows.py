@@ -55,8 +55,7 @@ def measure(view: View, variants: Sequence[Variant], windows: Tensor, config: Ma
     for batch in config["batch"]:
         for context in config["context"]:
             prompt = prompts(windows, batch, context).to(view.device)
-            # Compiled at batch 1 only: each shape of each variant takes a minute or more.
-            timed = [variant for variant in variants if variant.decoder is None or batch == 1]
+            timed = [variant for variant in variants if not variant.single or batch == 1]
             timings, others, memory = timed_rounds(view, timed, prompt, config)
             point = Point(batch, context, timed, timings, others.words(), bandwidth, memory)
             rows += disturbance_rows(point, others)
@@ -142,7 +141,7 @@ def baselines(point: Point, variant: Variant) -> dict[str, Timing]:
     compared = {
         "time_ratio": point.fastest(lambda dense: (dense.engine == "compiled") == compiled),
         "time_ratio_engine": point.fastest(lambda dense: dense.engine == variant.engine),
-        "time_ratio_library": point.first(variant.engine),
+        "time_ratio_library": point.first("eager" if variant.engine == "fused" else variant.engine),
     }
     return compared | ({"time_ratio_eager": point.first("eager")} if compiled else {})
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 Row = dict[str, Any]
-Engine = Literal["eager", "graph", "compiled"]
+Engine = Literal["eager", "graph", "compiled", "fused"]
 Attach = Callable[[], AbstractContextManager[Any]]
 
 
@@ -24,7 +24,7 @@ class Variant:
     reads: share of the block weights that a step reads. reads_cache: share of the KV cache that it reads for sure.
     no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to 16.
     union: of a prompt [batch, context], the share of the block weights that a step after it reads, and tokens counted.
-    captured: the step runs in a CUDA graph.
+    captured: the step runs in a CUDA graph. fused: it runs as one C++ operator, on a CPU, for one sequence.
     decoder: a model of this variant's own whose step is compiled; None decodes the view's. held: what its forwards live
         in. step: its compiled forward, for the shapes of one grid point.
     """
@@ -38,6 +38,7 @@ class Variant:
     no_batch: str | None = "no kernel above batch 1"
     union: Callable[[Tensor], tuple[float, int]] | None = None
     captured: bool = False
+    fused: bool = False
     decoder: nn.Module | None = None
     held: ExitStack = field(default_factory=ExitStack)
     step: Callable[..., Any] | None = None
@@ -47,12 +48,19 @@ class Variant:
         """What launches its steps."""
         if self.decoder is not None:
             return "compiled"
+        if self.fused:
+            return "fused"
         return "graph" if self.captured else "eager"
 
     @property
     def dense(self) -> bool:
         """Whether it is a baseline: a dense step at the model's own size."""
         return self.execution in ("dense", "dense_compiled")
+
+    @property
+    def single(self) -> bool:
+        """Whether it is for batch 1 only. Each shape of a compiled step takes a minute or more."""
+        return self.decoder is not None or self.fused
 
     def attached(self, batch: int) -> AbstractContextManager[Any]:
         """The context in which a batch of this size decodes that way."""
