@@ -18,7 +18,9 @@ from harness.results.rows import make_row, to_frame, with_engine
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
+from methods.random import Random
 from methods.teal import Teal
+from methods.topp import TopP
 from tests import tiny
 from tests.timed import CONFIG, fitted_teal, planned
 
@@ -245,6 +247,22 @@ def test_a_check_says_which_projections_a_kernel_computed(teal, monkeypatch):
     check = check_kernels(view, fitted, tiny.tokens(1, 20))
     assert check.masked == {"down"} and check.ran == {"q", "k", "v", "o", "gate", "up"}
     assert "no kernel for down" in planned(view, fitted)[3].columns["message"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_nested_methods_at_one_site_both_decide_in_kernels_too(teal, turned):
+    """The inner kernel stood in the outer one's place, and a check on inputs already zeroed could not see it."""
+    view, fitted = teal
+    nest = [(Random(0.5), {}), *fitted]
+    check = check_kernels(view, nest[::-1] if turned else nest, tiny.tokens(1, 20))
+    assert check.error <= 1e-6 and check.ran == set(view.projection_names())
+
+
+def test_a_rule_that_decides_otherwise_from_what_it_left_is_checked_on_whole_inputs():
+    """Top-p keeps a share of the sum, and of what it kept again only a share."""
+    view = tiny.view("llama")
+    method = TopP(0.5)
+    assert check_kernels(view, [(method, method.fit(view, tiny.calibration(view)))], tiny.tokens(1, 20)).error <= 1e-6
 
 
 def test_the_ideal_slice_leaves_out_what_the_methods_own_sites_allow(monkeypatch):

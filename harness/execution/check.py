@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from harness.errors import UnsupportedError
@@ -47,11 +48,14 @@ class Check:
 class Recorded:
     """One decode step in masked execution.
 
-    projections: (layer, name, input, output) in the order of computation. attentions: (arguments, keywords, output) of
-    every block, where heads are dropped. residual: the residual stream by layer, which look-ahead predictors see.
+    projections: (layer, name, input, output) in the order of computation; the input as it was before any method
+    dropped of it, since not every decision from what it has left comes out the same. masked: by (layer, name), the
+    inputs of o and down after that. attentions: (arguments, keywords, output) of every block, where heads are dropped.
+    residual: the residual stream by layer, which look-ahead predictors see.
     """
 
     projections: list[tuple[int, str, Tensor, Tensor]] = field(default_factory=list)
+    masked: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     attentions: list[tuple[tuple, dict[str, Any], Tensor]] = field(default_factory=list)
     residual: dict[int, Tensor] = field(default_factory=dict)
     step: Step | None = None
@@ -102,18 +106,27 @@ def record(view: View, methods: Fitted, prompt: Tensor) -> Recorded:
 
 @contextmanager
 def _recording(view: View, recorded: Recorded, attentions: bool) -> Iterator[None]:
+    inputs: dict[tuple[int, str], Tensor] = {}
+
+    def see(at: tuple[int, str], _: nn.Module, args: tuple, y: Tensor) -> None:
+        # a copy: Falcon adds attention to what its MLP gave, in place
+        recorded.projections.append((*at, inputs.pop(at), y.clone()))
+        if at[1] in ("o", "down"):
+            recorded.masked[at] = args[0]
+
     with ExitStack() as stack:
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
-                handle = module.register_forward_hook(
-                    # a copy: Falcon adds attention to what its MLP gave, in place
-                    lambda _m, args, y, at=(layer, name): recorded.projections.append((*at, args[0], y.clone()))
+                whole = module.register_forward_pre_hook(
+                    lambda _m, args, at=(layer, name): inputs.update({at: args[0]}), prepend=True
                 )
+                handle = module.register_forward_hook(partial(see, (layer, name)))
+                stack.callback(whole.remove)
                 stack.callback(handle.remove)
-            see = block.layer.register_forward_pre_hook(
+            stream = block.layer.register_forward_pre_hook(
                 lambda _m, args, layer=layer: recorded.residual.update({layer: args[0]})
             )
-            stack.callback(see.remove)
+            stack.callback(stream.remove)
             if attentions:
                 attend = block.attn.register_forward_hook(
                     lambda _m, args, kwargs, y: recorded.attentions.append((args, kwargs, y[0])), with_kwargs=True
@@ -168,9 +181,7 @@ class Rows:
         self.view, self.sites = view, _sites(methods)
         # K and V of groups that no kept head uses need not exist where a method leaves holes in the cache.
         self.holes = any(method.own_kernels for method, _ in methods)
-        self.needed = {  # bool [batch, channels of o or down]
-            (layer, name): x.flatten(0, -2) != 0 for layer, name, x, _ in recorded.projections if name in ("o", "down")
-        }
+        self.needed = {at: x.flatten(0, -2) != 0 for at, x in recorded.masked.items()}  # bool [batch, channels]
 
     def __call__(self, layer: int, name: str) -> Any:
         """An index into [batch, outputs]."""

@@ -175,8 +175,9 @@ def indices(selection: Selection) -> Tensor:
 def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[list[Any]]:
     """Kernel execution of nested methods until the context ends; those without kernels are attached as they are.
 
-    So are those with kernels of their own for q, k, v and o where another method acts on these too. Projections that no
-    method touches take the tuned dense GEMV, as they do in the dense baseline.
+    So are those whose input channels an inner method selects from too: its kernel finds them zeroed. So are those with
+    kernels of their own for q, k, v and o where another method acts on these too. Projections that no method touches
+    take the tuned dense GEMV, as they do in the dense baseline.
     Yields the installations of those that run through kernels.
     Raises `UnsupportedError` if none of the methods has a kernel.
     """
@@ -189,8 +190,9 @@ def kernel_execution(view: View, methods: Fitted, policy: Policy) -> Iterator[li
         stack.enter_context(tuned_rest(view))
         installations = []
         alone = sum(not ATTENTION.isdisjoint(method.sites) for method, _ in methods) == 1
-        for method, state in methods:
-            if _selects(method):
+        for place, (method, state) in enumerate(methods):
+            inner = {site for other, _ in methods[place + 1 :] for site in other.sites if site in PROJECTIONS}
+            if _selects(method) and inner.isdisjoint(method.sites):
                 stack.enter_context(method.rewrite(view, state))
                 installations.append(stack.enter_context(_installed(view, method.sites, method.decider(view, state))))
             elif method.own_kernels and alone:
