@@ -137,9 +137,7 @@ CASES: dict[str, Case] = {
     "expert_prune_layerwise": Case(lambda s: ExpertPrune(s, rates="layerwise", expert_size=8), site="neurons"),
     "attribution": Case(lambda s: Attribution(s), site="neurons"),
     "wina": Case(lambda s: Wina(s)),
-    "wina_threshold": Case(
-        lambda s: Wina(s, rule="threshold", allocation="greedy", base_step=0.2, greedy_tokens=128), tolerance=0.04
-    ),
+    "wina_threshold": Case(lambda s: Wina(s, rule="threshold"), tolerance=0.04),
     "wina_transform": Case(lambda s: Wina(s, transform=True), families=GATED),
     "larosa": Case(lambda s: LaRoSA(s), families=GATED),
     "larosa_none": Case(lambda s: LaRoSA(s, rotation="none", tilt=0.5)),
