@@ -26,6 +26,7 @@ from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
 from harness.probes import sparsity
+from tests import tiny
 
 TASKS = ["piqa", "arc_easy", "sciq", "lambada_openai"]
 
@@ -232,3 +233,19 @@ def test_a_probe_over_text_names_logits_that_are_no_numbers(tiny_folder):
     bench.view = view
     with pytest.raises(MeasurementError, match="NaN, not a number, for the held-out text"):
         sparsity.run(bench)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_scores_as_plain_hflm_does(family, tokenizer):
+    """Fused layers taken apart and experts replaced included; a model of its own is scored by plain HFLM."""
+    asked = [
+        ("The first of two", " words"),
+        ("A much longer context, so that a batch is padded, of", " a few more words"),
+    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate([*asked, asked[0]])]
+    plain = HFLM(pretrained=tiny.make(family, len(tokenizer)), tokenizer=tokenizer, batch_size=2, max_length=512)
+    ours = HarnessLM(view_of(tiny.make(family, len(tokenizer))), tokenizer, batch_size=2, max_length=512)
+    for (log, greedy), (log_, greedy_) in zip(
+        ours.loglikelihood(requests), plain.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert log == pytest.approx(log_, abs=1e-4) and greedy == greedy_

@@ -45,7 +45,8 @@ def rewrite(overrides: list[str], multirun: bool) -> list[str]:
             raise _unknown(bare, value)
         elif bare.startswith("method."):
             name = bare.split(".")[1]
-            if name not in options("method"):
+            own = any(o.lstrip("+").startswith(f"method.{name}._target_=") for o in overrides)  # a method of the user's
+            if name not in options("method") and not own:
                 raise _unknown("method", name)
             if multirun and not key.startswith("+"):
                 override = "++" + override  # a sweep's base config may hold another method
