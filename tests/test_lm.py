@@ -240,7 +240,7 @@ def test_every_family_scores_as_plain_hflm_does(family, tokenizer):
     """Fused layers taken apart and experts replaced included; a model of its own is scored by plain HFLM."""
     asked = [
         ("The first of two", " words"),
-        ("A much longer context, so that a batch is padded, of", " a few more words"),
+        ("A much longer context, so that a batch is padded, of", " a few more"),
     ]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate([*asked, asked[0]])]
     plain = HFLM(pretrained=tiny.make(family, len(tokenizer)), tokenizer=tokenizer, batch_size=2, max_length=512)
