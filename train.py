@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.console import complain, say, stdout
 from harness.errors import AssetError, ConfigError
+from harness.places import CONF
 from harness.progress import counting
 from harness.training.adapter import cut, merge
 from harness.training.card import write_card
@@ -32,8 +33,6 @@ from harness.training.experts import cached_cluster
 from harness.training.generate import starts, write
 from harness.training.llama import Model
 from harness.training.loop import Recipe, Trainer
-
-CONF = Path(__file__).resolve().parent / "conf"
 
 ConfigStore.instance().store(group="train", name="recipe", node=Recipe)
 

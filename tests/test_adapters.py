@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from harness.errors import ConfigError
+from harness.places import CHECKPOINTS
 from harness.run import session
-from harness.run.checks import CHECKPOINTS
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed
 

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from harness.errors import ConfigError
 from harness.execution.method import Method
+from harness.places import CONF
 from harness.results.identity import RUN_KEYS
 from harness.run.cell import identity
-from harness.run.checks import CONF, did_you_mean, options
+from harness.run.checks import options
 from harness.run.config import CellConfig, check
 from harness.run.nest import build_methods
 from harness.run.overrides import GROUPS, composed, expand, opening, parse, rewrite
+from harness.values import did_you_mean
 
 
 def cell(*overrides: str, multirun: bool = False) -> CellConfig:

@@ -6,7 +6,7 @@ decoded tokens at once, touches is the union of their sets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
                 for handle in handles:
                     handle.remove()
     return list(rows_of([torch.cat(parts) for parts in active]))
+
+
+def windows(probe: Mapping[str, Any]) -> int:
+    """Of held-out text."""
+    return probe["sparsity"]["windows"]
 
 
 def run(bench: Bench) -> None:

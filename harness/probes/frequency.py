@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from harness.data.text import CALIBRATION_TEXTS
+from harness.errors import ConfigError
 from harness.execution.attach import Fitted, attached
+from harness.execution.method import Method
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.bench import Bench
 from harness.results.limited import limited, marked
+from harness.values import choice, listed, whole
 
 Row = dict[str, Any]
 
@@ -33,6 +37,30 @@ def measure(view: View, methods: Fitted, policy: Policy, texts: Mapping[str, Ten
                 for expert, share in enumerate(shares):
                     rows.append(_row(name, layer, expert, share, windows.numel()))
     return rows
+
+
+def check(config: Mapping[str, Any], methods: Sequence[Method]) -> None:
+    """Raise `ConfigError` where the settings make no sense, or there are no experts to count."""
+    settings = config["probe"]["frequency"]
+    for name in listed(settings["texts"], "probe.frequency.texts"):
+        choice(name, "probe.frequency.texts", CALIBRATION_TEXTS)
+    whole(settings["tokens"], "probe.frequency.tokens")
+    whole(settings["window"], "probe.frequency.window", at_least=2)
+    if settings["window"] > settings["tokens"]:
+        raise ConfigError("probe.frequency.window is longer than probe.frequency.tokens")
+    if not any(method.makes_experts for method in methods):
+        raise ConfigError(f"probe frequency counts the use of experts, and {methods[-1].name} makes none")
+
+
+def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One text as a list of one."""
+    return {**settings, "texts": listed(settings["texts"], "probe.frequency.texts")}
+
+
+def texts(probe: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Each of its texts."""
+    settings = probe["frequency"]
+    return [(name, settings["tokens"], settings["window"]) for name in settings["texts"]]
 
 
 def run(bench: Bench) -> None:

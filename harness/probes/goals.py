@@ -86,7 +86,7 @@ def at_level(methods: Sequence[Method], knob: str, level: float | None) -> list[
     return [*methods[:-1], replace(methods[-1], **changes)]
 
 
-def check(settings: Mapping[str, Any], scope: str, methods: Sequence[Method]) -> None:
+def check_methods(settings: Mapping[str, Any], scope: str, methods: Sequence[Method]) -> None:
     """Raise `ConfigError` where a search makes no sense for these methods: before anything is loaded."""
     knob, inner = settings["knob"], methods[-1]
     name = inner.name

@@ -45,6 +45,11 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     return rows
 
 
+def windows(probe: Mapping[str, Any]) -> int:
+    """Of held-out text."""
+    return probe["sparsity"]["windows"]
+
+
 def run(bench: Bench) -> None:
     """One pass over held-out text."""
     commit_on_text(bench, "predictivity", measure)

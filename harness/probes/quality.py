@@ -33,6 +33,11 @@ BOOTSTRAP = 1000  # for the standard errors that have no closed form
 CORRECT = ("acc", "acc_norm", "exact_match")  # per-item 0 or 1: flips and paired differences make sense
 
 
+def windows(probe: Mapping[str, Any]) -> int:
+    """Of held-out text."""
+    return probe["perplexity"]["windows"]
+
+
 def run(bench: Bench) -> None:
     """Perplexity, then task after task; each is committed by itself."""
     config, dense, asked = bench.config, bench.dense_cell, bench.config["tasks"]

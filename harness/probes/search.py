@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
@@ -12,17 +12,53 @@ from torch import Tensor
 from harness.data.text import Windows
 from harness.errors import ConfigError
 from harness.execution.attach import Fitted
-from harness.model.lm import HarnessLM
+from harness.execution.method import Method
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import perplexity, quality, sparsity
 from harness.probes.bench import Bench
-from harness.probes.goals import Goal, at_level, goals, highest
+from harness.probes.goals import KNOBS, TARGETS, Goal, at_level, check_methods, goals, highest
 from harness.results.collect import ACCURACIES
 from harness.results.limited import little_text, marked
+from harness.values import choice, listed, number
+
+if TYPE_CHECKING:
+    from harness.model.lm import HarnessLM
 
 Row = dict[str, Any]
 VALUES = {"perplexity": "trial_perplexity", "average": "trial_average"}
+
+
+def check(config: Mapping[str, Any], methods: Sequence[Method]) -> None:
+    """Raise `ConfigError` where the settings, or a search of these methods, make no sense."""
+    settings = config["probe"]["search"]
+    choice(settings["target"], "probe.search.target", TARGETS)
+    choice(settings["knob"], "probe.search.knob", KNOBS)
+    for percent in listed(settings["percent"], "probe.search.percent"):
+        if number(percent, "probe.search.percent") <= 0:
+            raise ConfigError(f"probe.search.percent must be above 0, not {percent}")
+    for key in ("keep", "high"):
+        if not 0 < number(settings[key], f"probe.search.{key}") < 1:
+            raise ConfigError(f"probe.search.{key} must lie between 0 and 1, not {settings[key]}")
+    if not 1e-4 <= number(settings["tolerance"], "probe.search.tolerance") < settings["high"]:
+        raise ConfigError(
+            f"probe.search.tolerance must be at least 0.0001 and below probe.search.high, not {settings['tolerance']}"
+        )
+    check_methods(settings, config["scope"], methods)
+
+
+def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what its target does not read; one percentage as a list of one."""
+    unread = "keep" if settings["target"] == "ppl_increase" else "percent"
+    found = {key: value for key, value in settings.items() if key != unread}
+    if "percent" in found:
+        found["percent"] = [float(p) for p in listed(found["percent"], "probe.search.percent")]
+    return found
+
+
+def windows(probe: Mapping[str, Any]) -> int:
+    """Of held-out text."""
+    return max(probe["perplexity"]["windows"], probe["sparsity"]["windows"])
 
 
 def run(bench: Bench) -> None:

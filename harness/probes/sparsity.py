@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from harness.probes import activations
 from harness.probes.bench import Bench, commit_on_text
 
 Row = dict[str, Any]
+SHAPES = True  # it says what a timed cell skipped
 MLP = ("gate", "up", "down")
 
 
@@ -41,6 +42,11 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     rows = list(rows_of(view, ledger, overhead(view, methods)))
     told = [*(watch.rows() if watch else ()), *activations.thresholds(view, methods, policy)]
     return rows + [{"probe": "sparsity"} | row for row in told]
+
+
+def windows(probe: Mapping[str, Any]) -> int:
+    """Of held-out text."""
+    return probe["sparsity"]["windows"]
 
 
 def run(bench: Bench) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import ConfigError
+from harness.places import RESULTS
 from harness.results.collect import ACHIEVED, headline
 from harness.results.rows import COLUMNS
 
-PUBLISHED = Path(__file__).parents[2] / "results" / "published.csv"
+PUBLISHED = RESULTS / "published.csv"
 
 # What two figures that are called the same may differ by, in the metric's own unit, beside the measured 95 % interval.
 TOLERANCE = {"acc": 0.01, "token_perplexity": 0.02, "time_ratio": 0.05, ACHIEVED: 0.02, "zeros": 0.02}

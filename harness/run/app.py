@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from harness.console import complain, say, stderr, stdout
 from harness.errors import AssetError, ConfigError
+from harness.places import CONF
 from harness.run import plan
-from harness.run.checks import CONF
 from harness.run.config import CellConfig, check
 from harness.run.overrides import to_plain
 

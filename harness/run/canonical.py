@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import model_fingerprint
 from harness.errors import ConfigError
-from harness.run import machine
-from harness.run.checks import CHECKPOINTS, listed
+from harness.places import CHECKPOINTS
+from harness.run import machine, probing
 from harness.run.nest import build_methods, keeps_natural, reads_level
 
 if TYPE_CHECKING:
     from harness.execution.method import Method
 
 DENSE = {"dense": {"_target_": "methods.dense.Dense", "sparsity": 0.0}}
-OWN_KEYS = ("search", "frequency")  # keys of probe that only the probe of that name reads: no part of other cells
-TIMED = ("latency",)  # probes whose numbers are times
 # Of a model's folder: what turns text into tokens, and what shapes generated answers.
 TEXT_FILES = (
     "tokenizer*",
@@ -58,13 +56,12 @@ def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
         cfg["calibration"] = None
     if "processor" not in cfg:
         device, index = machine.pick_device(str(cfg["device"]))
-        timed = bool(set(TIMED) & set(cfg["probe"]["names"]))
         cfg |= {"device": device, "dtype": machine.pick_dtype(cfg["dtype"], device)}
-        cfg["processor"] = machine.processor(device, index, timed)
+        cfg["processor"] = machine.processor(device, index, probing.timed(cfg["probe"]))
     cfg["model"] = _model(cfg["model"])
     if cfg["calibration"] is not None:
         cfg["calibration"] = _with_hash(cfg["calibration"])
-    cfg["probe"] = _probe(cfg["probe"]) | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
+    cfg["probe"] = probing.canonical(cfg["probe"]) | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
     return cfg
 
 
@@ -143,19 +140,6 @@ def _commit(model: Mapping[str, Any]) -> str:
         return str(HfApi().model_info(repo, revision=revision).sha)
     except Exception as error:  # the network's, the hub's or the user's
         raise ConfigError(f"the commit of {repo} at revision {revision} can't be found: {error}") from error
-
-
-def _probe(probe: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys of probes that are not run, or that their target does not read."""
-    found = {key: value for key, value in probe.items() if key not in OWN_KEYS or key in probe["names"]}
-    if "search" in found:
-        unread = "keep" if found["search"]["target"] == "ppl_increase" else "percent"
-        found["search"] = {key: value for key, value in found["search"].items() if key != unread}
-        if "percent" in found["search"]:
-            found["search"]["percent"] = [float(p) for p in listed(found["search"]["percent"], "percent")]
-    if "frequency" in found:
-        found["frequency"] = found["frequency"] | {"texts": listed(found["frequency"]["texts"], "texts")}
-    return found
 
 
 def _with_hash(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.data import embedded, tasks
 from harness.data.assets import EMBEDDED_MODEL
-from harness.data.text import CALIBRATION_TEXTS
 from harness.errors import ConfigError
-from harness.probes import goals as search
-
-CONF = Path(__file__).parents[2] / "conf"
-CHECKPOINTS = CONF.parent / "results" / "checkpoints"
-PROBES = ("quality", "sparsity", "latency", "predictivity", "affinity", "search", "frequency")
-
-# Probes that random weights can answer; sparsity says what a timed cell skipped.
-TIMED_SHAPES = ("latency", "sparsity")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A blank and "(did you mean teal?)", or nothing if no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+from harness.places import CHECKPOINTS, CONF
+from harness.run import probing
+from harness.values import choice, file_or_none, number, whole
 
 
 def options(group: str) -> list[str]:
     """Names in a config group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def number(value: Any, key: str) -> float:
-    """The value, if it is a number; else `ConfigError`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise ConfigError(f"{key} must be a number, not {value!r}")
-    return float(value)
-
-
-def whole(value: Any, key: str, at_least: int = 1) -> int:
-    """The value, if it is a whole number that is large enough; else `ConfigError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{key} must be a whole number of at least {at_least}, not {value!r}")
-    return value
-
-
-def choice(value: Any, key: str, known: Sequence[str]) -> str:
-    """The value, if it is a known one; else `ConfigError`."""
-    if value not in known:
-        raise ConfigError(f"{key} must be one of {', '.join(known)}, not {value!r}{did_you_mean(str(value), known)}")
-    return value
-
-
-def _file(path: Any, key: str) -> None:
-    if path is not None and not Path(path).is_file():
-        raise ConfigError(f"{key} names a file that does not exist: {path}")
 
 
 def check_values(cfg: Mapping[str, Any]) -> None:
@@ -82,10 +42,8 @@ def check_values(cfg: Mapping[str, Any]) -> None:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
     _check_model(cfg["model"])
     _check_probe(cfg["probe"])
-    if sentence := _only_shape(cfg["model"], cfg["probe"]["names"]):
-        raise ConfigError(sentence)
     calibration = cfg["calibration"]
-    _file(calibration["path"], "calibration.path")
+    file_or_none(calibration["path"], "calibration.path")
     whole(calibration["tokens"], "calibration.tokens")
     whole(calibration["window"], "calibration.window", at_least=2)
     if calibration["window"] > calibration["tokens"]:
@@ -120,24 +78,13 @@ def _check_model(model: Mapping[str, Any]) -> None:
             )
 
 
-def _only_shape(model: Mapping[str, Any], probes: Sequence[str]) -> str | None:
-    """Random weights are for latency and memory."""
-    asked = [name for name in probes if name not in TIMED_SHAPES]
-    if model["source"] != "shape" or not asked:
-        return None
-    return (
-        f"{model['name']} has random weights, for latency and memory only: probe {asked[0]} would measure noise "
-        "(take probe=latency)"
-    )
-
-
 def _check_probe(probe: Mapping[str, Any]) -> None:
     for name in probe["names"]:
-        choice(name, "probe.names", PROBES)
+        choice(name, "probe.names", probing.names())
     if not probe["names"]:
         raise ConfigError("probe.names is empty: there is nothing to measure")
     perplexity, latency = probe["perplexity"], probe["latency"]
-    _file(perplexity["path"], "probe.perplexity.path")
+    file_or_none(perplexity["path"], "probe.perplexity.path")
     for key, low in (("windows", 1), ("window", 4), ("kl_windows", 0)):
         whole(perplexity[key], f"probe.perplexity.{key}", low)
     whole(probe["sparsity"]["windows"], "probe.sparsity.windows")
@@ -149,39 +96,3 @@ def _check_probe(probe: Mapping[str, Any]) -> None:
     choice(latency["execution"], "probe.latency.execution", ("auto", "masked", "kernel"))
     if not isinstance(latency["compile"], bool):
         raise ConfigError(f"probe.latency.compile must be true or false, not {latency['compile']!r}")
-    if "search" in probe["names"]:
-        _check_search(probe["search"])
-    if "frequency" in probe["names"]:
-        _check_frequency(probe["frequency"])
-
-
-def _check_search(settings: Mapping[str, Any]) -> None:
-    choice(settings["target"], "probe.search.target", search.TARGETS)
-    choice(settings["knob"], "probe.search.knob", search.KNOBS)
-    for percent in listed(settings["percent"], "probe.search.percent"):
-        if number(percent, "probe.search.percent") <= 0:
-            raise ConfigError(f"probe.search.percent must be above 0, not {percent}")
-    for key in ("keep", "high"):
-        if not 0 < number(settings[key], f"probe.search.{key}") < 1:
-            raise ConfigError(f"probe.search.{key} must lie between 0 and 1, not {settings[key]}")
-    if not 1e-4 <= number(settings["tolerance"], "probe.search.tolerance") < settings["high"]:
-        raise ConfigError(
-            f"probe.search.tolerance must be at least 0.0001 and below probe.search.high, not {settings['tolerance']}"
-        )
-
-
-def _check_frequency(settings: Mapping[str, Any]) -> None:
-    for name in listed(settings["texts"], "probe.frequency.texts"):
-        choice(name, "probe.frequency.texts", CALIBRATION_TEXTS)
-    whole(settings["tokens"], "probe.frequency.tokens")
-    whole(settings["window"], "probe.frequency.window", at_least=2)
-    if settings["window"] > settings["tokens"]:
-        raise ConfigError("probe.frequency.window is longer than probe.frequency.tokens")
-
-
-def listed(value: Any, key: str) -> list[Any]:
-    """A list of several, or the one in it."""
-    found = list(value) if isinstance(value, list | tuple) else [value]
-    if not found:
-        raise ConfigError(f"{key} is empty")
-    return found

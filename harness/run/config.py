@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
-from harness.probes import goals as search
 from harness.results.identity import RUN_KEYS, cell_id
-from harness.run.canonical import DENSE, TIMED, canonical
+from harness.run import probing
+from harness.run.canonical import DENSE, canonical
 from harness.run.checks import check_values
 from harness.run.machine import pick_device
 from harness.run.nest import build_methods
@@ -60,7 +60,7 @@ class CellConfig:
     @property
     def timed(self) -> bool:
         """Whether it measures times, which a neighbour would spoil."""
-        return bool(set(TIMED) & set(self["probe"]["names"]))
+        return probing.timed(self["probe"])
 
     @property
     def searching(self) -> bool:
@@ -94,7 +94,9 @@ def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:
         raise ConfigError(f"{repair} makes up for what another method drops: nest it, method=[{repair},teal]")
     if repair and "search" in names:
         raise ConfigError(f"probe search tries many levels on one fit, and what {repair} learns holds for one level")
-    if "search" in names:
-        search.check(cfg["probe"]["search"], cfg["scope"], methods)
-    if "frequency" in names and not any(method.makes_experts for method in methods):
-        raise ConfigError(f"probe frequency counts the use of experts, and {methods[-1].name} makes none")
+    if cfg["model"]["source"] == "shape" and (asked := probing.needs_weights(cfg["probe"])):
+        raise ConfigError(
+            f"{cfg['model']['name']} has random weights, for latency and memory only: probe {asked[0]} would measure "
+            "noise (take probe=latency)"
+        )
+    probing.check(cfg, methods)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
-from harness.run.checks import did_you_mean
+from harness.values import did_you_mean
 
 if TYPE_CHECKING:
     from harness.execution.method import Method

@@ -17,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import ConfigError
-from harness.run.checks import CONF, did_you_mean, options
+from harness.places import CONF
+from harness.run.checks import options
+from harness.values import did_you_mean
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
 # Groups of which each file fills one node by itself: a sweep over them need not compose everything anew.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import cache_dir
 from harness.errors import ConfigError
-from harness.run.checks import choice, whole
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, expand, opening, rewrite
+from harness.values import choice, whole
 
 if TYPE_CHECKING:
     from harness.results.store import State, Store

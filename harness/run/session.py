@@ -21,9 +21,9 @@ from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.scratch import Scratch
 from harness.model.step import Policy
-from harness.probes import latency
 from harness.results.identity import content_key
 from harness.results.store import Store
+from harness.run import probing
 from harness.run.config import CellConfig
 from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
 from harness.run.scope import to_native
@@ -38,18 +38,12 @@ def check_tokens(config: CellConfig) -> None:
     """
     _check_special(config)
     tokenizer, probe = tokenizer_of(config), config["probe"]
-    asked = {
-        "quality": probe["perplexity"]["windows"],
-        "sparsity": probe["sparsity"]["windows"],
-        "latency": latency.WINDOWS,
-        "search": probe["perplexity"]["windows"],
-    }
-    for name in set(asked).intersection(probe["names"]):
-        _evaluation_windows(tokenizer, probe["perplexity"], asked[name])
+    if asked := probing.windows(probe):
+        _evaluation_windows(tokenizer, probe["perplexity"], asked)
     if config["calibration"] is not None:
         _calibration_windows(tokenizer, config["calibration"])
-    for name in probe["frequency"]["texts"] if "frequency" in probe["names"] else ():
-        _calibration_windows(tokenizer, probe["frequency"] | {"path": None, "text": name})
+    for name, tokens, window in probing.texts(probe):
+        _calibration_windows(tokenizer, {"path": None, "text": name, "tokens": tokens, "window": window})
 
 
 def _check_special(config: CellConfig) -> None:

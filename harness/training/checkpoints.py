@@ -19,13 +19,13 @@ from torch import Tensor
 
 from harness.errors import ConfigError
 from harness.model.activations import ACTIVATIONS, GateActivation
+from harness.places import CHECKPOINTS
 from harness.training.adapter import merge
 from harness.training.llama import LINEARS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "results" / "checkpoints"
 SHARD_BYTES = 15 * 2**20  # git hosts and reviewers like files under 16 MiB
 FORMAT = 1
 

@@ -16,12 +16,12 @@ import pandas as pd
 from harness.console import say, stdout
 from harness.errors import ConfigError
 from harness.files import write_atomic
+from harness.places import CHECKPOINTS
 from harness.results.collect import read_rows
 from harness.results.samples import read_samples
 from harness.results.stats import standard_error
 from harness.results.store import Store
 from harness.training.card import write_card
-from harness.training.checkpoints import CHECKPOINTS
 
 BASE = "smollm2-135m"
 

@@ -23,6 +23,9 @@ variants: what is timed. plans: which variants a method gets. timing: rounds, an
 meanwhile, and peak memory. reads: what a step must read. rows: what is told of it.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from harness.probes.bench import Bench
 from harness.probes.latency.plans import variants
 from harness.probes.latency.rows import measure
@@ -32,7 +35,14 @@ from harness.results.limited import limited, marked
 __all__ = ["measure", "run", "variants"]
 
 LIKELY = 0.5  # share to tune kernels for, where an error budget or trained routers settle it
+TIMED = True
+SHAPES = True
 WINDOWS = 4  # of the held-out text: what prompts are cut from
+
+
+def windows(probe: Mapping[str, Any]) -> int:
+    """Of held-out text."""
+    return WINDOWS
 
 
 def run(bench: Bench) -> None:
