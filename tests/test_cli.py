@@ -250,7 +250,7 @@ def test_a_tokenizer_without_what_tasks_need_ends_before_a_model_loads(
 
 def test_a_byte_order_mark_is_no_part_of_a_text(runner: Runner) -> None:
     texts = [runner.folder / name for name in ("plain", "marked")]
-    words = "Words that are long enough for a window or two. " * 60
+    words = "Words that are long enough for a window or two. " * 400
     texts[0].write_text(words)
     texts[1].write_text(words, encoding="utf-8-sig")
     plans = [runner.run("dry=true", f"probe.perplexity.path={text}")[1] for text in texts]

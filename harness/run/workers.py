@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -54,7 +54,8 @@ def run_cells(
     timed = [cell for cell in cells if cell.timed]
     others = [cell for cell in cells if not cell.timed]
     for part, many in ((others, workers), (timed, 1)):
-        _side_by_side(part, store, logger, many, again, console)
+        if _side_by_side(part, store, logger, many, again, console) and again.stop:
+            return
     short = [cell for cell in others if store.view(cell.id).status.get("status") == "oom"]
     if short and (alone := max(1, gpu_count())) < workers:
         say(console, f"{len(short)} cells ran out of memory beside others: again, by {alone} at a time")
@@ -115,10 +116,11 @@ class Queue:
 
 def _side_by_side(
     cells: Sequence[CellConfig], store: Store, logger: Mapping[str, Any], workers: int, again: Rules, console: Console
-) -> None:
+) -> bool:
+    """Returns whether a cell has failed."""
     cells = [cell for cell in cells if not again.settled(state_of(cell, store))]
     if not cells:
-        return
+        return False
     workers = min(workers, len(cells))
     devices = _gpus(cells)
     sharing = -(-workers // len(devices)) if devices else 1
@@ -128,7 +130,7 @@ def _side_by_side(
         try:
             for rank in range(workers):
                 crew.append(_start(devices[rank % len(devices)] if devices else None, facts))
-            _hand_out(queue, crew, len(cells), facts, again.stop, console)
+            return _hand_out(queue, crew, len(cells), facts, again.stop, console)
         except KeyboardInterrupt:
             for worker in crew:
                 if worker.process.pid is not None and worker.process.is_alive():
@@ -143,19 +145,20 @@ def _side_by_side(
 
 def _hand_out(
     queue: Queue, crew: list[Worker], total: int, facts: tuple[Any, ...], stop: bool, console: Console
-) -> None:
+) -> bool:
     """Give cells to the crew until all have ended. Raises what the user must mend, after the cells under way.
 
-    facts: what each process is started with. stop: hand out no more once a cell has failed.
+    facts: what each process is started with. stop: hand out no more once a cell has failed. Returns whether one has.
     """
-    done, fatal = 0, None
+    done, failed, fatal = 0, False, None
     while True:
         for worker in crew:
             if worker.cell is None and fatal is None:
                 cell = queue.next([w.cell for w in crew if w.cell is not None])
                 if cell is not None:
                     worker.cell, worker.since = cell, time.perf_counter()
-                    worker.pipe.send(cell)
+                    with suppress(BrokenPipeError):  # it has died while idle: the end of its pipe says so below
+                        worker.pipe.send(cell)
         for name in list(queue.held_up):
             done += 1
             say(console, f"[{done}/{total}] {name}  {queue.held_up.pop(name)}")
@@ -176,13 +179,15 @@ def _hand_out(
             if isinstance(message, ConfigError | AssetError):
                 fatal = fatal or message
                 continue
-            if stop and state == "failed":
+            failed = failed or state == "failed"
+            if stop and failed:
                 queue.waiting.clear()
             done += 1
             tail = (f", {peak / 2**30:.1f} GiB" if peak else "") + (f": {message}" if message else "")
             say(console, f"[{done}/{total}] {cell.id}  {state}, {seconds:.0f} s{tail}")
     if fatal is not None:
         raise fatal
+    return failed
 
 
 def _start(device: str | None, facts: tuple[Any, ...]) -> Worker:
