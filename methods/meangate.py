@@ -22,8 +22,8 @@ class MeanGate(Method):
     """Splits act(g) * u into (act(g) - m) * u and m * u, m a neuron's mean gate, for the method nested inside.
 
     The second part is linear in the MLP's input, M x with M = W_down diag(m) W_up [d_model, d_model], and is always
-    computed; the method inside drops by (and of) the first. Where it drops nothing the model is the dense one. To be
-    nested outside of another method: `method=[meangate,cats]`.
+    computed; the method inside drops by (and of) the first. Where it drops nothing and M is whole, this is the dense
+    model. To be nested outside of another method: `method=[meangate,cats]`.
 
     rank: of M, from a truncated SVD; 0 keeps it whole. What M reads for each token is charged.
     """

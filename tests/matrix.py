@@ -151,6 +151,6 @@ CASES: dict[str, Case] = {
     "statistical_topk_shift": Case(lambda s: StatisticalTopK(s, shift=True), site=None, families=GATED),
     "prox": Case(lambda s: Prox(s), site="neurons", tolerance=0.05),
     "dip": Case(lambda s: Dip(s), site="mlp"),
-    "meangate": Case(lambda s: MeanGate(s), site=None, families=GATED),
+    "meangate": Case(lambda s: MeanGate(s, rank=8), site=None, families=GATED),
     "spon": Case(lambda s: RandomConstants(s), site=None),
 }
