@@ -20,12 +20,13 @@ from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import Fitted, attached, overhead
 from harness.execution.ledger import Ledger
 from harness.execution.method import Method, State
-from harness.execution.nest import fit_nest, phase_of, refusal, settled
+from harness.execution.nest import fit_nest, refusal
 from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.sparsity import rows_of
+from harness.run.nest import in_order, incomplete, phase_of, settled
 
 Nest = Method | Sequence[Method]
 Texts = str | Sequence[str] | Tensor  # texts, or token windows int64 [n, length] without padding
@@ -115,7 +116,9 @@ def _opened(model: Any, methods: Nest, phase: str, dense_prefix: int) -> tuple[V
         raise ConfigError(f"dense_prefix must be a whole number of at least 0, not {dense_prefix!r}")
     if phase not in ("auto", "all", "decode"):
         raise ConfigError(f"phase must be auto, all or decode, not {phase!r}")
-    nest = settled(nest)
+    if not nest or (sentence := incomplete(nest)):
+        raise ConfigError(sentence if nest else "no method is given")
+    nest = [method for part in in_order(settled(nest)) for method in part]
     policy = Policy(phase_of(nest) if phase == "auto" else phase, dense_prefix)
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     view = view_of(model, name=name)

@@ -242,3 +242,12 @@ def test_the_readmes_example_runs(tmp_path, tokenizer, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny.save_with_tokenizer(tmp_path, tokenizer)).eval()
     exec(code, {"model": model, "tokenizer": tokenizer, "texts": ["Some words to learn from. " * 40]})
     assert re.search(r"0\.\d+ of the block weights skipped .* over \d+ tokens", capsys.readouterr().out)
+
+
+def test_a_method_that_makes_up_for_others_is_fitted_last_and_never_alone(model):
+    with pytest.raises(ConfigError, match="spon makes up for what another method drops"):
+        dynact.fit(model, dynact.Spon(), TEXT)
+    with dynact.attach(model, [dynact.Spon(epochs=1), Teal(sparsity=0.5)], calibration=TEXT) as fit, torch.no_grad():
+        model(TEXT)
+    assert [key["method"] for key in fit.keys] == ["teal", "spon"]
+    assert dynact.achieved(model).model == pytest.approx(0.5, abs=0.05)

@@ -1,29 +1,16 @@
-"""Nested methods on a model: in which phase they act, whether they may, and how each is fitted inside the others."""
+"""Nested methods on a model: whether they may act on it, and how each is fitted inside the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from harness.execution.attach import Fitted
 from harness.execution.method import Method, State
 from harness.model.step import Policy
 from harness.model.view import View
-
-
-def settled(methods: Sequence[Method]) -> list[Method]:
-    """The same nest, outermost first: a requested sparsity is for the innermost, a swap outside keeps its own zeros."""
-    return [replace(m, sparsity=0.0) if m.swap and m is not methods[-1] else m for m in methods]
-
-
-def phase_of(methods: Sequence[Method]) -> str:
-    """The phase policy of a nest where none is asked for: the first that all methods allow."""
-    if not methods:
-        return "all"
-    allowed = set(methods[0].phases).intersection(*(m.phases for m in methods))
-    return next((phase for phase in methods[0].phases if phase in allowed), methods[0].phases[0])
 
 
 def refusal(view: View, methods: Sequence[Method], phase: str) -> str | None:
@@ -41,14 +28,18 @@ def behaviour(methods: Sequence[Method]) -> list[dict[str, Any]]:
     return [{"method": method.name, "version": method.version} | asdict(method) for method in methods]
 
 
-def fit_nest(view: View, methods: Sequence[Method], learn: Callable[[Method, Sequence[Method]], State]) -> Fitted:
-    """Every nested method with its state, each fitted while the ones outside it are attached.
+def fit_nest(
+    view: View, methods: Sequence[Method], learn: Callable[[Method, Sequence[Method]], State], before: Fitted = ()
+) -> Fitted:
+    """Those fitted before, and `methods` with their states, each fitted while all others so far are attached.
 
     learn: (method, the methods outside it) -> its state; asked only of methods that need something.
     """
-    done: list[tuple[Method, State]] = []
+    done = list(before)
     with ExitStack() as stack:
         stack.enter_context(view.tracker.tracking(Policy()))
+        for method, state in before:
+            stack.enter_context(method.attach(view, state))
         for method in methods:
             state = {} if method.needs == "nothing" else learn(method, [outer for outer, _ in done])
             done.append((method, state))

@@ -19,7 +19,7 @@ from harness.data.assets import model_fingerprint
 from harness.errors import ConfigError
 from harness.places import CHECKPOINTS
 from harness.run import machine, probing
-from harness.run.nest import build_methods, keeps_natural, reads_level
+from harness.run.nest import build_methods, keeps_natural, phase_of, reads_level
 
 if TYPE_CHECKING:
     from harness.execution.method import Method
@@ -45,8 +45,7 @@ def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
     cfg = dict(cfg)
     methods = build_methods(cfg["method"])
     if cfg["phase"] == "auto":
-        allowed = set(methods[0].phases).intersection(*(m.phases for m in methods))
-        cfg["phase"] = next((p for p in methods[0].phases if p in allowed), methods[0].phases[0])
+        cfg["phase"] = phase_of(methods)
     if list(cfg["method"]) == ["dense"]:
         cfg |= {"sparsity": 0.0, "scope": "native", "dense_prefix": 0, "method": DENSE}
         methods = []

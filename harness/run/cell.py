@@ -17,6 +17,7 @@ from harness.data.text import Windows
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
 from harness.execution.method import Method
+from harness.execution.nest import refusal
 from harness.model.step import Policy
 from harness.probes.goals import at_level
 from harness.report.tracking import track
@@ -116,14 +117,11 @@ class Run:
             dtype=str(view.dtype).removeprefix("torch."),
             device=device_name(view.device),
         )
-        for method in methods:
-            sentence = method.refusal(view)
-            if config["scope"] == "model":
-                sentence = sentence or unsolvable([method])
-            if config["phase"] not in method.phases:
-                sentence = f"{method.name} exists only in phase {' or '.join(method.phases)}, not {config['phase']}"
-            if sentence:
-                raise UnsupportedError(sentence)
+        sentence = refusal(view, methods, config["phase"])
+        if config["scope"] == "model":
+            sentence = sentence or unsolvable(methods)
+        if sentence:
+            raise UnsupportedError(sentence)
         torch.manual_seed(config["seed"])
         self.policy = Policy(config["phase"], config["dense_prefix"])
         self.fitted: Fitted = session.fitted(self.loaded, methods, config, store)

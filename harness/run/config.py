@@ -12,7 +12,7 @@ from harness.run import probing
 from harness.run.canonical import DENSE, canonical
 from harness.run.checks import check_values
 from harness.run.machine import pick_device
-from harness.run.nest import build_methods
+from harness.run.nest import build_methods, incomplete
 
 if TYPE_CHECKING:
     from harness.execution.method import Method
@@ -90,8 +90,8 @@ def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:
     """Whether the probes mean something for these methods, and they for each other."""
     names = cfg["probe"]["names"]
     repair = next((m.name for m in methods if m.compensates), None)
-    if repair and all(m.compensates or m.name == "dense" for m in methods):
-        raise ConfigError(f"{repair} makes up for what another method drops: nest it, method=[{repair},teal]")
+    if sentence := incomplete(methods):
+        raise ConfigError(sentence)
     if repair and "search" in names:
         raise ConfigError(f"probe search tries many levels on one fit, and what {repair} learns holds for one level")
     if cfg["model"]["source"] == "shape" and (asked := probing.needs_weights(cfg["probe"])):

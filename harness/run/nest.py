@@ -36,8 +36,32 @@ def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
             methods.append(factory(**given))
         except TypeError as error:
             raise ConfigError(f"method {name}: {error}") from error
-    # In a nest the requested sparsity is for the innermost method; a swap outside of it keeps its natural zeros.
+    return settled(methods)
+
+
+def settled(methods: Sequence[Method]) -> list[Method]:
+    """The same nest: the requested sparsity is for the innermost, a swap outside of it keeps its natural zeros."""
     return [replace(m, sparsity=0.0) if keeps_natural(m, methods) else m for m in methods]
+
+
+def phase_of(methods: Sequence[Method]) -> str:
+    """The phase policy of a nest where none is asked for: the first that all methods allow."""
+    allowed = set(methods[0].phases).intersection(*(m.phases for m in methods))
+    return next((phase for phase in methods[0].phases if phase in allowed), methods[0].phases[0])
+
+
+def in_order(methods: Sequence[Method]) -> tuple[list[Method], list[Method]]:
+    """(those that are fitted first, outermost first; those that compensate for them, fitted last)."""
+    return [m for m in methods if not m.compensates], [m for m in methods if m.compensates]
+
+
+def incomplete(methods: Sequence[Method]) -> str | None:
+    """One sentence where a method that compensates for others stands alone, or None."""
+    others, repairs = in_order(methods)
+    if not repairs or any(m.name != "dense" for m in others):
+        return None
+    name = repairs[0].name
+    return f"{name} makes up for what another method drops: nest it, method=[{name},teal]"
 
 
 def keeps_natural(method: Method, methods: Sequence[Method]) -> bool:

@@ -7,8 +7,7 @@ what a fit asks, and a fit is made once (the store keeps it).
 from __future__ import annotations
 
 import hashlib
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +17,15 @@ from harness.data import tasks, text
 from harness.errors import ConfigError
 from harness.execution.attach import Fitted
 from harness.execution.method import Method, State
+from harness.execution.nest import behaviour, fit_nest
 from harness.fitting.calibration import Calibration
 from harness.fitting.scratch import Scratch
-from harness.model.step import Policy
 from harness.results.identity import content_key
 from harness.results.store import Store
 from harness.run import probing
 from harness.run.config import CellConfig
 from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
+from harness.run.nest import in_order
 from harness.run.scope import to_native
 
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
@@ -106,47 +106,27 @@ def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: 
 def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> Fitted:
     """Every nested method with its state, at the level that the cell runs it at.
 
-    Each is fitted while the ones outside it are attached. Those that compensate for the others come last, wherever the
-    user wrote them: what they learn depends on what the others drop at their final level.
+    Those that compensate for the others come last, wherever the user wrote them: what they learn depends on what the
+    others drop at their final level. A fit is identified by whatever its numbers come from: the model, its dtype and
+    the processor, the text, the methods outside with all of their options, and the method's own fit key.
     """
-    done = _fitted(loaded, [], [m for m in methods if not m.compensates], config, store)
+    view = loaded.view
+
+    def learn(method: Method, outer: Sequence[Method]) -> State:
+        calibration, text_facts = _calibration(loaded, config, behaviour(outer))
+        key = content_key(text_facts | {"fit": method.fit_key()})
+        calibration.scratch = Scratch(store.root / "fits" / f"{key}.layers")
+        state = store.fits.get(key, lambda: method.fit(view, calibration))
+        calibration.scratch.clear()
+        if view.device.type == "cuda":  # there a pass is quick, and gigabytes are what other processes lack
+            calibration.forget()
+        return state
+
+    droppers, repairs = in_order(methods)
+    done = fit_nest(view, droppers, learn)
     if config["scope"] == "model":
-        done = to_native(loaded.view, done, config["sparsity"])
-    repairs = [m for m in methods if m.compensates]
-    return _fitted(loaded, done, repairs, config, store) if repairs else done
-
-
-def _fitted(loaded: Loaded, before: Fitted, methods: list[Method], config: CellConfig, store: Store) -> Fitted:
-    """Those fitted before, and `methods`, each fitted with all others so far attached.
-
-    A fit is identified by whatever its numbers come from: the model, its dtype and the processor, the text, the
-    methods outside with all of their options, and the method's own fit key.
-    """
-    view, done = loaded.view, list(before)
-    outer: list[Any] = [_options(method) for method, _ in before]
-    with ExitStack() as stack:
-        stack.enter_context(view.tracker.tracking(Policy()))
-        for method, known in before:
-            stack.enter_context(method.attach(view, known))
-        for method in methods:
-            state: State = {}
-            if method.needs != "nothing":
-                calibration, text_facts = _calibration(loaded, config, outer)
-                key = content_key(text_facts | {"fit": method.fit_key()})
-                calibration.scratch = Scratch(store.root / "fits" / f"{key}.layers")
-                state = store.fits.get(key, lambda m=method, c=calibration: m.fit(view, c))
-                calibration.scratch.clear()
-                if view.device.type == "cuda":  # there a pass is quick, and gigabytes are what other processes lack
-                    calibration.forget()
-            done.append((method, state))
-            outer.append(_options(method))
-            stack.enter_context(method.attach(view, state))
-    return done
-
-
-def _options(method: Method) -> dict[str, Any]:
-    """A method with all of its options: what a fit inside it depends on."""
-    return {"method": method.name, "version": method.version} | asdict(method)
+        done = to_native(view, done, config["sparsity"])
+    return fit_nest(view, repairs, learn, done) if repairs else done
 
 
 def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[Calibration, dict[str, Any]]:
