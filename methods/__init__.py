@@ -1,0 +1,1 @@
+"""What is skipped: one file a scheme, written from its paper. Knows the vocabulary and nothing else."""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.claims.pairs import COUNTERPARTS
 from harness.errors import ConfigError, UnsupportedError
-from harness.model.families import ADAPTERS, view_of
+from harness.model.families import adapters, view_of
 from harness.model.families.fused import SplitLinear
 from tests import tiny
 
@@ -187,7 +187,7 @@ def test_a_mixture_with_blocks_that_have_no_experts_is_refused() -> None:
 
 
 def test_no_two_adapters_claim_one_model_type() -> None:
-    types = [model_type for adapter in ADAPTERS for model_type in adapter.MODEL_TYPES]
+    types = [model_type for adapter in set(adapters().values()) for model_type in adapter.MODEL_TYPES]
     assert len(types) == len(set(types))
 
 

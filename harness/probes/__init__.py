@@ -1,0 +1,1 @@
+"""What is measured of a cell, one file a probe."""

@@ -1,0 +1,1 @@
+"""From a command line to finished cells: overrides, checks, ids, the plan, the session, workers."""

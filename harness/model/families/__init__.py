@@ -1,30 +1,26 @@
-"""Family adapters: the only code that knows transformers internals. One file a family."""
+"""Family adapters: the only code that knows transformers internals. One file a family, found by its `MODEL_TYPES`."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 from harness.errors import UnsupportedError
-from harness.model.families import (
-    bamboo,
-    falcon,
-    gemma,
-    gpt_neox,
-    llama,
-    minicpm,
-    moe,
-    olmo2,
-    opt,
-    phi3,
-    prosparse,
-    qwen,
-    smollm3,
-)
+from harness.model.families import bamboo, minicpm, prosparse
 from harness.model.view import Block, View
 
-__all__ = ["Block", "View", "config_of", "view_of"]
+__all__ = ["Block", "View", "adapters", "config_of", "view_of"]
 
-ADAPTERS = (llama, qwen, gemma, phi3, olmo2, smollm3, gpt_neox, falcon, opt, moe)
+
+@cache
+def adapters() -> Mapping[str, ModuleType]:
+    """Model type -> the adapter that knows it: every file of this room with `MODEL_TYPES` and `view(model)`."""
+    files = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return {kind: file for file in files for kind in getattr(file, "MODEL_TYPES", ())}
 
 
 def config_of(source: str, revision: str | None) -> Any:
@@ -49,13 +45,11 @@ def view_of(model: Any, name: str = "model", fingerprint: str = "") -> View:
     Raises `UnsupportedError` where no adapter knows the model type.
     """
     model_type = model.config.model_type
-    for adapter in ADAPTERS:
-        if model_type in adapter.MODEL_TYPES:
-            view = adapter.view(model)
-            view.name, view.fingerprint = name, fingerprint
-            return view
-    known = ", ".join(sorted(t for adapter in ADAPTERS for t in adapter.MODEL_TYPES))
-    raise UnsupportedError(
-        f"no family adapter for model type {model_type!r} (known: {known}); "
-        "CONTRIBUTING.md says how to add one, under Add a family"
-    )
+    if model_type not in adapters():
+        raise UnsupportedError(
+            f"no family adapter for model type {model_type!r} (known: {', '.join(sorted(adapters()))}); "
+            "CONTRIBUTING.md says how to add one, under Add a family"
+        )
+    view = adapters()[model_type].view(model)
+    view.name, view.fingerprint = name, fingerprint
+    return view
