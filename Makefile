@@ -17,7 +17,7 @@ endif
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test test-slow test-gpu lint figures report study archive bench bench-gpu setup assets clean
+.PHONY: run test test-slow test-gpu lint written figures report study archive bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
@@ -41,6 +41,12 @@ lint: setup
 
 figures: setup
 	$(BIN)/python -m harness figures
+
+# What is written by scripts and committed: the map of the house, which method runs on which family, what new methods do.
+written: setup
+	$(BIN)/python -m tests.house_map
+	$(BIN)/python -m tests.matrix_table > docs/families.md
+	$(BIN)/python -m tests.test_fingerprint new
 
 # One page with everything: results/report.html
 report: setup

@@ -7,15 +7,17 @@
         model.generate(**inputs)
     print(dynact.achieved(model))
 
-Every method of the package `methods` can be imported from here by its class. Names are looked up when they are asked
+Every method can be imported from here by its class. Names are looked up when they are asked
 for, so that `import dynact` takes no time.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import re
 from typing import TYPE_CHECKING, Any
+
+from harness.places import CONF
 
 if TYPE_CHECKING:
     from dynact.counts import Achieved
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Achieved", "ConfigError", "Fit", "Method", "UnsupportedError", "achieved", "attach", "fit"]
 
+_TARGET = re.compile(r"_target_: *(methods\.\w+)\.(\w+)")
 _PLACES = {
     "Achieved": "dynact.counts",
     "ConfigError": "harness.errors",
@@ -38,27 +41,20 @@ _PLACES = {
 }
 
 
-def _method_files() -> dict[str, str]:
-    """Class name in small letters -> its file in methods/: "denseslice" is DenseSlice in dense_slice."""
-    import methods
-
-    return {found.name.replace("_", ""): found.name for found in pkgutil.iter_modules(methods.__path__)}
+def _methods() -> dict[str, str]:
+    """Class of a method -> its module, as conf/method names them: the only list of methods that there is."""
+    targets = (_TARGET.search(path.read_text()) for path in (CONF / "method").glob("*.yaml"))
+    return {found[2]: found[1] for found in targets if found}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
-    if not name.startswith("_") and name[0].isupper() and (file := _method_files().get(name.lower())):
-        found = getattr(importlib.import_module(f"methods.{file}"), name, None)
-        if found is not None:
-            return found
+    if name[0].isupper() and name in (known := _methods()):
+        return getattr(importlib.import_module(known[name]), name)
     raise AttributeError(f"module 'dynact' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """The functions, and the class of every method."""
-    found = set(__all__)
-    for own, file in _method_files().items():
-        names = vars(importlib.import_module(f"methods.{file}"))
-        found |= {name for name in names if name[0].isupper() and name.lower() == own}
-    return sorted(found)
+    return sorted({*__all__, *_methods()})

@@ -18,7 +18,7 @@ PAIRS = [(name, f) for f in OTHERS for name in CASES if not (f in UNLIKE and nam
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert Path("docs/families.md").read_text() == table(), "python -m tests.matrix_table > docs/families.md"
+    assert Path("docs/families.md").read_text() == table(), "make written"
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -47,4 +47,4 @@ def test_every_method_runs_or_says_why(family: str) -> None:
         assert ledger is not None
         skipped, total = ledger.skipped_weights(tuple(view.projection_names()))
         assert total.sum() == ids.numel() * view.block_weights * view.n_layers, name
-        assert 0 < skipped.sum() < total.sum() or name in ("dense", "lte"), name
+        assert 0 < skipped.sum() < total.sum() or name in ("dense", "lte") or method.compensates, name

@@ -58,21 +58,26 @@ def test_cell_ids_are_those_of_before():
 @pytest.mark.parametrize("name", CASES)
 def test_a_method_does_what_it_did_before(name, family):
     """Within rounding only: the bits in the file are those of one processor."""
-    before = json.loads(FILE.read_text())["effects"].get(f"{name}-{family}")
-    now = effect(name, family)
+    known = json.loads(FILE.read_text())["effects"]
+    before, now = known.get(f"{name}-{family}"), effect(name, family)
+    if not any(f"{name}-{other}" in known for other in FIRST):
+        pytest.skip("a new method: `make written` keeps what it does")
     assert (before is None) == (now is None)
     if now is not None:
         tolerance = 2e-2 if name.startswith(LEARNT) else 1e-5
         assert now["norm"] == pytest.approx(before["norm"], rel=tolerance)
 
 
-def main() -> None:
-    """Write the file."""
+def main(only_new: bool) -> None:
+    """Write the file: all of it, or what new methods do."""
     torch.manual_seed(0)
-    effects = {f"{name}-{family}": effect(name, family) for name in CASES for family in FIRST}
-    known = {key: value for key, value in effects.items() if value is not None}
-    FILE.write_text(json.dumps({"ids": quick_ids(), "effects": known}, indent=1) + "\n")
+    kept = json.loads(FILE.read_text()) if only_new else {"ids": quick_ids(), "effects": {}}
+    for name in CASES:
+        if not any(f"{name}-{family}" in kept["effects"] for family in FIRST):
+            made = {f"{name}-{family}": effect(name, family) for family in FIRST}
+            kept["effects"] |= {key: value for key, value in made.items() if value is not None}
+    FILE.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(only_new=sys.argv[1:] == ["new"])

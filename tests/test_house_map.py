@@ -7,7 +7,7 @@ from tests import house_map
 
 def test_the_map_is_drawn_from_the_house_as_it_stands():
     page = house_map.PAGE.read_text()
-    assert page == house_map.written(page), "draw it anew: python -m tests.house_map"
+    assert page == house_map.written(page), "draw it anew: make written, or python -m tests.house_map"
 
 
 def test_an_arrow_that_another_leads_to_is_left_out():
