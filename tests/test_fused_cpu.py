@@ -23,13 +23,19 @@ REFUSED = {  # by (part of) the sentence
     "kv_skip_zeros": "holes in the cache",
     "kv_recompute": "holes in the cache",
     "kv_mask_output": "holes in the cache",
+    "wina_transform": "hooks of its own",
+    "larosa": "hooks of its own",
+    "rsparse": "hooks of its own",
+    "statistical_topk": "no kernel for the activation",
+    "statistical_topk_shift": "no kernel for the activation",
+    "meangate": "no kernel for the activation",
 }
 
 
 def fitted(name: str, family: str = "llama", **changes):
     view = tiny.view(family, **changes)
     method = CASES[name].make(0.5)
-    state = method.fit(view, tiny.calibration(view)) if method.sites else {}
+    state = method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {}
     return view, [(method, state)], Policy(method.phases[0])
 
 

@@ -23,15 +23,14 @@ def random_model(model: Mapping[str, Any], dtype: torch.dtype, device: torch.dev
     model: an entry of conf/model with `shape`: the keys of transformers' config, `model_type` among them. Raises
     ConfigError where the device has too little memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoConfig
+
+    from harness.model.families.unfilled import unfilled
 
     shape = dict(model["shape"])
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     memory.check(model["name"], memory.need(config, dtype, 1), device)
-    with no_init_weights(), torch.device(device):
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    made.tie_weights()
+    made = unfilled(config, dtype, device)
     generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
