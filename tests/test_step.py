@@ -45,4 +45,4 @@ def test_scoring_packs_too(tiny_folder, tokenizer):
     head.register_forward_hook(lambda _m, args, _out: packed.append(args[0].is_contiguous()))
     lm = HarnessLM(view, tokenizer, batch_size=2, max_length=64)
     lm._loglikelihood_tokens([(None, [1, 2, 3, 4], [5, 6]), (None, [1, 2, 3, 4, 5], [7])])
-    assert packed == [True]
+    assert packed and all(packed)  # the rows of a long batch go to the head in pieces
