@@ -17,7 +17,7 @@ endif
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test test-slow test-gpu lint written figures report study archive bench bench-gpu setup assets clean
+.PHONY: run test test-slow test-gpu lint written figures report docs study archive bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
@@ -51,6 +51,11 @@ written: setup
 # One page with everything: results/report.html
 report: setup
 	$(BIN)/python -m harness report
+
+# The manual: build/site/index.html, which opens without a server.
+docs: setup
+	$(PIP) -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --quiet
 
 # The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims. `make archive` adds
 # the whole cells to results/study.
