@@ -506,11 +506,11 @@ def test_a_cell_without_results_does_not_stop_the_others_side_by_side(runner: Ru
 def test_a_cell_that_takes_its_process_with_it_takes_no_other_cell(
     runner: Runner, how: str, words: str, workers: int
 ) -> None:
-    command = ["-m", "method=random,oracle", "sparsity=0.4", f"method.random._target_=tests.dying.{how}"]
+    command = ["-m", "method=random", "sparsity=0.5,0.4", f"method.random._target_=tests.dying.{how}"]
     _, err = runner.run(*command, "probe=sparsity", "tasks=none", f"workers={workers}", code=1)
-    ended = {name.split("_")[1]: runner.store.view(name).status for name in runner.store.cells()}
-    assert ended["oracle"]["status"] == "done"
-    assert ended["random"]["status"] == "failed" and words in ended["random"]["message"]
+    ended = {name.split("_")[-2]: runner.store.view(name).status for name in runner.store.cells()}
+    assert ended["s0.4"]["status"] == "done"
+    assert ended["s0.5"]["status"] == "failed" and words in ended["s0.5"]["message"]
     assert "1 of 2 cells have results" in err and words in err
 
 

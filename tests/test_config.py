@@ -219,6 +219,12 @@ def test_an_override_that_can_not_be_read_is_named() -> None:
         parse(["seed=1", "sparsity=["])
 
 
+def test_paths_with_letters_beyond_ascii_can_be_given_and_swept() -> None:
+    assert composed(rewrite(["results=/tmp/é"], False))["results"] == "/tmp/é"
+    swept = expand(rewrite(["results=/tmp/é,/tmp/b"], True))
+    assert [composed(overrides)["results"] for overrides in swept] == ["/tmp/é", "/tmp/b"]
+
+
 def test_an_option_of_no_method_is_refused_in_a_sweep_too() -> None:
     with pytest.raises(ConfigError, match="method=teel is unknown"):
         rewrite(["method=teal,random", "method.teel.allocation=greedy"], multirun=True)

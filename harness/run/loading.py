@@ -129,14 +129,14 @@ def _cannot_load(model: dict[str, Any], error: Exception) -> ConfigError:
     return ConfigError(f"model {model['name']} can't be loaded: {' '.join(str(error).split())[:300]}")
 
 
-def vocabulary(config: CellConfig) -> int:
-    """How many tokens the model has embeddings for, as its config says."""
-    from transformers import AutoConfig
+def vocabulary(config: CellConfig) -> int | None:
+    """How many tokens the model has embeddings for, where its config says so. No code of a model is loaded."""
+    from transformers import PreTrainedConfig
 
     model = config["model"]
     source, revision = _source(model)
     try:
-        found = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
+        facts, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, ValueError) as error:
         raise _cannot_load(model, error) from error
-    return int(found.get_text_config().vocab_size)
+    return facts.get("text_config", facts).get("vocab_size")

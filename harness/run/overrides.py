@@ -33,7 +33,8 @@ def rewrite(overrides: list[str], multirun: bool) -> list[str]:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an override: write key=value")
-        bare = key.lstrip("+~")
+        bare, value = key.lstrip("+~"), _quoted(value)
+        override = f"{key}={value}"
         if bare == "tasks" and not all(v in options("tasks") for v in value.split(",")):
             inner = value.strip("[]")
             override = (
@@ -54,6 +55,13 @@ def rewrite(overrides: list[str], multirun: bool) -> list[str]:
                 override = "++" + override  # a sweep's base config may hold another method
         rewritten.append(override)
     return rewritten
+
+
+def _quoted(value: str) -> str:
+    """A path with letters beyond ASCII in quotes, without which Hydra reads none."""
+    if value.isascii() or set(value) & set("'\"[]{}()"):
+        return value
+    return ",".join(part if part.isascii() else f"'{part}'" for part in value.split(","))
 
 
 def _unknown(group: str, name: str) -> ConfigError:

@@ -67,7 +67,7 @@ def _check_special(config: CellConfig) -> None:
         )
     padding = next(t for t in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if t is not None)
     size = vocabulary(config)
-    if padding >= size:
+    if size is not None and padding >= size:
         raise ConfigError(
             f"the tokenizer of {config.model_name} pads with token {padding}, but the model knows {size} tokens only: "
             "name another pad_token in its tokenizer_config.json"
