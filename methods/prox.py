@@ -48,6 +48,11 @@ class Prox(Method):
             raise ConfigError(f"method.prox.input_sparsity is a share: from 0 to below 1, not {self.input_sparsity}")
 
     @property
+    def names_neurons(self) -> bool:
+        """It copies their weights."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Neurons, decided from the MLP's input."""
         return {} if self.sparsity == 0 else {"neurons": INPUT}

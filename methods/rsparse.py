@@ -53,6 +53,11 @@ class RSparse(Method):
             raise ConfigError(f"method.rsparse.remainder must lie between 0 and 2 (full rank), not {self.remainder}")
 
     @property
+    def names_neurons(self) -> bool:
+        """It takes their weights apart."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
         return channels(self.sparsity)

@@ -56,6 +56,11 @@ class Wina(Method):
             raise ConfigError(f"greedy allocation goes up to sparsity {HIGHEST}, not {self.sparsity}")
 
     @property
+    def names_neurons(self) -> bool:
+        """It reads the columns that every input will meet."""
+        return True
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Input channels of all seven projections."""
         return channels(self.sparsity)
