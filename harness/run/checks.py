@@ -10,7 +10,7 @@ from typing import Any
 from harness.data import embedded, tasks
 from harness.data.assets import EMBEDDED_MODEL
 from harness.errors import ConfigError
-from harness.places import CHECKPOINTS, CONF
+from harness.places import CHECKPOINTS, CONF, INSTALLED
 from harness.run import probing
 from harness.values import choice, file_or_none, number, whole
 
@@ -55,6 +55,11 @@ def _check_model(model: Mapping[str, Any]) -> None:
     source = choice(model["source"], "model.source", ("embedded", "path", "hub", "shape"))
     adapter = model.get("adapter")
     if adapter is not None and not any((root / adapter / "adapter.json").is_file() for root in (CHECKPOINTS, Path())):
+        if INSTALLED:
+            raise ConfigError(
+                f"model.adapter={adapter} is no folder: the students lie in the repository (results/checkpoints), "
+                "not in the installed package: run it in a checkout or name its folder"
+            )
         known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
         raise ConfigError(f"model.adapter={adapter} is no checkpoint: choose from {', '.join(known) or 'none'}")
     path = model["path"]
