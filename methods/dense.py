@@ -1,4 +1,4 @@
-"""Dense: the model as it is. The twin that every other row is compared with."""
+"""Dense: the model as it is. What every other row is compared with."""
 
 from __future__ import annotations
 

@@ -58,13 +58,13 @@ def cells(
 
 def table(**changes: Any) -> pd.DataFrame:
     """The collected table of `cells(**changes)`."""
-    rows, twins = [], {}
+    rows, keys = [], {}
     for settings, identity, probes in cells(**changes):
         name = cell_id(settings)
-        twins[name] = dense_key(settings)
+        keys[name] = dense_key(settings)
         for probe, facts in probes.items():
             rows += [make_row(**(identity | {"cell_id": name, "probe": probe} | fact)) for fact in facts]
-    return relate(to_frame(rows), twins)
+    return relate(to_frame(rows), keys)
 
 
 def fill(store: Store, **changes: Any) -> None:

@@ -79,13 +79,13 @@ def cells(limited: bool = False) -> Iterator[Cell]:
 
 def table(**changes: Any) -> pd.DataFrame:
     """The collected table of `cells(**changes)`."""
-    rows, twins = [], {}
+    rows, keys = [], {}
     for config, identity, probes in cells(**changes):
         name = cell_id(config)
-        twins[name] = dense_key(config)
+        keys[name] = dense_key(config)
         for probe, facts in probes.items():
             rows += [make_row(**(identity | {"cell_id": name, "probe": probe} | fact)) for fact in facts]
-    return relate(to_frame(rows), twins)
+    return relate(to_frame(rows), keys)
 
 
 def fill(store: Store, **changes: Any) -> None:

@@ -27,10 +27,10 @@ def table() -> pd.DataFrame:
     return synthetic.table()
 
 
-def related(*rows: dict, twins: dict[str, str] | None = None) -> pd.DataFrame:
+def related(*rows: dict, keys: dict[str, str] | None = None) -> pd.DataFrame:
     names = {str(row["cell_id"]) for row in rows}
     facts = [make_row(**(FACT | row)) for row in rows]
-    return relate(to_frame(facts), twins or dict.fromkeys(names, "t"))
+    return relate(to_frame(facts), keys or dict.fromkeys(names, "t"))
 
 
 def test_collect_writes_and_reads_back_every_row(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_another_task_setting_seed_or_number_of_items_is_no_counterpart() -> Non
     assert related(dense, sparse)["dense_value"].tolist() == [0.6, 0.6]
     for change in ({"n": 11}, {"limited": True}, {"split": "test"}, {"task": "copa"}, {"dtype": "bfloat16"}):
         assert related(dense, sparse | change)["dense_value"].isna().tolist() == [False, True]
-    assert related(dense, sparse, twins={"d": "t", "s": "u"})["dense_value"].isna().tolist() == [False, True]
+    assert related(dense, sparse, keys={"d": "t", "s": "u"})["dense_value"].isna().tolist() == [False, True]
 
 
 def test_the_dense_cell_of_the_same_phase_policy_comes_first() -> None:

@@ -182,7 +182,7 @@ def test_own_gemv_decodes_a_batch_as_masks_do(teal, batch):
 
 
 def test_compiled_is_timed_beside_eager_and_compared_with_compiled(monkeypatch):
-    """Four compiled twins of their own execution; nothing is compiled anew once the rounds have begun."""
+    """Four compiled variants of their own execution; nothing is compiled anew once the rounds have begun."""
     torch._dynamo.reset()  # what other tests compiled is not counted
     torch._dynamo.utils.counters.clear()
     view = tiny.view("llama", num_hidden_layers=1)

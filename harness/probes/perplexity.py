@@ -1,7 +1,7 @@
-"""Perplexity of held-out text, and how far the next-token distributions are from the dense twin's.
+"""Perplexity of held-out text, and how far the next-token distributions are from the dense cell's.
 
 The task-free half of the quality probe: one row each for token perplexity, nats a token, bits a byte and, for what has
-a dense twin, KL and agreement in the first choice. Texts are random, tokens within one are not: every standard error is
+a dense cell, KL and agreement in the first choice. Texts are random, tokens within one are not: every standard error is
 over windows.
 """
 
@@ -63,12 +63,12 @@ def measure(
     dense: dict[str, Tensor] | None,
     longest: int,
 ) -> tuple[list[Row], pd.DataFrame, dict[str, Tensor]]:
-    """Perplexity over windows, and against the dense twin on the first `kl_windows` of them.
+    """Perplexity over windows, and against the dense cell on the first `kl_windows` of them.
 
     Under phase `all` every token but a window's first is scored. Under `decode` the first half of a window is its
     prompt and only tokens predicted by decode steps are scored.
 
-    dense: the tensors that this function returned for the dense twin, or None for the dense cell itself. longest:
+    dense: the tensors that this function returned for the dense cell, or None for the dense cell itself. longest:
     tokens that the model was made for; windows that are longer are counted as `truncated`.
     Returns rows, scores by window, and for a dense cell its final hidden states (from which the head gives the dense
     distributions again, at a fifth of the cost of a forward pass).
@@ -102,7 +102,7 @@ def _hidden(view: View, policy: Policy, windows: Tensor, start: int) -> Iterator
 
 
 def _score(view: View, hidden: Tensor, ids: Tensor, start: int, reference: Tensor | None) -> Score:
-    """hidden, reference (the dense twin's): [length, d_model]. ids: int64 [length]. Scored are tokens after `start`."""
+    """hidden, reference (the dense cell's): [length, d_model]. ids: int64 [length]. Scored are tokens after `start`."""
     targets, scored = ids[start + 1 :], slice(start, len(ids) - 1)
     nll, kl, agreement = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(3))
     dense = pieces(view, reference[scored]) if reference is not None else None

@@ -1,4 +1,4 @@
-"""Quality by lm-eval's tasks: their scores, and the sensitive measures that need the dense twin on the same items.
+"""Quality by lm-eval's tasks: their scores, and the sensitive measures that need the dense cell on the same items.
 
 The other half of the quality probe, running text, is `harness.probes.perplexity`.
 """
@@ -78,7 +78,7 @@ def task(
 ) -> tuple[list[Row], pd.DataFrame]:
     """One lm-eval task under its own name. Returns rows and one line for each item and metric.
 
-    dense: the samples that this function returned for the dense twin, or None for the dense cell itself.
+    dense: the samples that this function returned for the dense cell, or None for the dense cell itself.
     """
     from lm_eval import evaluator
 

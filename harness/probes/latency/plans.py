@@ -191,7 +191,7 @@ def no_kernel(view: View, methods: Fitted) -> Row:
 
 
 def compiled(view: View, thresholds: ThresholdOf | None, columns: Row, reads: float) -> list[Variant]:
-    """The compiled twins: the library's dense, and with thresholds the tuned GEMV, the kernel at 0 % and the method.
+    """The compiled variants: the library's dense, and with thresholds the tuned GEMV, the kernel at 0 % and the method.
 
     The model is copied twice: as it is, and with transposed weights, which the last three share.
     """
