@@ -64,7 +64,7 @@ class Planted:
         self.strength = strength
         self.rng = np.random.default_rng(seed)
         self.rows: list[dict[str, Any]] = []
-        self.twins: dict[str, str] = {}
+        self.dense_cells: dict[str, str] = {}
         self.samples: list[pd.DataFrame] = []
         self.specs: list[tuple] = []
         self.draws: Draws = {}
@@ -130,7 +130,7 @@ class Planted:
         """
         where = {"d": device} if device else {}
         name = cell_id({"model": model, "method": method, "sparsity": s, "v": variant, "l": length, "p": phase} | where)
-        self.twins[name] = f"{model} {length}"
+        self.dense_cells[name] = f"{model} {length}"
         activation = "relu" if "relu" in model else "silu"
         same = {"cell_id": name, "model": model, "family": "llama", "activation": activation, "method": method}
         same |= {"variant": variant, "sparsity_requested": s, "scope": "native", "phase": phase, "dense_prefix": 0}
@@ -235,7 +235,7 @@ class Planted:
         self.samples.append(pd.DataFrame({"item": item, "value": np.asarray(value, float)} | facts)[list(SAMPLES)])
 
     def table(self) -> pd.DataFrame:
-        return relate(to_frame(self.rows), self.twins)
+        return relate(to_frame(self.rows), self.dense_cells)
 
     def verdicts(self, **options: Any) -> pd.DataFrame:
         samples = pd.concat(self.samples, ignore_index=True)

@@ -109,9 +109,9 @@ def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
         lost = ability = 0.0
         for cell in line["cells"].split():
             if models[cell] == model:
-                ours, twin = samples.loc[cell], samples.loc[dense[model]]
-                lost += (twin["value"] - ours["value"]).mean()
-                ability += (twin["value"] - twin["chance"]).mean()
+                ours, dense_ = samples.loc[cell], samples.loc[dense[model]]
+                lost += (dense_["value"] - ours["value"]).mean()
+                ability += (dense_["value"] - dense_["chance"]).mean()
         shares.append(lost / ability)
     assert shares[0] > shares[1] > 0
     assert line["note"].endswith(f"can do, SwiGLU loses {shares[0]:.0%}, ReLU {shares[1]:.0%}")
@@ -350,7 +350,7 @@ def test_a_control_stands_for_swiglu_only_where_it_was_run():
     study = Planted()
     models = {"base": "silu", "base-control": "silu", "base-relu": "relu"}
     lines = pd.DataFrame({"model": list(models), "activation": list(models.values())})
-    whole = study_of(relate(to_frame(study.rows), study.twins), pd.concat(study.samples))
+    whole = study_of(relate(to_frame(study.rows), study.dense_cells), pd.concat(study.samples))
     made = replace(whole, lines=lines)
     assert list(matched_models(made.lines, models)) == [("base-control", "base-relu")]
     assert list(matched_models(made.lines, ["base", "base-relu"])) == [("base", "base-relu")]

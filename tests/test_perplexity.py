@@ -24,7 +24,7 @@ def windows(count: int, length: int, available: int | None = None) -> Windows:
 
 
 def measured(view, method, text, kl_windows=0, policy=Policy(), longest=512):  # noqa: B008 (frozen)
-    """Rows by metric of a method, its scores by window, beside the dense twin where windows are compared."""
+    """Rows by metric of a method, its scores by window, beside the dense cell where windows are compared."""
     _, _, dense = perplexity.measure(view, [], policy, text, kl_windows, None, longest)
     rows, samples, _ = perplexity.measure(view, [(method, {})], policy, text, kl_windows, dense or {}, longest)
     return {row["metric"]: row for row in rows}, samples

@@ -28,7 +28,7 @@ class Study:
     that only pretend to be sparse. counted: cells that were counted to skip something. items: (cell, kind) -> value by
     item, kind accuracy or text (nats a token); chance: cell -> chance of an answer by item. An item is a number that
     `tasks_of` and `names_of` read. informative: the (dense cell, task) that can show a loss, because the dense model is
-    above chance. twins: (cell, kind) -> its dense cell.
+    above chance. dense_cells: (cell, kind) -> its dense cell.
     """
 
     rows: pd.DataFrame
@@ -38,7 +38,7 @@ class Study:
     items: dict[tuple[str, str], pd.Series]
     chance: dict[str, pd.Series]
     informative: frozenset[tuple[str, str]]
-    twins: dict[tuple[str, str], str]
+    dense_cells: dict[tuple[str, str], str]
     tasks: pd.Index
     names: pd.Index
 
@@ -63,24 +63,29 @@ class Study:
         return values.set_axis(self.names_of(values.index).astype(int))
 
     def loss(self, cell: str, kind: str) -> pd.Series | None:
-        """Loss against the dense twin by item, above zero is worse; informative tasks only.
+        """Loss against the dense cell by item, above zero is worse; informative tasks only.
 
         None without samples of both, or where nothing counted that the cell skips anything.
         """
-        twin = self.twins.get((cell, kind))
-        if twin is None or cell not in self.counted or (cell, kind) not in self.items or (twin, kind) not in self.items:
+        dense = self.dense_cells.get((cell, kind))
+        if (
+            dense is None
+            or cell not in self.counted
+            or (cell, kind) not in self.items
+            or (dense, kind) not in self.items
+        ):
             return None
-        loss = self.items[cell, kind] - self.items[twin, kind]
+        loss = self.items[cell, kind] - self.items[dense, kind]
         loss = (loss if kind == "text" else -loss).dropna()
         if kind == "accuracy":
-            informative = [task for task in self.tasks if (twin, task) in self.informative]
+            informative = [task for task in self.tasks if (dense, task) in self.informative]
             loss = loss[self.tasks_of(loss.index).isin(informative)]
         return loss if len(loss) else None
 
     def at_stake(self, cell: str) -> pd.Series:
-        """What there was to lose: the right answers of this cell's dense twin minus those by chance, by item."""
-        twin = self.twins[cell, "accuracy"]
-        return self.items[twin, "accuracy"] - self.chance[twin]
+        """What there was to lose: the right answers of this cell's dense cell minus those by chance, by item."""
+        dense = self.dense_cells[cell, "accuracy"]
+        return self.items[dense, "accuracy"] - self.chance[dense]
 
 
 def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> Study:
@@ -109,8 +114,10 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     kind_of = dict.fromkeys(ACCURACIES, "accuracy") | {"nll": "text"}
     quality = quality.assign(kind=quality["metric"].str.replace(r":.*", "", regex=True).map(kind_of))
     related = quality.dropna(subset=["kind", "dense_cell"])[["cell_id", "kind", "dense_cell"]].drop_duplicates()
-    twins = {(str(row.cell_id), str(row.kind)): str(row.dense_cell) for row in related.itertuples()}
-    return Study(rows, lines[~pretends], left_out, counted, items, chance, _informative(samples), twins, tasks, names)
+    dense_cells = {(str(row.cell_id), str(row.kind)): str(row.dense_cell) for row in related.itertuples()}
+    return Study(
+        rows, lines[~pretends], left_out, counted, items, chance, _informative(samples), dense_cells, tasks, names
+    )
 
 
 def _scored(samples: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
