@@ -1,60 +1,101 @@
-"""Progress bars on stderr for whatever takes longer than two seconds; silent where stderr is no terminal.
+"""Progress bars on stderr, with the time that is left, for whatever takes longer than two seconds.
 
-The libraries' own words are held back.
+They are silent where stderr is no terminal. A bar inside of another one is a line below it. The libraries' own words
+are held back.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.console import stderr
 
 T = TypeVar("T")
 
-
-def _bar(transient: bool = True) -> Progress:
-    console = stderr()
-    columns = (
-        TextColumn("  {task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
+PATIENCE_S = 2.0  # before a bar is shown
+_shown: list[Progress] = []  # the bars on the terminal: one at most, whose lines are the bars inside of one another
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a bar. total: number of items, where `items` has no length."""
     count = total if total is not None else len(items) if isinstance(items, Sequence) else None
-    with _bar() as progress:
-        yield from progress.track(items, description=description, total=count)
+    with counting(count, description) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 @contextmanager
-def counting(total: int, description: str, done: int = 0, stays: bool = False) -> Iterator[Callback]:
-    """A bar advanced by hand. done: where it starts. stays: it is still to be seen when it is over."""
-    with _bar(transient=not stays) as progress:
-        yield Callback(progress, progress.add_task(description, total=total, completed=done))
+def counting(
+    total: int | None, description: str, done: int = 0, stays: bool = False, still: bool = False
+) -> Iterator[Bar]:
+    """A bar advanced by hand. done: where it starts. stays: it is still to be seen when it is over.
+
+    still: nothing is drawn but when it advances, for work that is timed.
+    """
+    bar = Bar(total, description, done, stays, still)
+    try:
+        yield bar
+    finally:
+        bar.close()
 
 
-class Callback:
-    """Advances one bar."""
+class Bar:
+    """A line of a bar: called, it goes on."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, total: int | None, description: str, done: int, stays: bool, still: bool) -> None:
+        self._total, self._description, self._done = total, description, done
+        self._stays, self._still, self._start = stays, still, time.monotonic()
+        self._first = done
+        self._progress: Progress | None = None
+        self._own = False
 
     def __call__(self, more: int = 1) -> None:
         """So many more are done."""
-        self._progress.advance(self._task, more)
+        self.at(self._done + more)
 
-    def at(self, done: int) -> None:
-        """So many are done in all."""
-        self._progress.update(self._task, completed=done)
+    def at(self, done: int, total: int | None = None) -> None:
+        """So many are done in all. total: of now so many, where that changes."""
+        self._done, self._total = done, total if total is not None else self._total
+        if self._progress is None and time.monotonic() - self._start >= PATIENCE_S:
+            self._show()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=self._total, refresh=self._still)
+
+    def _show(self) -> None:
+        if not _shown:
+            console = stderr()
+            if not console.is_terminal:
+                return
+            columns = (
+                TextColumn("  {task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            made = Progress(*columns, console=console, transient=not self._stays, auto_refresh=not self._still)
+            made.start()
+            _shown.append(made)
+            self._own = True
+        self._progress = _shown[0]
+        self._task = self._progress.add_task(self._description, total=self._total, completed=self._first)
+        self._progress.refresh()
+
+    def close(self) -> None:
+        """The bar is over."""
+        if self._progress is None:
+            return
+        if self._own:
+            self._progress.stop()
+            _shown.remove(self._progress)
+        else:
+            self._progress.remove_task(self._task)
 
 
 def quiet_libraries() -> None:

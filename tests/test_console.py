@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from harness import console as consoles
 from harness.console import complain, say, sentence, stdout, styled, table, to_file
-from harness.progress import counting
+from harness.progress import counting, track
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "run.py", ROOT / "train.py"]
@@ -111,13 +111,41 @@ def test_an_error_is_one_sentence(capsys: pytest.CaptureFixture) -> None:
     assert sentence(KeyError()) == "KeyError"
 
 
+def terminal(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one gets no bars
+    return Console(file=file, width=200, force_terminal=True, markup=False)
+
+
 def test_a_bar_shows_its_title_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    console = consoles.to_file(file, width=200)
-    console._force_terminal = True
-    monkeypatch.setattr("harness.progress.stderr", lambda: console)
+    monkeypatch.setattr("harness.progress.stderr", lambda: terminal(file, monkeypatch))
+    monkeypatch.setattr("harness.progress.PATIENCE_S", 0.0)
     with counting(3, "training [/v2] {x}", done=1, stays=True) as advance:
         advance()
+        assert list(track(range(2), "inside [/v3]")) == [0, 1]
         advance.at(3)
     assert "training [/v2] {x}" in file.getvalue()
     assert "3/3" in file.getvalue()
+    assert "inside [/v3]" in file.getvalue()
+
+
+def test_a_bar_is_shown_only_for_what_takes_time_and_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr("harness.progress.stderr", lambda: to_file(file, width=200))
+    monkeypatch.setattr("harness.progress.PATIENCE_S", 0.0)
+    assert list(track(iter("abc"), "letters", total=3)) == ["a", "b", "c"]
+    assert file.getvalue() == "", "no terminal"
+    monkeypatch.setattr("harness.progress.stderr", lambda: terminal(file, monkeypatch))
+    monkeypatch.setattr("harness.progress.PATIENCE_S", 60.0)
+    with counting(2, "quick", still=True) as advance:
+        advance()
+        advance.at(2, total=4)
+    assert file.getvalue() == "", "over at once"
+    with pytest.raises(RuntimeError), counting(2, "broken") as advance:
+        monkeypatch.setattr("harness.progress.PATIENCE_S", 0.0)
+        advance()
+        raise RuntimeError
+    with counting(4, "timing", still=True) as advance:
+        advance()
+        advance.at(2, total=8)
+    assert "2/8" in file.getvalue(), "the broken one has let go of the terminal"

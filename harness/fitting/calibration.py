@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from harness.fitting.scratch import Scratch
 from harness.model.step import Policy
 from harness.model.view import View
+from harness.progress import track
 
 # Point -> whose input (or output) is seen.
 POINTS = ("residual", "attn_in", "attn_out", "mlp_in", "gate", "mlp_hidden")
@@ -56,7 +57,7 @@ class Calibration:
                     handles.append(modules[point].register_forward_pre_hook(self._input_hook(callback, layer)))
         try:
             with torch.no_grad(), self.view.tracker.tracking(Policy()):
-                for batch in self.batches:
+                for batch in track(self.batches, "calibration pass"):
                     self._shape = batch.shape
                     valid = torch.ones_like(batch, dtype=torch.bool)
                     with self.view.tracker.hint(valid, decode=~valid):

@@ -16,6 +16,7 @@ from harness.execution.attach import Fitted, attached
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.bench import Bench, commit_on_text
+from harness.progress import track
 
 Row = dict[str, Any]
 SPANS = (1, 2, 4, 8, 16, 32)  # earlier tokens for reuse; batch sizes and decoded tokens for unions
@@ -40,7 +41,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     active: list[list[Tensor]] = [[] for _ in view.blocks]
     half = windows.shape[1] // 2
     with attached(view, methods, policy):
-        for window in windows.to(view.device).split(4):
+        for window in track(windows.to(view.device).split(4), "affinity"):
             valid = torch.ones_like(window, dtype=torch.bool)
             decode = torch.arange(window.shape[1], device=window.device).expand_as(window) >= half
             handles = [

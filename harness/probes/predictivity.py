@@ -16,6 +16,7 @@ from harness.model.selection import keep_mask, top_k_count
 from harness.model.step import Policy, Step
 from harness.model.view import View
 from harness.probes.bench import Bench, commit_on_text
+from harness.progress import track
 
 Row = dict[str, Any]
 SITES = ("neurons", "heads")
@@ -85,7 +86,7 @@ def _of(view: View, method: Method, plan: Any, policy: Policy, windows: Tensor, 
                         )
                     )
         try:
-            for window in windows.to(view.device).split(4):
+            for window in track(windows.to(view.device).split(4), "predictivity"):
                 valid = torch.ones_like(window, dtype=torch.bool)
                 decode = valid.clone()
                 decode[:, : window.shape[1] // 2] = False

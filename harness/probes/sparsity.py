@@ -15,6 +15,7 @@ from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import activations
 from harness.probes.bench import Bench, commit_on_text
+from harness.progress import track
 
 Row = dict[str, Any]
 SHAPES = True  # it says what a timed cell skipped
@@ -32,7 +33,7 @@ def measure(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> lis
     natural = all(method.swap or not method.sites for method, _ in methods)
     watch = activations.Watch(view) if natural else None
     with attached(view, methods, policy, count=True) as ledger, watch.watching() if watch else nullcontext():
-        for window in windows.to(view.device).split(4):
+        for window in track(windows.to(view.device).split(4), "sparsity"):
             valid = torch.ones_like(window, dtype=torch.bool)
             decode = valid.clone()
             decode[:, : window.shape[1] // 2] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from harness.execution.decode_loop import DecodeLoop
 from harness.model.view import View
 from harness.probes.latency.variants import Variant
 from harness.probes.latency.watch import Memory
+from harness.progress import counting
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def interleave(
     """
     timings = [Timing() for _ in runs]
     number, spent = 0, 0.0
-    with no_garbage_collection():
+    with no_garbage_collection(), counting(repeats + 1, "timing, rounds", still=True) as bar:
         while number <= repeats or spent / len(runs) < min_seconds:
             for place in range(len(runs)):
                 at = (place + number) % len(runs)
@@ -83,6 +85,8 @@ def interleave(
             if number:
                 after_round()
             number += 1
+            if spent:
+                bar.at(number, max(repeats + 1, math.ceil((number - 1) * min_seconds * len(runs) / spent) + 1))
     return timings
 
 
