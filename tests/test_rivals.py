@@ -90,11 +90,14 @@ def test_winas_transform_makes_columns_orthogonal():
 
 
 def test_winas_pooled_threshold_is_the_rule_called_oracle():
-    """Norms need no data and no look ahead: as a threshold WINA is what the harness calls its oracle of inputs."""
+    """Norms need no data and no look ahead: both are one rule, and neither is a bound on what a choice can reach."""
     view = tiny.view("llama")
     calibration = tiny.calibration(view)
     wina, oracle = Wina(0.5, rule="threshold"), Oracle(0.5)
     a, b = (logits(view, (m, m.fit(view, calibration))) for m in (wina, oracle))
+    assert torch.equal(a, b)
+    assert not oracle.oracle, "it reads nothing that a deployed method could not"
+    a, b = (logits(view, (m, m.fit(view, calibration))) for m in (Wina(0.5), Oracle(0.5, budget="token")))
     assert torch.equal(a, b)
 
 

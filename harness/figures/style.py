@@ -43,7 +43,7 @@ def looks(lines: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "linestyle": LINES[index // len(colours) % len(LINES)],
             "markeredgecolor": "white",
         }
-        if name.split(" ")[0] == "oracle":  # often what thresholds choose too: rings that a marker below shows through
+        if name.split(" ")[0] == "oracle":  # close to what thresholds choose: rings that a marker below shows through
             ring = {"markerfacecolor": "none", "markeredgecolor": looks[name]["color"], "markersize": 9, "zorder": 4}
             looks[name] |= ring
     return looks
