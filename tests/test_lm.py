@@ -25,7 +25,7 @@ from harness.model.lm import HarnessLM
 from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
-from harness.probes import sparsity
+from harness.probes import quality, sparsity
 from tests import tiny
 
 TASKS = ["piqa", "arc_easy", "sciq", "lambada_openai"]
@@ -138,6 +138,23 @@ def test_generation_runs_sparse(tiny_lm):
     ).tolist()
     assert prefill == 0.0
     assert decode == pytest.approx(0.5, abs=0.01)
+
+
+def test_generated_answers_have_a_length(tiny_lm):
+    """Each item once, though each filter lists it; in tokens of the answer alone."""
+    texts = ["a b", "a much longer answer, of many words"]
+    items = [{"doc_id": n, "resps": [[text]], "filter": f} for n, text in enumerate(texts) for f in ("none", "strict")]
+    [row] = quality._answer_length(tiny_lm, "gsm8k", {"gsm8k": items}, "local")
+    lengths = [len(tiny_lm.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert row["value"] == sum(lengths) / 2 and (row["n"], row["unit"]) == (2, "tokens")
+    assert row["stderr"] == pytest.approx(abs(lengths[0] - lengths[1]) / 2)
+    assert quality._answer_length(tiny_lm, "copa", {"copa": items}, "local") == []  # scored, not generated
+
+
+def test_a_generated_task_has_a_length_row(tiny_lm):
+    rows, _ = quality.task(tiny_lm, [], Policy(), "gsm8k", "local", 1, 1, 0, None)
+    [length] = [row for row in rows if row["metric"] == "answer_tokens"]
+    assert 0 < length["value"] <= 256 and length["task"] == "gsm8k"
 
 
 # ------------------------------------------------------------------ what does not fit, and what is no number

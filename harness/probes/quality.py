@@ -23,6 +23,7 @@ from harness.probes import perplexity
 from harness.probes.bench import Bench
 from harness.probes.sparsity import rows_of
 from harness.results import stats
+from harness.results.collect import ANSWER_TOKENS
 from harness.results.limited import limited, marked
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def task(
     samples = _samples(name, results["samples"])
     n, there = _items(name, results["n-samples"])
     rows = [*_score_rows(name, results, n, data), _truncated(name, len(lm.truncated), n, data)]
+    rows += _answer_length(lm, name, results["samples"], data)
     if dense is not None:
         rows += _against_dense(samples, dense)
     rows += _headroom(samples if dense is None else dense)
@@ -118,6 +120,17 @@ def _items(task_name: str, counts: Mapping[str, Mapping[str, int]]) -> tuple[int
     """(items scored, items that the split holds) of a task, or of all parts of a group (mmlu)."""
     parts = [counts[task_name]] if task_name in counts else list(counts.values())
     return sum(part["effective"] for part in parts), sum(part["original"] for part in parts)
+
+
+def _answer_length(lm: HarnessLM, task_name: str, by_task: dict[str, list[dict[str, Any]]], data: str) -> list[Row]:
+    """Mean length of generated answers, up to their stop string: schemes that ramble are slow at any speed a token."""
+    if not tasks.generates(task_name):
+        return []
+    items = {(part, item["doc_id"]): item["resps"][0][0] for part, listed in by_task.items() for item in listed}
+    lengths = np.array([len(lm.tok_encode(answer, add_special_tokens=False)) for answer in items.values()], dtype=float)
+    facts = {"metric": ANSWER_TOKENS, "value": float(lengths.mean()), "n": len(lengths), "unit": "tokens"}
+    facts["stderr"] = stats.standard_error(lengths) if len(lengths) > 1 else None
+    return [{"probe": "quality", "task": task_name, "split": tasks.split_note(task_name, data)} | facts]
 
 
 def _truncated(task_name: str, cut: int, n: int, data: str) -> Row:

@@ -57,6 +57,7 @@ AGREEMENT = "top1_agreement"
 AGAINST_DENSE = "_minus_dense"  # suffix of a paired difference on the same items, with its own error
 FLIPS = ("flips_right_to_wrong", "flips_wrong_to_right")  # shares of items, one row a task
 TRUNCATED = "truncated"  # of a task or of running text: items that are longer than the model's maximum
+ANSWER_TOKENS = "answer_tokens"  # of generated answers, one row a task
 ACHIEVED = "achieved"
 TIME_PER_TOKEN = "tpot_median"
 TIME_TO_FIRST = "ttft_median"
