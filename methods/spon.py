@@ -71,14 +71,15 @@ class Spon(Method):
 
 @contextmanager
 def biased(view: View, constants: Constants) -> Iterator[None]:
-    """Fold constants into the projections' biases until the context ends."""
+    """Fold constants into the biases of the projections that have one until the context ends."""
     before: list[tuple[nn.Linear, Any]] = []  # a parameter, or None where there was no bias
     try:
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
-                before.append((module, module.bias))
-                bias = constants[name, layer] if module.bias is None else module.bias.data + constants[name, layer]
-                module.bias = nn.Parameter(bias, requires_grad=False)
+                if (name, layer) in constants:
+                    before.append((module, module.bias))
+                    bias = constants[name, layer] if module.bias is None else module.bias.data + constants[name, layer]
+                    module.bias = nn.Parameter(bias, requires_grad=False)
         yield
     finally:
         for module, own in reversed(before):

@@ -18,6 +18,7 @@ from methods.attribution import Attribution
 from methods.cats import Cats
 from methods.cett import Cett
 from methods.dejavu import DejaVu
+from methods.chess import Chess
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
 from methods.drelu import DRelu
@@ -37,6 +38,7 @@ from methods.relu import Relu
 from methods.relu2 import Relu2
 from methods.relu_stage2 import ReluStage2
 from methods.rsparse import RSparse
+from methods.scap import Scap
 from methods.spon import Spon
 from methods.statistical_topk import StatisticalTopK
 from methods.tda import Tda
@@ -151,6 +153,10 @@ CASES: dict[str, Case] = {
     "statistical_topk_shift": Case(lambda s: StatisticalTopK(s, shift=True), site=None, families=GATED),
     "prox": Case(lambda s: Prox(s), site="neurons", tolerance=0.05),
     "dip": Case(lambda s: Dip(s), site="mlp"),
+    "scap": Case(lambda s: Scap(s), site="mlp", tolerance=0.04),
+    "scap_median": Case(lambda s: Scap(s, centre="median", tilt=0.0), site="mlp", tolerance=0.04),
+    "chess": Case(lambda s: Chess(s), site="neurons", tolerance=0.05, families=GATED),
+    "chess_mlp": Case(lambda s: Chess(s, attention=False), site="neurons", tolerance=0.05, families=GATED),
     "meangate": Case(lambda s: MeanGate(s, rank=8), site=None, families=GATED),
     "spon": Case(lambda s: RandomConstants(s), site=None),
 }
