@@ -43,7 +43,7 @@ def load(config: CellConfig) -> Loaded:
 
 def tokenizer_of(config: CellConfig) -> Any:
     """The cell's tokenizer, without the model."""
-    return _tokenizer(json.dumps(config["model"], sort_keys=True))
+    return _tokenizer(config.model_name, *_source(config["model"]))
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +54,7 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     model_config = json.loads(model_json)
     place, wanted = torch.device(device), getattr(torch, dtype)
     source, revision = _source(model_config)
-    tokenizer = _tokenizer(model_json)
+    tokenizer = _tokenizer(model_config["name"], source, revision)
     adapter = model_config.get("adapter")
     if model_config["source"] == "shape":
         view = view_of(shapes.random_model(model_config, wanted, place), model_config["name"], shapes.key(model_config))
@@ -91,17 +91,20 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     return Loaded(view, tokenizer, int(getattr(model.config, "max_position_embeddings", 2048)))
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(model_json: str) -> Any:
+def _tokenizer(name: str, source: str, revision: str | None) -> Any:
     """Of its own, because whether a text is long enough must be known before a model is loaded."""
+    try:
+        return _loaded_tokenizer(source, revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load({"name": name}, error) from error
+
+
+@lru_cache(maxsize=16)
+def _loaded_tokenizer(source: str, revision: str | None) -> Any:
+    """Once a source: checkpoints of one base share it, and with it the texts that it has cut into tokens."""
     from transformers import AutoTokenizer
 
-    model_config = json.loads(model_json)
-    source, revision = _source(model_config)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model_config, error) from error
+    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def _source(model: dict[str, Any]) -> tuple[str, str | None]:

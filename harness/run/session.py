@@ -93,7 +93,7 @@ def _calibration_windows(tokenizer: Any, calibration: dict[str, Any]) -> Tensor:
     return windows.first(calibration["tokens"] // calibration["window"], "calibration").tokens
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: int) -> text.Windows:
     """All windows of a text: tokenizing a million characters takes seconds, so once a process."""
     if path:
