@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +24,7 @@ from harness.run.cell import identity
 from harness.run.checks import options
 from harness.run.config import CellConfig, check
 from harness.run.nest import build_methods
-from harness.run.overrides import GROUPS, composed, expand, opening, parse, rewrite
+from harness.run.overrides import GROUPS, composed, expand, opening, parse, rewrite, to_plain
 from harness.values import did_you_mean
 
 
@@ -263,6 +266,30 @@ def test_options_of_one_method_in_a_sweep_over_others_reach_only_that_method() -
     assert teal["method"]["teal"]["allocation"] == "greedy"
     assert list(random["method"]) == ["random"]
     assert random.id == cell("method=random").id
+
+
+def test_a_cell_leaves_nothing_of_its_overrides_to_the_next_one() -> None:
+    """A config is composed once for a sweep's cells and lent to each; Hydra composes each anew."""
+    given = [
+        ["method=teal", "sparsity=0.4", "probe.names=[sparsity]", "+grid.mine=3", "++method.teal.weighted=false"],
+        ["method=teal", "tasks.names=[piqa]", "tasks.num_fewshot={piqa: 5}", "probe.latency.batch=[1,2]"],
+        ["method=teal", "sparsity=${grid.level}", "+grid.level=0.25", "model.name=mine"],
+        ["method=teal", "sparsity=0.4", "probe.names=[sparsity]"],
+        ["method=teal", "sparsity=1.5e400", "model.nothing=1"],
+        ["method=teal"],
+    ]
+    for overrides in (*given, *reversed(given)):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            try:
+                anew = {k: v for k, v in to_plain(compose("config", overrides=overrides)).items() if k != "grid"}
+            except HydraException:
+                with pytest.raises(ConfigError):
+                    composed(overrides)
+                continue
+        anew.pop("sweeps")
+        assert composed(overrides) == anew
+        assert list(composed(overrides)["method"]) == list(anew["method"])
 
 
 def test_a_swept_option_of_a_method() -> None:

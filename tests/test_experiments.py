@@ -108,14 +108,14 @@ def test_the_pitfalls_hold_every_scheme_and_both_kinds_of_model(smoke):
 @pytest.mark.parametrize("size", SIZES)
 def test_short_and_long_windows_cover_the_same_text(size):
     """Growth with length is measured on the same text, cut differently."""
-    grid: dict[str, Any] = composed(rewrite(["experiment=pitfalls", f"size={size}"], False))["grid"]
+    grid: dict[str, Any] = opening(rewrite(["experiment=pitfalls", f"size={size}"], False))["grid"]
     short, long = grid["short"], grid["long"]
     assert short["window"] < long["window"]
     assert short["window"] * short["windows"] == long["window"] * long["windows"]
 
 
 def test_full_is_the_study_that_was_promised():
-    plain = composed(rewrite(["experiment=pitfalls", "size=full"], False))
+    plain = opening(rewrite(["experiment=pitfalls", "size=full"], False))
     assert plain["tasks"]["limit"] >= 1000 and len(plain["tasks"]["names"]) >= 8
     assert "lambada_openai" in plain["tasks"]["names"] and "triviaqa" in plain["grid"]["prompt_tasks"]
     assert "gsm8k" in plain["grid"]["long_tasks"]

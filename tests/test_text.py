@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from harness.data import text
 from harness.errors import ConfigError
+from harness.run import session
 
 
 class Letters:
@@ -97,3 +98,32 @@ def test_own_text_that_is_no_text_is_a_config_error(tmp_path, content, message):
 
 def test_text_hash_is_sha256():
     assert text.text_hash("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+class Words:
+    """A tokenizer of words, which counts what it has cut."""
+
+    def __init__(self):
+        self.cut = 0
+
+    def __call__(self, string, **_):
+        self.cut += len(string)
+        return {"input_ids": [0] * len(string.split())}
+
+    def convert_ids_to_tokens(self, ids):
+        return ["no bytes"] * len(ids)
+
+
+def test_whether_a_long_text_is_long_enough_is_read_off_its_beginning(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("four " * 10_000)
+    words = Words()
+    session._check_length(words, str(path), None, 10, 20)
+    assert 0 < words.cut < 2_000
+    session._check_length(words, str(path), None, 100, 100)  # exactly as long as asked for
+    with pytest.raises(ConfigError, match=r"perplexity asks for 10100 tokens but the text has only 10000 in windows"):
+        session._check_length(words, str(path), None, 100, 101)
+    long = "incomprehensibilities " * 100  # fewer tokens than its length lets expect
+    path.write_text(long)
+    with pytest.raises(ConfigError, match="has only 100 "):
+        session._check_length(Words(), str(path), None, 10, 11)

@@ -139,17 +139,20 @@ class Windows:
 
 def text_windows(tokenizer: Any, text: str, length: int, what: str = "perplexity") -> Windows:
     """All whole windows of a text, with the bytes that their tokens stand for."""
-    import torch
-
     from harness.data.token_bytes import tokens_and_bytes
 
-    tokens, sizes = tokens_and_bytes(tokenizer, text)
+    return cut(*tokens_and_bytes(tokenizer, text), length, what)
+
+
+def cut(tokens: list[int], sizes: list[int] | None, length: int, what: str = "perplexity") -> Windows:
+    """All whole windows of a text's tokens. sizes: how many bytes of the text each stands for."""
+    import torch
+
     count = len(tokens) // length
     if not count:
         raise ConfigError(f"{what} asks for {length} tokens but the text has only {len(tokens)}")
-    cut = [None if ids is None else torch.tensor(ids[: count * length]).view(-1, length) for ids in (tokens, sizes)]
-    assert cut[0] is not None
-    return Windows(cut[0], cut[1], count)
+    pieces = [torch.tensor(ids[: count * length]).view(-1, length) for ids in (tokens, sizes) if ids is not None]
+    return Windows(pieces[0], pieces[1] if sizes is not None else None, count)
 
 
 def token_windows(

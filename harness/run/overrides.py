@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import ConfigError
@@ -24,6 +26,7 @@ from harness.values import did_you_mean
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
 # Groups of which each file fills one node by itself: a sweep over them need not compose everything anew.
 MOUNTED = ("model", "method")
+OF_EXPERIMENTS = ("grid", "sweeps")  # what sweeps are made from: no cell reads it
 
 
 def rewrite(overrides: list[str], multirun: bool) -> list[str]:
@@ -104,52 +107,99 @@ def opening(overrides: list[str]) -> dict[str, Any]:
 
     A key that every cell must name may be missing here: nothing but the keys of the run is read of it.
     """
-    return to_plain(_composed([o for o in parse(overrides) if not o.is_sweep_override()]), whole=False)
+    with _composed([o for o in parse(overrides) if not o.is_sweep_override()]) as cfg:
+        return to_plain(cfg, whole=False)
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
     """The resolved config of one cell as plain types. Raises `ConfigError` with one sentence."""
-    return to_plain(_composed(parse(overrides), without="sweeps"))
+    with _composed(parse(overrides), without="sweeps") as cfg:
+        return to_plain(cfg, without=OF_EXPERIMENTS)
 
 
-def to_plain(cfg: DictConfig, whole: bool = True) -> dict[str, Any]:
+def to_plain(cfg: DictConfig, whole: bool = True, without: Container[str] = ()) -> dict[str, Any]:
     """Resolve interpolations; drop options given for a method that this cell of a sweep does not use.
 
-    whole: refuse a config in which a key that must be given is missing.
+    whole: refuse a config in which a key that must be given is missing. without: keys that are not asked for.
     """
+    plain: dict[str, Any] = {}
     try:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=whole)
+        for key in cfg:
+            if key not in without and (whole or not OmegaConf.is_missing(cfg, key)):
+                value = cfg[key]
+                if isinstance(value, DictConfig | ListConfig):
+                    value = OmegaConf.to_container(value, resolve=True, throw_on_missing=whole)
+                plain[str(key)] = value
     except OmegaConfBaseException as error:
         raise _one_sentence(error) from error
     plain["method"] = {name: value for name, value in plain["method"].items() if value and "_target_" in value}
     return plain
 
 
-def _composed(overrides: list[Override], without: str | None = None) -> DictConfig:
+@contextmanager
+def _composed(overrides: list[Override], without: str | None = None) -> Iterator[DictConfig]:
     """What Hydra's `compose` gives, but choices of groups that were made before are not composed again.
 
+    It is lent: the same config serves the next cell, with what this one's overrides touch put back.
     without: a key to leave empty.
     """
-    chosen, mounted, values = [], {}, []
+    chosen, mounted, values = [], [], []
     for override in overrides:
         key, plain = override.key_or_group, override.package is None and not (override.is_add() or override.is_delete())
         if key in MOUNTED and plain:
-            mounted[key] = str(override.input_line)
+            mounted.append((key, str(override.input_line)))
         elif key.partition("/")[0].partition(".")[0] == "hydra" or key in GROUPS or "/" in key:
             chosen.append(str(override.input_line))
         else:
             values.append(override)
     try:
-        if not all(_alone(tuple(chosen), key) for key in mounted):
-            chosen, mounted = [*chosen, *mounted.values()], {}
-        cfg = copy.deepcopy(_base(tuple(chosen), without))
-        OmegaConf.set_struct(cfg, False)
-        for key, line in mounted.items():
-            cfg[key] = _files(key, line)
-        OmegaConf.set_struct(cfg, True)
-        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        if not all(_alone(tuple(chosen), key) for key, _ in mounted):
+            chosen, mounted = [*chosen, *(line for _, line in mounted)], []
+        cfg = _mounted(tuple(chosen), tuple(mounted), without)
+        with _put_back(cfg, [_place(cfg, override.key_or_group) for override in values]):
+            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+            yield cfg
     except (HydraException, OmegaConfBaseException) as error:
         raise _one_sentence(error) from error
+
+
+@contextmanager
+def _put_back(cfg: DictConfig, places: list[tuple[DictConfig, str]]) -> Iterator[None]:
+    """Whatever happens inside to a key of a node is undone. Copying all of a config is what takes long in a sweep."""
+    before = [(node, key, copy.deepcopy(_held(node).get(key)), list(_held(node))) for node, key in places]
+    try:
+        yield
+    finally:
+        for node, key, value, order in reversed(before):
+            held = {**_held(node), key: value}
+            node.__dict__["_content"] = {name: held[name] for name in order}
+
+
+def _held(node: DictConfig) -> dict[Any, Any]:
+    """A node's own entries, as they are: nothing is resolved."""
+    held: Any = node._content
+    return held
+
+
+def _place(cfg: DictConfig, path: str) -> tuple[DictConfig, str]:
+    """The node, and its key, below which an override of this path (a.b.c) changes things."""
+    *above, last = path.split(".")
+    for key in above:
+        inner = _held(cfg).get(key)
+        if not isinstance(inner, DictConfig) or inner._is_none() or inner._is_interpolation():
+            return cfg, key
+        cfg = inner
+    return cfg, last.partition("[")[0]
+
+
+@lru_cache(maxsize=256)
+def _mounted(choices: tuple[str, ...], mounted: tuple[tuple[str, str], ...], without: str | None) -> DictConfig:
+    """Composed choices, with the files of some groups in place."""
+    cfg = copy.deepcopy(_base(choices, without))
+    OmegaConf.set_struct(cfg, False)
+    for key, line in dict(mounted).items():
+        cfg[key] = _files(key, line)
+    OmegaConf.set_struct(cfg, True)
     return cfg
 
 

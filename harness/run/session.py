@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from harness.data import tasks, text
+from harness.data.token_bytes import tokens_and_bytes
 from harness.errors import ConfigError
 from harness.execution.attach import Fitted
 from harness.execution.method import Method, State
@@ -31,6 +32,9 @@ from harness.run.scope import to_native
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 
 
+LETTERS_A_TOKEN = 5  # of English, a little more than tokenizers need: enough text for so many tokens
+
+
 def check_tokens(config: CellConfig) -> None:
     """Raise `ConfigError` where the tokenizer lacks what the tasks need, or a text is shorter than what is asked of it.
 
@@ -39,11 +43,13 @@ def check_tokens(config: CellConfig) -> None:
     _check_special(config)
     tokenizer, probe = tokenizer_of(config), config["probe"]
     if asked := probing.windows(probe):
-        _evaluation_windows(tokenizer, probe["perplexity"], asked)
-    if config["calibration"] is not None:
-        _calibration_windows(tokenizer, config["calibration"])
-    for name, tokens, window in probing.texts(probe):
-        _calibration_windows(tokenizer, {"path": None, "text": name, "tokens": tokens, "window": window})
+        perplexity = probe["perplexity"]
+        _check_length(tokenizer, perplexity["path"], None, perplexity["window"], asked)
+    asked_for = [(None, *text) for text in probing.texts(probe)]
+    if learnt := config["calibration"]:
+        asked_for.append((learnt["path"], learnt["text"], learnt["tokens"], learnt["window"]))
+    for path, name, tokens, window in asked_for:
+        _check_length(tokenizer, path, name, window, tokens // window)
 
 
 def _check_special(config: CellConfig) -> None:
@@ -93,14 +99,42 @@ def _calibration_windows(tokenizer: Any, calibration: dict[str, Any]) -> Tensor:
     return windows.first(calibration["tokens"] // calibration["window"], "calibration").tokens
 
 
+@lru_cache(maxsize=64)
+def _check_length(tokenizer: Any, path: str | None, calibration: str | None, length: int, count: int) -> None:
+    """Raise `ConfigError` where a text has fewer windows than `count`.
+
+    Most texts are far longer than what is asked of them: a beginning that holds enough says so in a fraction of the
+    time. Where it does not, all of the text is cut.
+    """
+    raw = _raw(path, calibration)
+    beginning = raw[: LETTERS_A_TOKEN * (count + 1) * length]
+    if len(beginning) < len(raw):
+        tokens = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= (count + 1) * length:  # a window more, because a cut text may end in other tokens
+            return
+    _windows(tokenizer, path, calibration, length).first(count, _asker(calibration))
+
+
 @lru_cache(maxsize=16)
 def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: int) -> text.Windows:
     """All windows of a text: tokenizing a million characters takes seconds, so once a process."""
+    return text.cut(*_tokens(tokenizer, path, calibration), length, what=_asker(calibration))
+
+
+@lru_cache(maxsize=4)
+def _tokens(tokenizer: Any, path: str | None, calibration: str | None) -> tuple[list[int], list[int] | None]:
+    """One text's tokens, whatever the lengths of windows that are cut from it."""
+    return tokens_and_bytes(tokenizer, _raw(path, calibration))
+
+
+def _raw(path: str | None, calibration: str | None) -> str:
     if path:
-        raw = text.own_text(path)
-    else:
-        raw = text.evaluation_text() if calibration is None else text.calibration_text(calibration)
-    return text.text_windows(tokenizer, raw, length, what="perplexity" if calibration is None else "calibration")
+        return text.own_text(path)
+    return text.evaluation_text() if calibration is None else text.calibration_text(calibration)
+
+
+def _asker(calibration: str | None) -> str:
+    return "perplexity" if calibration is None else "calibration"
 
 
 def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Store) -> Fitted:
