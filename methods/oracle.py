@@ -24,10 +24,10 @@ from methods.topk import Scored, channels
 class Oracle(Scored):
     """Keeps, for every projection, the inputs i of largest contribution |x_i| * ||W[:, i]||_2.
 
-    What it reads is known when a token comes: norms need no data, x is the token's own. So it is no bound on what others
-    can reach, and anyone can deploy it: pooled, it is WINA's rule=threshold bit for bit, and by token WINA's rule=topk.
-    Contributions add up as vectors, and keeping the largest does not err least: TEAL, which knows no norms, is ahead of
-    it on the embedded model from 30 % on. The name stays because stored rows bear it.
+    What it reads is known when a token comes: norms need no data, x is the token's own. So it is no bound on what
+    others can reach, and anyone can deploy it: it is WINA's rule=threshold if pooled, its rule=topk by token, bit for
+    bit. Contributions add up as vectors, and keeping the largest does not err least: TEAL, which knows no norms, is
+    ahead of it on the embedded model from 30 % on. The name stays because stored rows bear it.
 
     budget: "pooled" (the largest contributions over all tokens of the calibration text: a token whose activations are
         massive keeps more of them, one that says little keeps fewer) or "token" (exactly k for every token). On the

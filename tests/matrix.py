@@ -17,8 +17,8 @@ from harness.model.view import View
 from methods.attribution import Attribution
 from methods.cats import Cats
 from methods.cett import Cett
-from methods.dejavu import DejaVu
 from methods.chess import Chess
+from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
 from methods.drelu import DRelu

@@ -8,6 +8,7 @@ import pytest
 from harness.errors import ConfigError
 from harness.results import published
 from harness.results.rows import REQUIRED, make_row, to_frame
+from harness.run.checks import options
 from tests import synthetic
 
 
@@ -37,6 +38,40 @@ def test_the_committed_figures_are_in_the_schema_and_say_how_they_were_come_by()
     [mean] = table[(table["method"] == "cett") & (table["variant"] == "cett=0.2") & table["layer"].isna()]["value"]
     assert mean == 0.6729
     assert not table.duplicated().any()
+
+
+@pytest.mark.parametrize(
+    ("paper", "table", "model", "method", "sparsity", "task", "values"),
+    [
+        ("WINA", "Table 4", "llama-3-8b", "wina", 0.5, "mean of 8 commonsense tasks", [0.7105]),
+        ("WINA", "Table 5", "mistral-7b", "rsparse", 0.65, "mean of 8 commonsense tasks", [0.574]),
+        ("WINA", "Table 10", "llama-3-8b", "teal", 0.5, "gsm8k", [0.2707]),
+        ("LaRoSA", "Table 2", "llama-2-7b", "larosa", 0.4, "wikitext", [5.64]),
+        ("LaRoSA", "repository aiha-choij/EfficientAI", "llama-2-7b", "larosa", 0.4, "wikitext", [5.6167]),
+        ("SPON", "main results", "llama-3-8b", "spon+teal", 0.6, "wikitext", [9.63]),
+        ("aiha-choij", "mean-gate journal", "llama-2-7b", "meangate+topk", 0.9, "wikitext", [7.229, 6.638]),
+        ("Prox", "Table 1", "qwen3-8b", "prox", 0.7, None, [0.686]),
+    ],
+)
+def test_the_rivals_figures_are_those_of_their_papers(paper, table, model, method, sparsity, task, values):
+    """A few cells, typed again from the papers' last versions."""
+    rows = published.load()
+    found = rows[rows["paper"].str.startswith(paper) & (rows["table"] == table) & (rows["model"] == model)]
+    found = found[(found["method"] == method) & (found["sparsity_requested"] == sparsity)]
+    assert found.loc[(found["task"] == task) if task else slice(None), "value"].tolist() == values
+
+
+def test_wina_is_there_in_its_second_version_only():
+    """The first had other tasks and other numbers."""
+    rows = published.load()
+    assert rows.loc[rows["paper"].str.startswith("WINA"), "message"].str.contains("version 2").all()
+
+
+def test_a_method_bears_the_name_that_it_has_here():
+    """Under another spelling a figure would never meet its counterpart."""
+    ours = {name.replace("_", ""): name for name in options("method")}
+    for name in set("+".join(published.load()["method"].unique()).split("+")):
+        assert ours.get(name.replace("_", ""), name) == name
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path):
@@ -103,6 +138,37 @@ def test_what_was_not_measured_is_named():
     assert "no measured cell of method wina" in line["reason"]
     [line] = compare(row(metric="gflops_per_token", unit="GFLOP/token")).to_dict("records")
     assert "not measured here" in line["reason"]
+
+
+def test_a_row_says_what_rules_a_comparison_out_and_under_what_it_was_made():
+    measured = synthetic.table(model="llama-2-7b")
+    facts = {"metric": "acc", "task": "piqa", "unit": "share"}
+
+    def judged(**more):
+        rows = [dense(value=0.8, **facts), row(**facts | {"variant": None, "value": 0.7} | more)]
+        return published.compare(measured, to_frame(rows)).to_dict("records")[1]
+
+    assert judged()["basis"] == "absolute"
+    line = judged(message="read; not comparable: other maths")
+    assert (line["verdict"], line["reason"]) == ("not comparable", "other maths")
+    line = judged(message="read; under: a dense prompt; page 3")
+    assert line["basis"] == "ratio", "the same number under another condition is no absolute one"
+    assert line["reason"].endswith("published under another condition: a dense prompt")
+    line = judged(scope="native")
+    assert line["verdict"] == "not comparable" and "of scope=native" in line["reason"]
+
+
+def test_critical_sparsity_meets_what_a_search_found():
+    found = {"probe": "search", "metric": "critical_99_achieved", "site": "mlp_hidden", "unit": "share", "n": 9}
+    measured = synthetic.table(model="llama-2-7b")
+    one = measured[measured["cell_id"] == measured["cell_id"].iloc[-1]].iloc[[0]]
+    values = found | {"value": 0.55, "layer": None, "task": None, "step_phase": "all", "status": "ok"}
+    search = one.assign(**{k: pd.array([v], dtype=one[k].dtype) for k, v in values.items()})
+    search = search.assign(method="topp", variant="at=intermediate", cell_id="searched", sparsity_requested=pd.NA)
+    table = pd.concat([measured, search.astype(measured.dtypes.to_dict())], ignore_index=True)
+    theirs = row(method="topp", variant="at=intermediate", sparsity_requested=None, **found | {"value": 0.54, "n": 1})
+    [line] = published.compare(table, to_frame([theirs | {"task": None}])).to_dict("records")
+    assert (line["basis"], line["verdict"]) == ("absolute", "within")
 
 
 @pytest.mark.parametrize("changes", [{"execution": "masked"}, {"execution": "kernel", "limited": True}])

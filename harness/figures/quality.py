@@ -215,7 +215,7 @@ def _chosen_by(lines: pd.DataFrame) -> pd.DataFrame:
 def _published_truncation(df: pd.DataFrame) -> Iterator[tuple[str, list[float], list[float]]]:
     """(name, share of neurons dropped, perplexity over the curve's own dense) of each published curve."""
     rows = df[(df["source"] == "published") & (df["metric"] == PERPLEXITY)]
-    rows = rows[rows["method"].str.split("+").str[-1].fillna("") == "top_k"]
+    rows = rows[rows["method"].str.split("+").str[-1].fillna("") == "topk"]
     for (paper, activation), curve in rows.groupby(["paper", "activation"]):
         curve = curve.sort_values("sparsity_requested")
         dense = curve[curve["sparsity_requested"] == 0]["value"]

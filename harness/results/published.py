@@ -1,8 +1,9 @@
 """Published figures beside measured ones: a difference and a verdict each, or the reason why they can't be compared.
 
 results/published.csv holds them in the schema of `harness.results.rows`. Its `message` starts with how a figure was
-come by: `read` (in a text) or `recalled` (from memory, to be checked); `n` is 1, a figure as printed; `table` says
-where.
+come by: `read` (in a text) or `recalled` (from memory, to be checked). What follows, behind semicolons, is for readers,
+but for `under: <condition>`, a condition that no measurement here has, and `not comparable: <reason>`, where nothing
+measured here is the same thing. `n` is 1, a figure as printed; `table` says where.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from harness.results.rows import COLUMNS
 
 PUBLISHED = RESULTS / "published.csv"
 
+CRITICAL = "critical_99_achieved"  # what is skipped at critical sparsity (harness.probes.search)
 # What two figures that are called the same may differ by, in the metric's own unit, beside the measured 95 % interval.
-TOLERANCE = {"acc": 0.01, "token_perplexity": 0.02, "time_ratio": 0.05, ACHIEVED: 0.02, "zeros": 0.02}
+TOLERANCE = {"acc": 0.01, "token_perplexity": 0.02, "time_ratio": 0.05, ACHIEVED: 0.02, "zeros": 0.02, CRITICAL: 0.02}
 DEFAULT_VARIANTS = {"teal": "allocation=uniform"}  # what a row without a variant stands for, where papers use another
 GROUP = ["paper", "table", "model", "metric", "task", "site", "layer", "device", "batch", "context"]
 CARRIED = ["paper", "table", "model", "method", "variant", "sparsity_requested", "metric", "task", "site", "layer"]
@@ -114,7 +116,9 @@ def _here(whole: pd.DataFrame) -> Here:
         cells.setdefault(line["method"], []).append(line | {"variant": line["variant"] or own})
     timed = whole[(whole["probe"] == "latency") & whole["device"].notna()]
     devices = {str(cell): tuple(names.unique()) for cell, names in timed.groupby("cell_id")["device"]}
-    counted = whole[(whole["probe"] == "sparsity") & whole["task"].isna() & whole["metric"].isin([ACHIEVED, "zeros"])]
+    counted = whole[(whole["probe"] == "sparsity") & whole["metric"].isin([ACHIEVED, "zeros"])]
+    counted = pd.concat([counted, whole[(whole["probe"] == "search") & (whole["metric"] == CRITICAL)]])
+    counted = counted[counted["task"].isna()]
     shares: dict[tuple[str, ...], dict[int | None, float]] = {}
     columns = ["cell_id", "metric", "site", "step_phase", "layer", "value"]
     for cell, metric, site, phase, layer, value in counted[columns].itertuples(index=False):
@@ -128,6 +132,8 @@ def _judge(row: Row, ours: Measured | str, others: list[tuple[Row, Measured | st
     blank |= {"verdict": NOT_COMPARABLE, "reason": None, "cell_id": None}
     if row["message"].startswith("recalled"):
         return blank | {"reason": "recalled figure: it has not been read in a text"}
+    if excluded := _said(row, "not comparable: "):
+        return blank | {"reason": "; ".join(excluded)}
     if isinstance(ours, str):
         return blank | {"reason": ours}
     blank |= {"measured": ours.value, "cell_id": ours.cell}
@@ -163,17 +169,27 @@ def counterpart(row: Row, here: Here) -> Measured | str:
             return f"{row['method']} was not measured at sparsity {row['sparsity_requested']:g}"
     elif row["method"] != "dense" and row["variant"] is None:
         return "the published row names no sparsity"
+    if row["scope"] is not None:
+        cells = [line for line in cells if line["scope"] == row["scope"]]
+        if not cells:
+            return f"the published sparsity is of scope={row['scope']}, and {row['method']} was measured at another"
     wanted = _variant(row)
     for line in sorted(cells, key=lambda line: (line["model"] != row["model"]) * 2 + (line["variant"] != wanted)):
         value = read(row, line, here)
         if value is None:
             continue
         differs = [f"another model ({line['model']})"] if line["model"] != row["model"] else []
+        differs += [f"published under another condition: {said}" for said in _said(row, "under: ")]
         if row["method"] != "dense" and line["variant"] != wanted:
             differs.append(f"another variant ({line['variant'] or 'defaults'} for {wanted or 'defaults'})")
         number, error, dense, more = value
         return Measured(number, error, dense, str(line["cell_id"]), str(line["model"]), (*differs, *more))
     return f"no {row['metric']} was measured for {row['method']} there (masked times and limited runs do not count)"
+
+
+def _said(row: Row, mark: str) -> list[str]:
+    """The parts of a row's message that begin with a mark, without it."""
+    return [part.removeprefix(mark) for part in str(row["message"]).split("; ") if part.startswith(mark)]
 
 
 def _variant(row: Row) -> str:
@@ -238,6 +254,7 @@ READERS: dict[str, Reader] = {
     "token_perplexity": _perplexity,
     "time_ratio": _speed,
     ACHIEVED: _share,
+    CRITICAL: _share,
     "zeros": _share,
 }
 
