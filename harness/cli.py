@@ -18,6 +18,7 @@ COMMANDS = {
     "archive": ("harness.report.archive", "a study in one folder, to be kept"),
     "show": ("harness.report.show", "one cell: its config, status and rows"),
     "diff": ("harness.report.diff", "two cells side by side: what differs in config and rows"),
+    "clean": ("harness.run.clean", "what nobody needs in a results folder; asks before it removes any of it"),
     "prefetch": ("harness.data.prefetch", "fetch and prepare all that the default run needs"),
     "texts": ("harness.data.text", "the texts that methods can learn from"),
 }

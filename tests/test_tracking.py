@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,9 +11,24 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
-from harness.report.tracking import NullTracker, headline_numbers, logged_in, track
+from harness.errors import UnsupportedError
+from harness.places import CONF
+from harness.report.tracking import (
+    AGENTS,
+    NullTracker,
+    follow,
+    headline_numbers,
+    logged_in,
+    tell_again,
+    track,
+    track_sweep,
+)
+from harness.results.collect import headline, read_rows
 from harness.results.rows import COLUMNS
+from harness.results.store import Store
+from harness.run import plan
 from tests import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,8 +80,85 @@ def test_the_offline_run_file_holds_config_headline_and_rows(tmp_path: Path, cap
 
 def test_a_failing_cell_closes_its_run_with_an_exit_code(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), track("c", CONFIG, root=tmp_path):
-        raise ZeroDivisionError
-    assert (read_back(tmp_path)["exit_code"], read_back(tmp_path)["state"]) == (1, "failed")
+        raise ZeroDivisionError("by\nnothing")
+    run = read_back(tmp_path)
+    assert (run["exit_code"], run["state"]) == (1, "failed")
+    assert (run["summary"]["status"], run["summary"]["message"]) == ("failed", "by nothing")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(MemoryError("no room"), "oom"), (UnsupportedError("no gate"), "unsupported")]
+)
+def test_a_cell_without_results_says_how_it_ended(tmp_path: Path, error: Exception, status: str) -> None:
+    with pytest.raises(type(error)), track("c", CONFIG, root=tmp_path):
+        raise error
+    assert read_back(tmp_path)["summary"]["status"] == status
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert status.encode() in file.read_bytes(), "a tag, which wandb's own reader does not print"
+
+
+def test_a_sweep_has_a_run_of_its_own_with_its_table_its_failures_and_its_figures(tmp_path: Path) -> None:
+    table = synthetic.table(methods=("teal", "cats"), sparsities=(0.3, 0.5))
+    names = list(table["cell_id"].unique())
+    outcomes = dict.fromkeys(names, ("done", "")) | {names[1]: ("failed", "no luck"), "gone": ("oom", "no room")}
+    track_sweep("sweep-1", table, outcomes, root=tmp_path, logger="wandb")
+    run = read_back(tmp_path)
+    assert (run["run_id"], run["exit_code"], run["state"]) == ("sweep-1", 1, "failed")
+    summary = run["summary"]
+    told = {key: summary[key] for key in ("cells_asked", "cells_done", "cells_failed", "cells_oom")}
+    assert told == {"cells_asked": len(outcomes), "cells_done": len(names) - 1, "cells_failed": 1, "cells_oom": 1}
+    assert summary["message"] == f"2 of {len(outcomes)} cells failed: {names[1]}, gone"
+    stored = {}
+    for name in ("cells", "comparison"):
+        (media,) = tmp_path.glob(f"wandb/offline-run-*/files/{summary[name]['path']}")
+        stored[name] = json.loads(media.read_text())
+    assert [names[1], "failed", "no luck"] in stored["cells"]["data"]
+    lines = headline(table)
+    comparison = pd.DataFrame(stored["comparison"]["data"], columns=stored["comparison"]["columns"])
+    assert comparison["cell_id"].tolist() == lines["cell_id"].tolist()
+    assert comparison["perplexity"].tolist() == pytest.approx(lines["perplexity"].tolist())
+    images = [path.read_bytes()[:8] for path in tmp_path.glob("wandb/offline-run-*/files/media/images/figures/*.png")]
+    assert len(images) >= 3 and set(images) == {b"\x89PNG\r\n\x1a\n"}
+
+
+def test_under_an_agent_the_cell_that_was_asked_for_is_the_agents_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    monkeypatch.setenv(AGENTS, "")  # so that it is put back
+    monkeypatch.delenv(AGENTS)
+    assert not follow(["teal_1", "teal_2"], "wandb") and not follow(["teal_1"], "none")
+    assert follow(["teal_1"], "wandb")
+    with track("dense_1", CONFIG, root=tmp_path) as tracker:
+        tracker.log(one_cell())
+    track_sweep("sweep-1", one_cell(), {"teal_1": ("done", "")}, root=tmp_path, logger="wandb")
+    assert not list(tmp_path.glob("wandb/*run-*"))
+    store = Store(tmp_path)
+    synthetic.fill(store, methods=("teal",), sparsities=(0.4,))
+    name = next(name for name in store.cells() if "teal" in name)
+    follow([name], "wandb")
+    tell_again(store.view(name), root=tmp_path, logger="wandb")  # it had finished before
+    run = read_back(tmp_path)
+    assert (run["run_id"], run["exit_code"]) == ("agents", 0)
+    assert run["summary"]["rows"]["nrows"] == len(read_rows(store)[0].query(f"cell_id == '{name}'"))
+
+
+def test_the_yaml_for_wandb_sweep_drives_run_py() -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    sweep = yaml.safe_load((CONF / "sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).is_file() and sweep["method"] in ("grid", "random", "bayes")
+    assert sweep["metric"]["name"] in headline_numbers(one_cell())
+    assert sweep["command"] == ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}"]
+    axes = {key: given.get("values", [given.get("value")]) for key, given in sweep["parameters"].items()}
+    found = set()
+    for values in itertools.product(*axes.values()):
+        drawn = {key: {"value": value} for key, value in zip(axes, values, strict=True)}
+        arguments = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
+        (cell,) = plan.read(arguments, multirun=False).cells
+        found.add(cell.id)
+    assert len(found) == len(sweep["parameters"]["method"]["values"]) * len(sweep["parameters"]["sparsity"]["values"])
 
 
 def test_rows_that_were_not_collected_have_a_headline_too() -> None:

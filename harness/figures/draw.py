@@ -75,15 +75,21 @@ def save(fig: Figure, path: Path | str) -> list[Path]:
     """Write `<path>.png` (200 dpi) and `<path>.svg`, each atomically. Equal figures give equal bytes."""
     stem = Path(path)
     written = []
-    with place_errors(stem.parent), mpl.rc_context(fname=STYLE):
+    with place_errors(stem.parent):
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, metadata=metadata)
-            fig.set_layout_engine("none")  # it stays as it was laid out: that takes longer than to draw it
+        for kind in ("png", "svg"):
             written.append(stem.with_name(f"{stem.name}.{kind}"))
-            write_atomic(written[-1], buffer.getvalue())
+            write_atomic(written[-1], encoded(fig, kind))
     return written
+
+
+def encoded(fig: Figure, kind: str) -> bytes:
+    """The figure as a file of this kind (png at 200 dpi, or svg), without when and by what it was made."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(fname=STYLE):
+        fig.savefig(buffer, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None})
+    fig.set_layout_engine("none")  # it stays as it was laid out: that takes longer than to draw it
+    return buffer.getvalue()
 
 
 def load(results: Path | str) -> tuple[pd.DataFrame, Path]:

@@ -142,7 +142,7 @@ class Cell(CellView):
     def fail(self, error: BaseException) -> None:
         """Record why the cell ended: status failed, oom or unsupported, the traceback, and one row."""
         self.failed = True
-        status = _kind(error)
+        status = status_of(error)
         message = " ".join(str(error).split()) or type(error).__name__
         self._lock.check()
         with place_errors(self.path):
@@ -182,7 +182,8 @@ class Cell(CellView):
         write_atomic(self.path / "status.json", json_bytes(self.status | changes))
 
 
-def _kind(error: BaseException) -> str:
+def status_of(error: BaseException) -> str:
+    """How a cell has ended that this error ended: failed, oom or unsupported."""
     if isinstance(error, UnsupportedError):
         return "unsupported"
     # By name: torch.cuda.OutOfMemoryError is torch.OutOfMemoryError. The CPU's allocator, CUDA itself and its libraries

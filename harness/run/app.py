@@ -58,6 +58,7 @@ def run(overrides: list[str], multirun: bool) -> int:
         return 0
 
     from harness.report.terminal import print_plan
+    from harness.report.tracking import follow, tell_again
     from harness.run.estimate import seconds
     from harness.run.execute import rules
     from harness.run.session import check_tokens
@@ -72,8 +73,11 @@ def run(overrides: list[str], multirun: bool) -> int:
     print_plan(states, stderr(), seconds(todo, store))
     if settings["plan"] or settings["dry"]:
         return 0
-    execute(command, cells, store)
-    return report(store, list(cells))
+    logger = followed(settings, cells)
+    if follow([cell.id for cell in asked], logger["name"]) and states[asked[0].id] == "skip" and not todo:
+        tell_again(store.view(asked[0].id), root=store.root, logger=logger["name"])
+    execute(command, cells, store, logger)
+    return report(store, list(cells), logger if todo else None)
 
 
 def not_archived(cells: list[CellConfig], study: str | None) -> list[CellConfig]:
@@ -88,14 +92,19 @@ def not_archived(cells: list[CellConfig], study: str | None) -> list[CellConfig]
     return missing
 
 
-def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store) -> None:
-    """Run the cells: in this process, in several, or through one of Hydra's launchers."""
+def followed(settings: dict[str, Any], cells: dict[str, CellConfig]) -> dict[str, Any]:
+    """The logger's settings, with a name for the group of these cells where the user gave none."""
     from harness.results.identity import content_key
+
+    group = settings["logger"]["group"] or (f"sweep-{content_key(sorted(cells))[:8]}" if len(cells) > 1 else None)
+    return settings["logger"] | {"group": group}
+
+
+def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store, logger: dict[str, Any]) -> None:
+    """Run the cells: in this process, in several, or through one of Hydra's launchers."""
     from harness.run.execute import rules, run_all
 
-    settings = command.settings
-    group = settings["logger"]["group"] or (f"sweep-{content_key(sorted(cells))[:8]}" if len(cells) > 1 else None)
-    logger = settings["logger"] | {"group": group}
+    settings, group = command.settings, logger["group"]
     if command.launcher:
         for overrides, many in command.sweeps:
             sys.argv = [sys.argv[0], *(["-m"] if many else []), *overrides, f"logger.group={group or 'null'}"]
@@ -108,16 +117,23 @@ def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store) -
         run_all(cells.values(), store, logger, stderr(), rules(settings))
 
 
-def report(store: Store, names: list[str]) -> int:
-    """Print the table of these cells, how each ended, and where the rows are. Returns the exit code."""
+def report(store: Store, names: list[str], logger: dict[str, Any] | None) -> int:
+    """Print the table of these cells, how each ended, and where the rows are. Returns the exit code.
+
+    logger: who else is told; None where nothing is new.
+    """
     from harness.report.terminal import print_summary, print_table
+    from harness.report.tracking import track_sweep
     from harness.results.collect import collect
     from harness.run.execute import outcome
 
     collected = collect(store.root)
-    print_table(collected[collected["cell_id"].isin(names)], stdout())
+    rows = collected[collected["cell_id"].isin(names)]
+    print_table(rows, stdout())
     outcomes = {name: outcome(store.view(name)) for name in names}
     print_summary(outcomes, stderr())
+    if logger is not None and len(names) > 1:
+        track_sweep(logger["group"], rows, outcomes, root=store.root, logger=logger["name"])
     root = store.root
     say(stderr(), f"rows: {root / 'table.csv'} and {root / 'table.parquet'}; cells: {root / 'cells'}")
     return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
@@ -37,6 +38,22 @@ def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         except TypeError as error:
             raise ConfigError(f"method {name}: {error}") from error
     return settled(methods)
+
+
+def own_target(target: str) -> type[Method] | None:
+    """The class that a stored config's `_target_` names, if it is one of this project's methods; else None.
+
+    Whoever reads a folder of somebody else's imports nothing else for it.
+    """
+    module, _, cls = target.rpartition(".")
+    if not re.fullmatch(r"methods\.\w+", module):
+        return None
+    try:
+        found: Any = getattr(importlib.import_module(module), cls, None)
+    except ImportError:
+        return None
+    known = isinstance(found, type) and is_dataclass(found) and hasattr(found, "version")
+    return found if known else None
 
 
 def settled(methods: Sequence[Method]) -> list[Method]:
