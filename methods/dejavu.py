@@ -86,6 +86,11 @@ class DejaVu(Scored):
         return self.predictor in ("serial", "lookahead")
 
     @property
+    def trains(self) -> bool:
+        """Its predictors."""
+        return self.learns
+
+    @property
     def oracle(self) -> bool:
         """The labels' own scores are known only after the work is done."""
         return self.predictor == "oracle"

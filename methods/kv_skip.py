@@ -82,6 +82,11 @@ class KvSkip(Method):
         return {"heads": OUTPUT if self.select_by == "norm" else INPUT}
 
     @property
+    def trains(self) -> bool:
+        """A predictor, if there is one."""
+        return self.predictor is not None
+
+    @property
     def predictor(self) -> DejaVu | None:
         """The predictor of heads, or None."""
         if self.select_by not in ("serial", "lookahead"):

@@ -55,6 +55,11 @@ class Lte(Method):
         return False
 
     @property
+    def trained_tokens(self) -> int:
+        """What the checkpoint's record says."""
+        return int(self._read().record.get("run", {}).get("tokens", 0))
+
+    @property
     def names_neurons(self) -> bool:
         """Routers were trained for them."""
         return True

@@ -61,6 +61,11 @@ class MoEfication(Method):
                 )
 
     @property
+    def trains(self) -> bool:
+        """The mlp router."""
+        return self.router == "mlp"
+
+    @property
     def oracle(self) -> bool:
         """True sums of activation are known only after the work is done."""
         return self.router == "oracle"

@@ -50,6 +50,11 @@ class Spon(Method):
         if self.learning_rate <= 0:
             raise ConfigError(f"method.spon.learning_rate must be above 0, not {self.learning_rate}")
 
+    @property
+    def trains(self) -> bool:
+        """The start is a mean, the rest is gradients."""
+        return self.epochs > 0
+
     def fit(self, view: View, calibration: Calibration) -> State:
         """By projection float32 [layers, outputs]; and `kl` [steps], the loss before each step, in nats a token."""
         constants = dropped_means(view, calibration)

@@ -136,6 +136,13 @@ class Windows:
             )
         return Windows(self.tokens[:count], None if self.bytes is None else self.bytes[:count], self.available)
 
+    def drawn(self, seed: int) -> Windows:
+        """All of them in an order drawn by this seed."""
+        import torch
+
+        order = torch.randperm(self.available, generator=torch.Generator().manual_seed(seed))
+        return Windows(self.tokens[order], None if self.bytes is None else self.bytes[order], self.available)
+
 
 def text_windows(tokenizer: Any, text: str, length: int, what: str = "perplexity") -> Windows:
     """All whole windows of a text, with the bytes that their tokens stand for."""

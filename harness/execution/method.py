@@ -72,6 +72,16 @@ class Method:
         return False
 
     @property
+    def trains(self) -> bool:
+        """Whether its fit trains something by gradients, for however short a time: its rows then need training."""
+        return False
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that it was trained on before it came here: of methods that need training."""
+        return 0
+
+    @property
     def makes_experts(self) -> bool:
         """Whether it makes experts, whose use can be counted."""
         return type(self).usage is not Method.usage

@@ -20,20 +20,28 @@ class Calibration:
     """Calibration text and the activations of one (patched) model on it.
 
     batches: int64 token windows [batch, length], no padding. passes: forward passes over the text made so far.
+    used: whether anybody has looked at the text since this was last set to False.
     scratch: where a long fit keeps its finished layers.
     """
 
     def __init__(self, view: View, batches: Iterable[Tensor]) -> None:
         self.view = view
-        self.batches = [batch.to(view.device) for batch in batches]
+        self._batches = [batch.to(view.device) for batch in batches]
         self.passes = 0
+        self.used = False
         self.scratch = Scratch()
         self._kept: dict[str, list[Tensor]] = {}
 
     @property
+    def batches(self) -> list[Tensor]:
+        """The text itself."""
+        self.used = True
+        return self._batches
+
+    @property
     def tokens(self) -> int:
         """Number of calibration tokens."""
-        return sum(batch.numel() for batch in self.batches)
+        return sum(batch.numel() for batch in self._batches)
 
     def visit(self, see: Mapping[str, Callable[[int, Tensor], None]]) -> None:
         """One pass over the text; `see[point](layer, x)` gets x [batch, length, n] of every layer and batch.
@@ -69,6 +77,7 @@ class Calibration:
 
     def activations(self, *points: str) -> dict[str, list[Tensor]]:
         """Point -> for every layer the activations [tokens, n], kept in memory, collected once."""
+        self.used = True
         missing = [p for p in points if p not in self._kept]
         if missing:
             found: dict[str, list[list[Tensor]]] = {p: [[] for _ in self.view.blocks] for p in missing}

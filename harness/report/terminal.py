@@ -126,6 +126,7 @@ def _joined(lines: pd.DataFrame, layout: str) -> Table:
             columns.append((key, form))
 
     listing.add_column("method", overflow="fold")  # a variant may be long
+    column("needs", "needs", "needs", justify="left")
     column("sparsity\nrequested", "sparsity_requested", ".2f")
     column("achieved\nMLP", "achieved_mlp", ".3f")
     column("achieved\nmodel", "achieved_model", ".3f")
@@ -142,7 +143,8 @@ def _joined(lines: pd.DataFrame, layout: str) -> Table:
     column("dense\nbeside", "dense:tpot_ms", ".1f")
     column("speed-up", "speedup", ".2fx")
     for _, line in lines.iterrows():
-        cells = [_time(line) if form == "time" else _score(line, key, form) for key, form in columns]
+        special = {"time": _time, "needs": _needs}
+        cells = [special[form](line) if form in special else _score(line, key, form) for key, form in columns]
         listing.add_row(styled(_method(line)), *cells, style="bold" if line["method"] == "dense" else None)
     return listing
 
@@ -188,6 +190,15 @@ def _time(line: pd.Series) -> Text:
     if line.get("execution") == "masked":
         return Text(f"{line['tpot_ms']:.1f} masked", style="dim yellow")
     return Text(f"{line['tpot_ms']:.1f}")
+
+
+def _needs(line: pd.Series) -> Text:
+    """What the methods had to be given: "nothing", "calibration 16k", "training 71M"."""
+    tokens = line.get("needs_tokens", pd.NA)
+    if pd.isna(line["needs"]) or pd.isna(tokens):
+        return styled("" if pd.isna(line["needs"]) else str(line["needs"]))
+    size, unit = next((s, u) for s, u in ((10**9, "G"), (10**6, "M"), (1000, "k"), (1, "")) if tokens >= s)
+    return styled(f"{line['needs']} {tokens / size:.0f}{unit}")
 
 
 def _tasks(lines: pd.DataFrame) -> list[str]:

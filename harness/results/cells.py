@@ -28,7 +28,7 @@ from harness.files import json_bytes, now, place_errors, read_json, sync, write_
 from harness.results.environment import environment
 from harness.results.fits import owned
 from harness.results.lock import Lock
-from harness.results.rows import COLUMNS, make_row, to_frame, with_engine
+from harness.results.rows import COLUMNS, make_row, to_frame, up_to_date
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 STATUS_PROBE = "status"  # holds the one row that a failed, out-of-memory or unsupported cell leaves
@@ -72,7 +72,7 @@ class CellView:
     def read(self, probe: str) -> pd.DataFrame:
         """Rows of a committed probe, typed as `harness.results.rows.COLUMNS`; `SchemaError` if they have drifted."""
         path = self._file(probe, "rows.parquet")
-        frame = with_engine(pd.read_parquet(path))
+        frame = up_to_date(pd.read_parquet(path))
         if list(frame.columns) != list(COLUMNS):
             differing = sorted(set(frame.columns) ^ set(COLUMNS)) or ["the order of the columns"]
             raise SchemaError(

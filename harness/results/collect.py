@@ -13,7 +13,7 @@ from harness.errors import ConfigError
 from harness.files import place_errors, write_atomic
 from harness.results.cells import STATUS_PROBE, SchemaError
 from harness.results.identity import content_key, measured
-from harness.results.rows import COLUMNS, to_frame, with_engine
+from harness.results.rows import COLUMNS, to_frame, up_to_date
 from harness.results.store import Store
 
 # Config keys in which a cell and its dense counterpart may differ; all the others must be equal.
@@ -75,6 +75,9 @@ CELL = [
     "scope",
     "phase",
     "dense_prefix",
+    "needs",
+    "needs_tokens",
+    "calibration",
     "seed",
     "limited",
 ]
@@ -111,7 +114,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"there is no table {path}: run a cell first")
-    frame = with_engine(pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False))
+    frame = up_to_date(pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False))
     types = {str(name): str(kind) for name, kind in _empty().dtypes.items()}
     if list(frame.columns) != list(types):
         differing = sorted(set(frame.columns) ^ set(types)) or ["the order of the columns"]

@@ -18,17 +18,26 @@ from torch import Tensor
 from harness.files import place_errors, write_atomic
 
 
+class Learnt(dict[str, Tensor]):
+    """What a method has learnt. tokens: of the text that it learnt from; 0 where its weights or options were enough."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], tokens: int = 0) -> None:
+        super().__init__(tensors)
+        self.tokens = tokens
+
+
 class Fits:
     """The fits in `folder`. Nothing is written before the first is made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def get(self, key: str, make: Callable[[], Mapping[str, Tensor]], tokens: Callable[[], int] = int) -> Learnt:
         """Return the fit stored under `key`, made with `make` if it isn't there or is damaged.
 
-        `key`: from `content_key`. Tensors come back on the CPU. A second process asking for the same key
-        waits for the first. Scalars must be 0-d tensors; an empty dict is a fit too.
+        `key`: from `content_key`. `tokens`: asked after `make`, how much text that looked at. Tensors come back on the
+        CPU. A second process asking for the same key waits for the first. Scalars must be 0-d tensors; an empty dict
+        is a fit too.
         """
         path = self.folder / f"{key}.safetensors"
         with place_errors(path):
@@ -39,9 +48,9 @@ class Fits:
             stored = _load(path)
             if stored is not None:
                 return stored
-            state = owned(make())
+            state = Learnt(owned(make()), tokens())
             with place_errors(path):
-                write_atomic(path, save(state, metadata={"digest": _digest(state)}))
+                write_atomic(path, save(dict(state), metadata={"digest": _digest(state), "tokens": str(state.tokens)}))
                 with open(self.folder / "made.log", "a") as log:
                     log.write(f"{key}\n")
             return state
@@ -62,15 +71,15 @@ def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """The stored tensors; None if the file is missing, cut short or altered."""
+def _load(path: Path) -> Learnt | None:
+    """The stored tensors; None if the file is missing, cut short, altered or from before it said what it took."""
     try:
         with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get("digest")
+            told = file.metadata() or {}
         state = load_file(path)
     except (FileNotFoundError, SafetensorError):
         return None
-    return state if _digest(state) == digest else None
+    return Learnt(state, int(told["tokens"])) if "tokens" in told and _digest(state) == told.get("digest") else None
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

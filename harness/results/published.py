@@ -19,7 +19,7 @@ import pandas as pd
 from harness.errors import ConfigError
 from harness.places import RESULTS
 from harness.results.collect import ACHIEVED, headline
-from harness.results.rows import COLUMNS
+from harness.results.rows import COLUMNS, up_to_date
 
 PUBLISHED = RESULTS / "published.csv"
 
@@ -58,6 +58,7 @@ class Measured:
     cell: str
     model: str
     differs: tuple[str, ...]  # conditions that are not the published ones
+    needs: tuple[str | None, int | None]  # what the measured methods had to be given, and tokens of it
 
 
 def load(path: Path | str = PUBLISHED) -> pd.DataFrame:
@@ -65,7 +66,7 @@ def load(path: Path | str = PUBLISHED) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"there are no published figures at {path}")
-    frame = pd.read_csv(path)
+    frame = up_to_date(pd.read_csv(path))
     if list(frame.columns) != list(COLUMNS):
         raise ConfigError(f"{path} does not have the columns of harness.results.rows")
     frame = frame.astype(COLUMNS)
@@ -82,7 +83,7 @@ def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     conditions), ratio (to the dense model of the same table, for the same model under another protocol) or order (how
     it stands to the other rows of its table, for another model); `difference` (measured minus published) and `ratio`
     (measured over published), of the values or, where the basis is ratio, of the ratios; `verdict` and `reason`;
-    `cell_id`, the measured cell.
+    `cell_id`, the measured cell, and its `needs` and `needs_tokens`.
 
     `within`: nearer than `TOLERANCE` or the measured 95 % interval, or every order is the same. Limited runs and masked
     times are never compared, nor figures that were recalled.
@@ -129,14 +130,14 @@ def _here(whole: pd.DataFrame) -> Here:
 
 def _judge(row: Row, ours: Measured | str, others: list[tuple[Row, Measured | str]]) -> dict[str, object]:
     blank = {"published": row["value"], "measured": None, "basis": None, "difference": None, "ratio": None}
-    blank |= {"verdict": NOT_COMPARABLE, "reason": None, "cell_id": None}
+    blank |= {"verdict": NOT_COMPARABLE, "reason": None, "cell_id": None, "needs": None, "needs_tokens": None}
     if row["message"].startswith("recalled"):
         return blank | {"reason": "recalled figure: it has not been read in a text"}
     if excluded := _said(row, "not comparable: "):
         return blank | {"reason": "; ".join(excluded)}
     if isinstance(ours, str):
         return blank | {"reason": ours}
-    blank |= {"measured": ours.value, "cell_id": ours.cell}
+    blank |= {"measured": ours.value, "cell_id": ours.cell, "needs": ours.needs[0], "needs_tokens": ours.needs[1]}
     conditions = "; ".join(ours.differs)
     if ours.model == row["model"] and not ours.differs:
         close, difference = _near(row, ours.value, float(row["value"]), ours.error)
@@ -183,7 +184,8 @@ def counterpart(row: Row, here: Here) -> Measured | str:
         if row["method"] != "dense" and line["variant"] != wanted:
             differs.append(f"another variant ({line['variant'] or 'defaults'} for {wanted or 'defaults'})")
         number, error, dense, more = value
-        return Measured(number, error, dense, str(line["cell_id"]), str(line["model"]), (*differs, *more))
+        facts = str(line["cell_id"]), str(line["model"]), (*differs, *more)
+        return Measured(number, error, dense, *facts, (line["needs"], line["needs_tokens"]))
     return f"no {row['metric']} was measured for {row['method']} there (masked times and limited runs do not count)"
 
 

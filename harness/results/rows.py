@@ -22,6 +22,9 @@ COLUMNS: dict[str, str] = {
     "scope": "string",  # native (the method's own sites) | model (share of all block weight bytes)
     "phase": "string",  # which tokens are sparse: all | decode
     "dense_prefix": "Int64",  # tokens at the start of a prompt that stay dense
+    "needs": "string",  # what the cell's methods had to be given: nothing | calibration | training
+    "needs_tokens": "Int64",  # tokens of text that they learnt from (calibration) or were trained on
+    "calibration": "string",  # the text that they learnt from, by name and hash of its tokens: "coqa 0123456789ab"
     "probe": "string",  # quality | sparsity | latency | predictivity
     "layer": "Int64",  # missing = summed over layers
     "site": "string",  # a site, a projection, or the totals "mlp" and "model"
@@ -47,6 +50,8 @@ COLUMNS: dict[str, str] = {
     "status": "string",  # ok | failed | unsupported | oom
     "message": "string",
 }
+
+LATER = ("needs", "needs_tokens", "calibration")  # columns that stored tables may be older than
 
 REQUIRED = ("metric", "unit", "n", "source", "status")
 
@@ -88,6 +93,18 @@ def with_engine(frame: pd.DataFrame) -> pd.DataFrame:
     engine = engine.where(timed)
     frame = frame.copy()
     frame.insert(frame.columns.get_loc("execution") + 1, "engine", engine)
+    return frame
+
+
+def up_to_date(frame: pd.DataFrame) -> pd.DataFrame:
+    """A stored table with every column of today: `engine` as it was, those of `LATER` missing where it can't say."""
+    frame = with_engine(frame)
+    order = list(COLUMNS)
+    for name in LATER:
+        before = order[order.index(name) - 1]
+        if name not in frame.columns and before in frame.columns:
+            frame = frame.copy()
+            frame.insert(frame.columns.get_loc(before) + 1, name, pd.Series(pd.NA, frame.index, dtype=COLUMNS[name]))
     return frame
 
 

@@ -59,7 +59,8 @@ def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
         cfg["processor"] = machine.processor(device, index, probing.timed(cfg["probe"]))
     cfg["model"] = _model(cfg["model"])
     if cfg["calibration"] is not None:
-        cfg["calibration"] = _with_hash(cfg["calibration"])
+        drawn = cfg["calibration"].get("seed") is not None
+        cfg["calibration"] = _with_hash({k: v for k, v in cfg["calibration"].items() if drawn or k != "seed"})
     cfg["probe"] = probing.canonical(cfg["probe"]) | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
     return cfg
 

@@ -125,6 +125,7 @@ class Run:
         torch.manual_seed(config["seed"])
         self.policy = Policy(config["phase"], config["dense_prefix"])
         self.fitted: Fitted = session.fitted(self.loaded, methods, config, store)
+        cell.describe(**session.needed(self.loaded, self.fitted, config))
 
     def windows(self, count: int) -> Windows:
         """Held-out text."""

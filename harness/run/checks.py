@@ -45,6 +45,8 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     calibration = cfg["calibration"]
     file_or_none(calibration["path"], "calibration.path")
     whole(calibration["tokens"], "calibration.tokens")
+    if calibration["seed"] is not None:
+        whole(calibration["seed"], "calibration.seed", at_least=0)
     whole(calibration["window"], "calibration.window", at_least=2)
     if calibration["window"] > calibration["tokens"]:
         raise ConfigError("calibration.window is longer than calibration.tokens")

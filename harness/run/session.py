@@ -21,6 +21,7 @@ from harness.execution.method import Method, State
 from harness.execution.nest import behaviour, fit_nest
 from harness.fitting.calibration import Calibration
 from harness.fitting.scratch import Scratch
+from harness.results.fits import Learnt
 from harness.results.identity import content_key
 from harness.results.store import Store
 from harness.run import probing
@@ -96,7 +97,10 @@ def _evaluation_windows(tokenizer: Any, perplexity: dict[str, Any], count: int) 
 
 def _calibration_windows(tokenizer: Any, calibration: dict[str, Any]) -> Tensor:
     windows = _windows(tokenizer, calibration["path"], calibration["text"], calibration["window"])
-    return windows.first(calibration["tokens"] // calibration["window"], "calibration").tokens
+    count = calibration["tokens"] // calibration["window"]
+    if calibration.get("seed") is not None:
+        windows = windows.drawn(calibration["seed"])
+    return windows.first(count, "calibration").tokens
 
 
 @lru_cache(maxsize=64)
@@ -149,8 +153,14 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
     def learn(method: Method, outer: Sequence[Method]) -> State:
         calibration, text_facts = _calibration(loaded, config, behaviour(outer))
         key = content_key(text_facts | {"fit": method.fit_key()})
-        calibration.scratch = Scratch(store.root / "fits" / f"{key}.layers")
-        state = store.fits.get(key, lambda: method.fit(view, calibration))
+        folder = store.root / "fits" / f"{key}.layers"
+        calibration.scratch = Scratch(folder)
+        calibration.used = folder.exists()  # a fit that goes on where another stopped has layers that saw the text
+
+        def tokens() -> int:
+            return calibration.tokens if calibration.used else 0
+
+        state = store.fits.get(key, lambda: method.fit(view, calibration), tokens)
         calibration.scratch.clear()
         if view.device.type == "cuda":  # there a pass is quick, and gigabytes are what other processes lack
             calibration.forget()
@@ -163,6 +173,29 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
     return fit_nest(view, repairs, learn, done) if repairs else done
 
 
+def needed(loaded: Loaded, fitted: Fitted, config: CellConfig) -> dict[str, Any]:
+    """The row columns that say what these methods had to be given: the most that any of them needs, and the text."""
+    found: dict[str, int] = {"nothing": 0}
+    for method, state in fitted:
+        learnt = state.tokens if isinstance(state, Learnt) else 0
+        if method.needs == "training" or (method.trains and learnt):
+            found["training"] = max(found.get("training", 0), learnt or method.trained_tokens)
+        elif learnt:
+            found["calibration"] = max(found.get("calibration", 0), learnt)
+    most = next(kind for kind in ("training", "calibration", "nothing") if kind in found)
+    columns: dict[str, Any] = {"needs": most, "needs_tokens": found[most] or None}
+    if any(isinstance(state, Learnt) and state.tokens for _, state in fitted):
+        settings = config["calibration"]
+        digest = text_digest(calibration_windows(loaded, settings))
+        columns["calibration"] = f"{'own' if settings['path'] else settings['text']} {digest[:12]}"
+    return columns
+
+
+def text_digest(windows: Tensor) -> str:
+    """sha256 (hex) of token windows."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
 def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[Calibration, dict[str, Any]]:
     """Calibration text as it passes through the model with the methods outside, and what identifies that."""
     view = loaded.view
@@ -171,7 +204,7 @@ def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[
         "model": view.fingerprint,
         "dtype": str(view.dtype),
         "processor": config["processor"] if config["device"] == "cuda" else "cpu",
-        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "tokens": text_digest(windows),
         "outer": list(outer),
     }
     nest = content_key(facts)
