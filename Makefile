@@ -77,6 +77,7 @@ bench: setup assets
 bench-gpu: setup
 	$(BIN)/python -m bench.gpu_kernels --out results/bench/gpu_kernels.json
 	$(BIN)/python -m bench.gpu_decode --out results/bench/gpu_decode.json
+	$(BIN)/python -m bench.gpu_attention --out results/bench/gpu_attention.json
 
 setup: $(VENV)/.installed
 

@@ -22,6 +22,7 @@ from kernels.ops import (
     neuron_mlp,
     read_bandwidth,
     row_gemv_index,
+    skip_softmax,
 )
 from kernels.ran import calls_by_torch
 
@@ -42,4 +43,5 @@ __all__ = [
     "neuron_mlp",
     "read_bandwidth",
     "row_gemv_index",
+    "skip_softmax",
 ]

@@ -107,6 +107,7 @@ row_gemv_index = _operator(reference.row_gemv_index, "w", 0)
 neuron_mlp = _operator(reference.neuron_mlp, "wt_down", 1)
 cats_mlp = _operator(reference.cats_mlp, "wt_down", 1)
 decode_attention = _operator(reference.decode_attention, "q", 3)
+skip_softmax = _operator(reference.skip_softmax, "q", 3)
 
 
 def fast_path(x: Tensor, *weights: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ a dropped channel's weights hold is not defined here (the kernels never read the
 dropped.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -127,7 +128,8 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token over the first `length` (0-d integer) entries of a cache. Returns [B, H, 1, D].
 
-    q: [B, H, 1, D]; k, v: [B, G, S, D], G divides H; keep: bool [B, G, S] or [B, H, S] (None keeps all).
+    q: [B, H, 1, D]; k, v: [B, G, S, D], G divides H; keep: bool [B, G, S] or [B, H, S], or one for all entries, with
+    1 in the place of S (None keeps all).
     dropped="exclude": a dropped entry leaves the softmax. dropped="zeros": its key and value are 0, so it
     still takes softmax mass. A head with nothing in its softmax gives 0. scale defaults to 1 / sqrt(D).
     """
@@ -140,12 +142,34 @@ def decode_attention(
     logits = (q.to(wide) @ k.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)
     if keep is not None:
         keep = keep[:, :, :n] if keep.shape[1] == H else keep[:, :, :n].repeat_interleave(H // G, dim=1)
+        keep = keep.expand(-1, -1, n)
         logits = logits.masked_fill(~keep[:, :, None], 0.0 if dropped == "zeros" else -torch.inf)
         v = v.masked_fill(~keep[..., None], 0.0)
     p = logits.softmax(-1)
     if keep is not None and dropped == "exclude":
         p = p.masked_fill(~keep.any(-1)[:, :, None, None], 0.0)
     return (p @ v).to(q.dtype)
+
+
+def skip_softmax(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, log_scale: float, block: int = 64, scale: float | None = None
+) -> Tensor:
+    """Decode attention without the blocks of entries that weigh next to nothing (BLASST, arXiv 2512.12087).
+
+    Shapes as in `decode_attention`. A block of `block` entries leaves the softmax where, for every query head of its KV
+    head, its largest logit lies below the largest so far (in the order of the cache, its own included) by more than
+    -ln(lambda), lambda = exp(log_scale) / length, at most 1.
+    """
+    B, H, _, D = q.shape
+    G, n = k.shape[1], int(length)
+    wide = _wide(q)
+    k, v = (c[:, :, :n].to(wide).repeat_interleave(H // G, dim=1) for c in (k, v))
+    logits = (q.to(wide) @ k.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)
+    peaks = F.pad(logits, (0, -n % block), value=-torch.inf).unflatten(-1, (-1, block)).amax(-1)  # [B, H, 1, blocks]
+    needed = peaks - peaks.cummax(-1).values >= min(0.0, log_scale - math.log(n))
+    needed = needed.unflatten(1, (G, -1)).any(2).repeat_interleave(H // G, dim=1)
+    logits = logits.masked_fill(~needed.repeat_interleave(block, -1)[..., :n], -torch.inf)
+    return (logits.softmax(-1) @ v).to(q.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

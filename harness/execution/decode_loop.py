@@ -23,8 +23,9 @@ class DecodeLoop:
         self.length = cache.layers[0].cumulative_length
         self.capacity = cache.layers[0].max_cache_len
         self.filled = int(self.length)
-        # Fused blocks leave counting to this loop; the module's own, which run above batch 1, count for themselves.
-        self.shared = token.numel() == 1 and all(getattr(block.layer.forward, "fused", False) for block in view.blocks)
+        # Fused blocks leave counting to this loop, for as many sequences as they take; the module's own count for
+        # themselves.
+        self.shared = all(token.numel() <= getattr(block.layer.forward, "fused", 0) for block in view.blocks)
         if self.shared:
             for layer in cache.layers:
                 layer.cumulative_length, layer.counts_elsewhere = self.length, True

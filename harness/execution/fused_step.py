@@ -76,20 +76,26 @@ def decode_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def merged_weights(block: Block, transposed: bool) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+def merged_weights(
+    block: Block, transposed: bool, more: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
     """The block's weights by group of MERGED: (weight, bias), [K, sum of N] transposed or [sum of N, K] as they are.
 
-    While the context lasts the modules' own weights are views of these.
+    While the context lasts the modules' own weights are views of these. more: rows [n, K] and biases [n] of what else
+    reads a group's input, put after the modules'.
     """
     groups: dict[str, tuple[Tensor, Tensor | None]] = {}
     saved: list[nn.Linear] = []
     for name, members in MERGED.items():
         modules = [m for m in (getattr(block, member) for member in members) if m is not None]
-        weight = torch.cat([m.weight.data.t() if transposed else m.weight.data for m in modules], dim=int(transposed))
-        weight = weight.contiguous()
-        bias = None
-        if modules[0].bias is not None:
-            bias = torch.cat([m.bias.data for m in modules])
+        parts = [m.weight.data for m in modules]
+        biases = None if modules[0].bias is None else [m.bias.data for m in modules]
+        if more and name in more:
+            rows, added = more[name]
+            biases = [*(biases or [added.new_zeros(m.out_features) for m in modules]), added]
+            parts.append(rows)
+        weight = torch.cat([part.t() if transposed else part for part in parts], dim=int(transposed)).contiguous()
+        bias = None if biases is None else torch.cat(biases)
         at = 0
         for m in modules:
             end = at + m.out_features
@@ -302,7 +308,7 @@ def _block_forward(layer: nn.Module, fused: FusedBlock, linear: Linear) -> Calla
         advance(own_cache)
         return hidden_states
 
-    forward.fused = True  # type: ignore[attr-defined]
+    forward.fused = 1  # type: ignore[attr-defined]
     return forward
 
 

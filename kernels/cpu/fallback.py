@@ -85,6 +85,7 @@ def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor
 
 
 decode_attention = reference.decode_attention
+skip_softmax = reference.skip_softmax
 
 
 def _one_row(x: Tensor) -> bool:

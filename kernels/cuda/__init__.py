@@ -23,6 +23,7 @@ _HOMES = {
     "neuron_mlp": "rows",
     "cats_mlp": "rows",
     "decode_attention": "attention",
+    "skip_softmax": "blocks",
     "read_bandwidth": "bandwidth",
     "fast_path": "column",
     "batch_path": "column",

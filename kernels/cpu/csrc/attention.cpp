@@ -23,8 +23,9 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   int64_t L = length.item<int64_t>();
   TORCH_CHECK_INDEX(L >= 0 && L <= S, "decode_attention: length ", L, " is outside the cache of ", S);
   TORCH_CHECK(!keep || (keep->scalar_type() == at::kBool && keep->dim() == 3 && keep->size(0) == B &&
-                        (keep->size(1) == G || keep->size(1) == H) && keep->size(2) == S),
-              "decode_attention: keep must be bool [B, G, S] or [B, H, S]");
+                        (keep->size(1) == G || keep->size(1) == H) &&
+                        (keep->size(2) == S || keep->size(2) == 1)),
+              "decode_attention: keep must be bool [B, G, S] or [B, H, S], or have 1 in the place of S");
   auto rows = [](const Tensor& c) { return c.stride(3) == 1 && c.stride(2) == c.size(3); };
   if ((q.scalar_type() != at::kFloat && q.scalar_type() != at::kBFloat16) || !rows(k) || !rows(v)) {
     static auto op = slow<decltype(decode_attention)>("dynact::_torch_decode_attention");
@@ -42,15 +43,19 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
       int64_t g = h / (H / G), m = L;
       const int32_t* idx = nullptr;
       if (keep) {
-        int64_t rows = kc.size(1);
-        const bool* p = kc.const_data_ptr<bool>() + (b * rows + (rows == H ? h : g)) * S;
-        int32_t* list = room(s.idx, L + 1);
-        m = 0;
-        for (int64_t i = 0; i < L; ++i) {
-          list[m] = static_cast<int32_t>(i);
-          m += p[i];
+        int64_t rows = kc.size(1), width = kc.size(2);
+        const bool* p = kc.const_data_ptr<bool>() + (b * rows + (rows == H ? h : g)) * width;
+        if (width < S) {  // one for all entries: nothing of a dropped head is read
+          m = *p ? L : 0;
+        } else {
+          int32_t* list = room(s.idx, L + 1);
+          m = 0;
+          for (int64_t i = 0; i < L; ++i) {
+            list[m] = static_cast<int32_t>(i);
+            m += p[i];
+          }
+          idx = list;
         }
-        idx = list;
       }
       float *x = room(s.x, D), *y = room(s.y, D);
       ks.to_float(data<T>(qc) + (b * H + h) * D, D, x);
