@@ -14,7 +14,17 @@ from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, expand, opening, rewrite
 
 SIZES = ("smoke", "cpu", "full")
-STUDY = ("babel", "calibration", "leaderboard", "pitfalls", "relu2_wins", "sparsing_law", "teal_table", "truncation", "universal")
+STUDY = (
+    "babel",
+    "calibration",
+    "leaderboard",
+    "pitfalls",
+    "relu2_wins",
+    "sparsing_law",
+    "teal_table",
+    "truncation",
+    "universal",
+)
 
 
 def sweeps(experiment: str, *overrides: str) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -14,8 +15,13 @@ from harness.probes import goals as search
 from harness.results.collect import read_table
 from harness.results.store import Store
 from harness.run import app
+from harness.run.checks import options
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, rewrite
+from methods.cats import Cats
+from methods.cett import Cett
+from methods.meangate import MeanGate
+from methods.relu import Relu
 
 BOUNDS = {"low": 0.0, "high": 1.0, "tolerance": 1e-4}
 
@@ -65,7 +71,7 @@ def cell(*overrides: str) -> CellConfig:
         (["method=dense"], "dense has no sparsity to search for"),
         (["method=cett", "method.cett.cett=0.2"], "cett has no sparsity to search for"),
         (["method=teal", "probe.search.knob=cett"], "teal has no option cett"),
-        (["method=[dejavu,kv_skip]"], "dejavu+kv_skip are several"),
+        (["method=[dejavu,cett]", "probe.search.knob=cett"], "dejavu+cett are several"),
         (["method=teal", "scope=model"], "scope=native"),
         (["method=teal", "method.teal.allocation=greedy"], "greedy allocation goes up to sparsity 0.9"),
         (["probe.search.target=ppl_increas"], "did you mean ppl_increase?"),
@@ -84,12 +90,53 @@ def test_what_can_not_be_searched_is_one_sentence(overrides, sentence):
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_fit_that_depends_on_the_level_is_refused(monkeypatch):
-    from methods.teal import Teal
+@pytest.mark.parametrize("name", sorted(set(options("method")) - {"dense", "lte"}))
+def test_every_method_whose_sparsity_moves_a_loss_can_be_searched(name):
+    """lte needs a checkpoint, and trained routers settle what it skips; spon and meangate stand beside another."""
+    nest = f"[{name},teal]" if name in ("spon", "meangate", "sirius") else name
+    assert cell(f"method={nest}").searching
 
-    monkeypatch.setattr(Teal, "fit_key", lambda self: {"sparsity": self.sparsity})
-    with pytest.raises(ConfigError, match="what teal learns depends on its sparsity"):
-        cell("method=teal")
+
+def test_a_nest_is_tried_as_cells_of_that_level_are():
+    nest = [Relu(), MeanGate(0.9), Cats(0.9)]
+    assert search.at_level(nest, "sparsity", 0.4) == [Relu(), MeanGate(0.4), Cats(0.4)]
+    assert search.at_level(nest, "sparsity", 0.0) == [Relu()], "natural zeros stay, what drops is left out"
+    assert search.at_level([Relu(0.9)], "sparsity", 0.0) == [Relu(0.0)]
+    assert search.at_level([Cett(0.5, cett=0.3)], "cett", 0.0) == []
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def test_an_edge_lies_where_the_bands_of_the_mean_cross_zero():
+    """Without noise both bands are the mean itself: it crosses halfway between .2 and .4."""
+    margins = [np.full(10, value) for value in (-3.0, -1.0, 1.0, 3.0)]
+    assert search.edge([0.0, 0.2, 0.4, 0.6], margins) == pytest.approx((0.3, 0.3))
+    assert search.edge([0.0, 0.2], margins[:2]) == (0.2, 0.2), "held as far as was looked"
+    assert search.edge([0.0, 0.2], [margin[:1] for margin in margins[:2]]) is None, "one item has no spread"
+
+
+def test_the_interval_holds_the_true_edge_as_often_as_it_says():
+    """Made-up losses: an item's margin is level - .5 and noise of its own. Of 100 tries 95 are expected."""
+    rng, levels = np.random.default_rng(0), [0.0, 0.25, 0.45, 0.5, 0.55, 0.75, 1.0]
+    inside, widths = 0, []
+    for _ in range(100):
+        noise = 0.2 * rng.standard_normal(40)
+        low, high = search.edge(levels, [level - 0.5 + noise for level in levels])
+        inside += low <= 0.5 <= high
+        widths.append(high - low)
+    assert inside >= 89
+    assert 0.08 < np.mean(widths) < 0.2  # 2 * 2.02 * .2 / sqrt(40) is .128
+
+
+def test_tasks_weigh_the_same_in_an_interval():
+    index = pd.MultiIndex.from_tuples([("a", "1"), ("b", "1"), ("b", "2"), ("b", "3")], names=["task", "item"])
+    dense, now = pd.Series(1.0, index), pd.Series([0.0, 1.0, 1.0, 1.0], index)
+    (goal,) = search.goals({"target": "critical", "keep": 0.9}, ["a", "b"])
+    assert goal.margin(now, dense).mean() == pytest.approx(0.9 - (0 + 1) / 2)
+    (text,) = search.goals({"target": "ppl_increase", "percent": [10.0]}, [])
+    nats = pd.Series([2.0, 3.0], pd.MultiIndex.from_product([["perplexity"], ["0", "1"]], names=["task", "item"]))
+    assert text.margin(nats + np.log(1.1), nats).tolist() == pytest.approx([0.0, 0.0])
 
 
 def test_a_searched_cell_is_one_whatever_the_knob_was_set_to():
@@ -127,6 +174,8 @@ def test_ppl_increase_from_the_command_line(tiny_folder, tmp_path, knob):
     for goal, rise in (("ppl_increase_0.05", 1.0005), ("ppl_increase_0.1", 1.001)):
         assert value[f"{goal}_perplexity"] <= rise * value[f"{goal}_dense"]
     assert 0 <= value[f"ppl_increase_0.05_{knob}"] <= value[f"ppl_increase_0.1_{knob}"] <= 0.95
+    for end, sign in (("low", -1), ("high", 1)):
+        assert sign * value[f"ppl_increase_0.1_{knob}_{end}"] >= sign * value[f"ppl_increase_0.1_{knob}"]
     trials = table[table["metric"] == "trial_perplexity"]
     assert (trials["n"] == 4 * 63).all() and len(trials) >= 2
     if knob == "sparsity":  # every trial says at which level it was; the search itself was asked for none
@@ -139,6 +188,16 @@ def test_ppl_increase_from_the_command_line(tiny_folder, tmp_path, knob):
         assert trials["variant"].str.fullmatch(r"cett=[\d.]+").all()
 
 
+def test_what_repairs_a_drop_is_fitted_at_every_level(tiny_folder, tmp_path):
+    command = ["method=[spon,teal]", "method.spon.epochs=0", "tasks=none", "probe=search"]
+    table = searched(tiny_folder, tmp_path, *command, "probe.search.percent=[0.05]")
+    assert set(table["status"]) == {"ok"} and set(table["needs"]) == {"calibration"}
+    levels = table.loc[table["metric"] == "trial_perplexity", "sparsity_requested"]
+    assert len(Store(tmp_path).fits.made()) == len(levels), "spon once a level above 0, teal once for all"
+    skipped = table[(table["metric"] == "trial_achieved") & (table["site"] == "model")]
+    assert skipped.loc[skipped["sparsity_requested"] == 0, "value"].tolist() == [0.0]
+
+
 def test_critical_sparsity_over_tasks_goes_on_from_its_last_trial(tiny_folder, tmp_path, monkeypatch):
     command = ["method=random", "tasks=[copa,piqa]", "tasks.limit=4", "probe=search", "probe.search.target=critical"]
     table = searched(tiny_folder, tmp_path, *command)
@@ -148,6 +207,8 @@ def test_critical_sparsity_over_tasks_goes_on_from_its_last_trial(tiny_folder, t
     scores = table[table["metric"] == "trial_score"].groupby("sparsity_requested")["value"].mean()
     pd.testing.assert_series_equal(scores.sort_index(), average["value"].sort_index(), check_names=False)
     level = table.loc[table["metric"] == "critical_99_sparsity", "value"].item()
+    ends = table.set_index("metric").loc[["critical_99_sparsity_low", "critical_99_sparsity_high"], ["value", "n"]]
+    assert ends["value"].iloc[0] <= level <= ends["value"].iloc[1] and (ends["n"] == 8).all()
     assert average.loc[level, "value"] >= 0.99 * average.loc[0.0, "value"]
 
     cell_ = Store(tmp_path).view(name)

@@ -119,7 +119,6 @@ def test_the_folded_constants_run_through_the_column_kernels():
     ("overrides", "message"),
     [
         (["method=spon"], "nest it"),
-        (["method=[spon,teal]", "probe=search"], "holds for one level"),
         (["method=[spon,teal]", "method.spon.epochs=-1"], "method.spon.epochs"),
     ],
 )

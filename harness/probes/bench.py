@@ -76,6 +76,10 @@ class Bench(Protocol):
         """The rows of a committed part."""
         ...
 
+    def samples(self, part: str) -> pd.DataFrame:
+        """The per-item table of a committed part."""
+        ...
+
     def note(self, line: str) -> None:
         """Tell whoever looks on."""
         ...

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
 from harness.errors import ConfigError
+from harness.results.stats import paired
 
 if TYPE_CHECKING:
     from harness.execution.method import Method
+
+Vector = NDArray[np.float64]
 
 TARGETS = ("ppl_increase", "critical")
 KNOBS = ("sparsity", "cett")
@@ -48,6 +56,29 @@ def highest(
     return Found(*best, tuple(trials))
 
 
+def edge(levels: Sequence[float], margins: Sequence[ArrayLike]) -> tuple[float, float] | None:
+    """Between which levels quality ceases to hold, with 95 % confidence; None of fewer than two items.
+
+    margins: for every level of `levels` (rising) by how much each item misses what is asked for, [items], paired over
+    levels: quality holds where their mean is at most 0. At each level the mean has a studentised bootstrap interval.
+    Below the first returned level all of it is at most 0, above the second all of it is more; in between two levels it
+    is taken to run straight. Where quality may hold at the highest level still, that is the second.
+    """
+    found = [paired(np.nan_to_num(np.asarray(margin, dtype=np.float64), posinf=1e9)) for margin in margins]
+    if any(math.isnan(one.low) for one in found):
+        return None
+    return _crossing(levels, [one.high for one in found]), _crossing(levels, [one.low for one in found])
+
+
+def _crossing(levels: Sequence[float], values: Sequence[float]) -> float:
+    """Where values first rise above 0; the last level where they don't, the first where they are above it already."""
+    after = next((place for place, value in enumerate(values) if value > 0), len(levels))
+    if after in (0, len(levels)):
+        return levels[min(after, len(levels) - 1)]
+    below, above = values[after - 1], values[after]
+    return levels[after - 1] + (levels[after] - levels[after - 1]) * -below / (above - below)
+
+
 @dataclass(frozen=True)
 class Goal:
     """What a search keeps: a value of at most (rises) or at least `limit` times the value at level 0.
@@ -58,6 +89,19 @@ class Goal:
     name: str
     measures: str
     limit: float
+
+    def margin(self, scores: pd.Series, dense: pd.Series) -> Vector:
+        """By how much each item misses the goal, [items]; the goal holds where their mean is at most 0.
+
+        scores, dense: at a level and at level 0, by item: nats a token of a window, or by (task, item) how right an
+        answer is. Tasks weigh the same, however many items they have.
+        """
+        dense = dense.loc[scores.index]
+        if self.measures == "perplexity":
+            return (scores - dense).to_numpy(dtype=np.float64) - math.log(self.limit)
+        tasks = scores.groupby(level="task").transform("size")
+        weight = len(scores) / (tasks * scores.index.get_level_values("task").nunique())
+        return ((self.limit * dense - scores) * weight).to_numpy(dtype=np.float64)
 
     def holds(self, value: float, dense: float) -> bool:
         """Whether a value is good enough beside that at level 0."""
@@ -79,11 +123,22 @@ def goals(settings: Mapping[str, Any], tasks: Sequence[str]) -> list[Goal]:
 
 
 def at_level(methods: Sequence[Method], knob: str, level: float | None) -> list[Method]:
-    """Nested methods with the innermost at a level of its knob (None: unset). At CETT 0 it is left out."""
-    if knob == "cett" and level == 0:
-        return list(methods[:-1])
-    changes: dict[str, Any] = {knob: level}
-    return [*methods[:-1], replace(methods[-1], **changes)]
+    """Nested methods at a level of the knob (None: unset), as a cell of that level has them.
+
+    An error budget is the innermost method's; a sparsity is everybody's but a swap's outside of another method, which
+    keeps its natural zeros. At level 0 they skip nothing: all but swaps are left out.
+    """
+    *outer, inner = methods
+    if knob == "cett":
+        changes: dict[str, Any] = {knob: level}
+        return outer if level == 0 else [*outer, replace(inner, **changes)]
+    kept = [method for method in methods if method.swap or level != 0]
+    return [method if method.swap and method is not inner else _at(method, level) for method in kept]
+
+
+def _at(method: Method, sparsity: float | None) -> Method:
+    changes: dict[str, Any] = {"sparsity": sparsity}
+    return replace(method, **changes)
 
 
 def check_methods(settings: Mapping[str, Any], scope: str, methods: Sequence[Method]) -> None:
@@ -97,8 +152,6 @@ def check_methods(settings: Mapping[str, Any], scope: str, methods: Sequence[Met
     if knob == "sparsity" and not inner.has_level:
         raise ConfigError(f"{name} has no sparsity to search for: how much it skips is settled by something else")
     others = [method.name for method in methods[:-1] if not method.swap]
-    if others:
-        raise ConfigError(f"a search varies one method, and {'+'.join([*others, name])} are several")
-    low, high = (at_level(methods, knob, share * settings["high"])[-1] for share in (0.5, 1.0))
-    if low.fit_key() != high.fit_key():
-        raise ConfigError(f"what {name} learns depends on its {knob}: a search would fit it anew at every level")
+    if others and knob != "sparsity":
+        raise ConfigError(f"a search for {knob} varies one method, and {'+'.join([*others, name])} are several")
+    at_level(methods, knob, settings["high"])  # a level that a method does not take ends here

@@ -17,9 +17,10 @@ from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import perplexity, quality, sparsity
 from harness.probes.bench import Bench
-from harness.probes.goals import KNOBS, TARGETS, Goal, at_level, check_methods, goals, highest
+from harness.probes.goals import KNOBS, TARGETS, Found, Goal, at_level, check_methods, edge, goals, highest
 from harness.results.collect import ACCURACIES
 from harness.results.limited import little_text, marked
+from harness.results.samples import answers
 from harness.values import choice, listed, number
 
 if TYPE_CHECKING:
@@ -68,38 +69,40 @@ def run(bench: Bench) -> None:
         return
     settings, tasks, text = config["probe"]["search"], config["tasks"], config["probe"]["perplexity"]
     knob, high, wanted = settings["knob"], settings["high"], goals(settings, tasks["names"])
-    fitted = bench.fit(at_level(bench.methods, knob, high))
     windows, counted = bench.windows(text["windows"]), bench.windows(config["probe"]["sparsity"]["windows"])
     lm = bench.language_model() if wanted[0].measures == "average" else None
 
-    def make(level: float) -> tuple[list[Row]]:
-        methods = at_level([method for method, _ in fitted], knob, level)
-        tried = [(method, state) for method, (_, state) in zip(methods, fitted, strict=False)]
+    def make(level: float) -> tuple[list[Row], pd.DataFrame]:
+        tried = bench.fit(at_level(bench.methods, knob, level))  # the store keeps what no level changes
         if lm is None:
-            rows = on_text(view, tried, policy, windows, bench.longest)
+            rows, items = on_text(view, tried, policy, windows, bench.longest)
         else:
             facts = (config["data"]["source"], tasks["num_fewshot"], tasks["limit"], config["seed"])
-            rows = on_tasks(lm, tried, policy, tasks["names"], *facts)
+            rows, items = on_tasks(lm, tried, policy, tasks["names"], *facts)
         rows += marked(achieved(view, tried, policy, counted.tokens), little_text(counted))
         here = {"sparsity_requested": level} if knob == "sparsity" else {"variant": f"{knob}={level:g}"}
-        return ([row | here for row in rows],)
+        return [row | here for row in rows], items
 
-    def trial(level: float) -> pd.DataFrame:
+    def trial(level: float) -> tuple[pd.DataFrame, pd.Series]:
         name = f"search-{knob}-{level:.6f}"
         if not bench.done(name):
             bench.note(f"trying {knob} {level:.4g}")
         bench.commit(name, lambda: make(level))
-        return bench.read(name)
+        return bench.read(name), bench.samples(name).set_index(["task", "item"])["value"]
 
     bench.commit("search", lambda: (measure(wanted, knob, high, settings["tolerance"], trial),))
     for line in summary(bench.read("search")):
         bench.note(line)
 
 
-def on_text(view: View, methods: Fitted, policy: Policy, windows: Windows, longest: int) -> list[Row]:
-    """The perplexity of one trial. longest: tokens that the model was made for."""
-    rows, _, _ = perplexity.measure(view, methods, policy, windows, kl_windows=0, dense={}, longest=longest)
-    return [row | {"probe": "search", "metric": "trial_perplexity"} for row in rows[:1]]
+def on_text(
+    view: View, methods: Fitted, policy: Policy, windows: Windows, longest: int
+) -> tuple[list[Row], pd.DataFrame]:
+    """The perplexity of one trial, and the nats a token of each window. longest: tokens that the model was made for."""
+    rows, samples, _ = perplexity.measure(view, methods, policy, windows, kl_windows=0, dense={}, longest=longest)
+    items = pd.DataFrame({"task": "perplexity", "item": samples["window"].astype(str)})
+    items["value"] = samples["nll"] / samples["tokens"]
+    return [row | {"probe": "search", "metric": "trial_perplexity"} for row in rows[:1]], items
 
 
 def on_tasks(
@@ -111,11 +114,13 @@ def on_tasks(
     num_fewshot: int | None,
     limit: int | None,
     seed: int,
-) -> list[Row]:
-    """The accuracy of one trial on every task (as in the headline: acc, else exact_match), and their mean."""
-    rows = []
+) -> tuple[list[Row], pd.DataFrame]:
+    """The accuracy of one trial on every task (as in the headline: acc, else exact_match), their mean; every answer."""
+    rows, items = [], []
     for name in names:
-        scores, _ = quality.task(lm, methods, policy, name, data, num_fewshot, limit, seed, None)
+        scores, samples = quality.task(lm, methods, policy, name, data, num_fewshot, limit, seed, None)
+        right = answers(samples)
+        items.append(right.assign(task=name, item=right["part"] + "/" + right["doc_id"].astype(str)))
         bases = {row["metric"].partition(":")[0]: row for row in reversed(scores)}
         accuracy = next((bases[metric] for metric in ACCURACIES if metric in bases), None)
         if accuracy is None:
@@ -131,7 +136,7 @@ def on_tasks(
         "unit": "share",
         "limited": any(row["limited"] for row in rows),
     }
-    return [*rows, mean]
+    return [*rows, mean], pd.concat(items, ignore_index=True)[["task", "item", "value"]]
 
 
 def achieved(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> list[Row]:
@@ -144,22 +149,27 @@ def achieved(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> li
 
 
 def measure(
-    goals: Sequence[Goal], knob: str, high: float, tolerance: float, trial: Callable[[float], pd.DataFrame]
+    goals: Sequence[Goal],
+    knob: str,
+    high: float,
+    tolerance: float,
+    trial: Callable[[float], tuple[pd.DataFrame, pd.Series]],
 ) -> list[Row]:
-    """Rows of every goal: the level found, the value there and at level 0, and what is skipped there.
+    """Rows of every goal: the level found and its interval, the value there and at level 0, and what is skipped there.
 
-    trial: level -> its rows (each level is asked for as often as it comes up: it must remember). With G a goal's name:
-    G_<knob>: the level. G_perplexity or G_average: the value there; G_dense: the value at level 0. G_achieved: by site.
+    trial: level -> its rows, and its values by (task, item); each level is asked for as often as it comes up: it must
+    remember. With G a goal's name: G_<knob>: the level, G_<knob>_low and G_<knob>_high its 95 % interval over items
+    (none of one item). G_perplexity or G_average: the value there; G_dense: that at level 0. G_achieved: by site.
     """
     rows: list[Row] = []
     for goal in goals:
 
         def value(level: float, goal: Goal = goal) -> float:
-            return float(_of(trial(level), VALUES[goal.measures])["value"].item())
+            return float(_of(trial(level)[0], VALUES[goal.measures])["value"].item())
 
         dense = value(0.0)
         found = highest(value, lambda v, goal=goal, dense=dense: goal.holds(v, dense), 0.0, high, tolerance)
-        there = trial(found.level)
+        there, _ = trial(found.level)
         measured = _of(there, VALUES[goal.measures]).iloc[0]
         note = f"held up to the highest level tried, {high:g}" if found.level == high else None
         common = {"probe": "search", "step_phase": "all", "task": measured["task"], "n": int(measured["n"])}
@@ -167,6 +177,7 @@ def measure(
         unit = str(measured["unit"])
         rows += [
             common | {"metric": f"{goal.name}_{knob}", "value": found.level, "unit": "share"},
+            *(common | row for row in _interval(goal, knob, found, lambda level: trial(level)[1])),
             common | {"metric": f"{goal.name}_{goal.measures}", "value": found.value, "unit": unit},
             common | {"metric": f"{goal.name}_dense", "value": dense, "unit": unit},
         ]
@@ -176,20 +187,36 @@ def measure(
     return rows
 
 
+def _interval(goal: Goal, knob: str, found: Found, items: Callable[[float], pd.Series]) -> list[Row]:
+    """Between which levels the edge lies, by the items of every trial; the level found is within."""
+    levels = sorted({level for level, _ in found.trials})
+    between = edge(levels, [goal.margin(items(level), items(levels[0])) for level in levels])
+    if between is None:
+        return []
+    ends = {"low": min(between[0], found.level), "high": max(between[1], found.level)}
+    facts = {"unit": "share", "n": len(items(levels[0]))}
+    return [facts | {"metric": f"{goal.name}_{knob}_{end}", "value": level} for end, level in ends.items()]
+
+
 def _of(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     return rows[rows["metric"] == metric]
 
 
 def summary(rows: pd.DataFrame) -> list[str]:
-    """One line for each goal: "ppl_increase_1: sparsity 0.412 (achieved: model 0.131, mlp 0.205), perplexity 20.8"."""
+    """One line for each goal: "ppl_increase_1: sparsity 0.412 [0.4, 0.43], perplexity 20.8 (dense 20.6), of all …"."""
     lines = []
     values = {(row.metric, row.site if pd.notna(row.site) else None): row.value for row in rows.itertuples()}
     for metric, value in ((m, v) for (m, _), v in values.items() if m.endswith("_dense")):
         goal = metric.removesuffix("_dense")
-        facts = ", ".join(
-            f"{m.removeprefix(f'{goal}_')} {v:.4g}"
+        own = {
+            m.removeprefix(f"{goal}_"): v
             for (m, site), v in values.items()
             if site is None and m.startswith(f"{goal}_") and m != metric
+        }
+        facts = ", ".join(
+            f"{m} {v:.4g}" + (f" [{own[f'{m}_low']:.4g}, {own[f'{m}_high']:.4g}]" if f"{m}_low" in own else "")
+            for m, v in own.items()
+            if not m.endswith(("_low", "_high"))
         )
         share = values.get((f"{goal}_achieved", "model"))
         lines.append(f"{goal}: {facts} (dense {value:.4g}), of all block weights {share:.3f}")

@@ -45,7 +45,7 @@ def read_samples(root: Path | str) -> pd.DataFrame:
                 facts = {"task": "perplexity", "item": frame["window"].astype(str), "kind": "text", "chance": 0.0}
                 tables.append(frame.assign(cell_id=cell, value=value, **facts)[list(SAMPLES)].astype(SAMPLES))
             elif probe.startswith("quality-"):
-                frame = _answers(view.samples(probe))
+                frame = answers(view.samples(probe))
                 item = frame["task"] + "/" + frame["doc_id"].astype(str)
                 facts = {"kind": "accuracy", "task": probe.removeprefix("quality-"), "tokens": 0, "item": item}
                 tables.append(frame.assign(cell_id=cell, **facts)[list(SAMPLES)].astype(SAMPLES))
@@ -62,7 +62,7 @@ def stack(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(texts | numbers_)[list(SAMPLES)]
 
 
-def _answers(frame: pd.DataFrame) -> pd.DataFrame:
+def answers(frame: pd.DataFrame) -> pd.DataFrame:
     """One line a document: the first of `ACCURACIES` that the task has, by its first filter; and chance."""
     base = frame["metric"].str.partition(":")[0]
     rank = base.map({name: place for place, name in enumerate(ACCURACIES)})

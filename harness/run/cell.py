@@ -161,6 +161,10 @@ class Run:
         """The rows of a committed part."""
         return self.cell.read(part)
 
+    def samples(self, part: str) -> pd.DataFrame:
+        """The per-item table of a committed part."""
+        return self.cell.samples(part)
+
     def note(self, line: str) -> None:
         """Tell whoever looks on."""
         say(self.console, f"  {line}", style="dim")

@@ -88,12 +88,8 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
 
 def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:
     """Whether the probes mean something for these methods, and they for each other."""
-    names = cfg["probe"]["names"]
-    repair = next((m.name for m in methods if m.compensates), None)
     if sentence := incomplete(methods):
         raise ConfigError(sentence)
-    if repair and "search" in names:
-        raise ConfigError(f"probe search tries many levels on one fit, and what {repair} learns holds for one level")
     if cfg["model"]["source"] == "shape" and (asked := probing.needs_weights(cfg["probe"])):
         raise ConfigError(
             f"{cfg['model']['name']} has random weights, for latency and memory only: probe {asked[0]} would measure "
