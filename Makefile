@@ -47,6 +47,7 @@ written: setup
 	$(BIN)/python -m tests.house_map
 	$(BIN)/python -m tests.matrix_table > docs/families.md
 	$(BIN)/python -m tests.test_fingerprint new
+	$(BIN)/python -m tests.readme_board
 
 # One page with everything: results/report.html
 report: setup

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": ("harness.run.app", "run cells and sweeps: as run.py, with the same key=value overrides"),
     "claims": ("harness.claims.judge", "verdicts on the study's claims"),
     "figures": ("harness.figures.draw", "draw every figure that the rows allow"),
+    "leaderboard": ("harness.report.leaderboard", "every scheme at equal achieved sparsity"),
     "report": ("harness.report.html", "one HTML page of everything"),
     "archive": ("harness.report.archive", "a study in one folder, to be kept"),
     "show": ("harness.report.show", "one cell: its config, status and rows"),
@@ -41,7 +42,7 @@ def usage() -> None:
     """Print the commands."""
     say(stdout(), f"usage: {program()} COMMAND [arguments]; {program()} COMMAND --help says more")
     for name, (_, about) in COMMANDS.items():
-        say(stdout(), (f"  {name:<9}", "bold"), f" {about}")
+        say(stdout(), (f"  {name:<11}", "bold"), f" {about}")
 
 
 def script() -> None:

@@ -37,7 +37,7 @@ def section(lines: pd.DataFrame, rows: pd.DataFrame) -> str:
 def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry a scheme at one sparsity; empty where nothing was measured of one."""
     lines = lines[~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok")]
-    times = _times(rows)
+    times_ = times(rows)
     oracles = set(rows.loc[rows["message"].fillna("").str.startswith("oracle:"), "cell_id"])
     found = []
     for key, cells in lines.groupby(KEY, dropna=False):
@@ -57,12 +57,12 @@ def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
         identity = {name: _text(value) for name, value in zip(KEY, key, strict=True)}
         ids = set(cells["cell_id"])
         identity |= {"oracle": bool(ids & oracles), "cell": str(best["cell_id"])}
-        timed = times[times["cell_id"].isin(ids)]
+        timed = times_[times_["cell_id"].isin(ids)]
         found.append(identity | measured | {"times": timed.drop(columns="cell_id").to_dict("records")})
     return found
 
 
-def _times(rows: pd.DataFrame) -> pd.DataFrame:
+def times(rows: pd.DataFrame) -> pd.DataFrame:
     """Speed-ups of kernels over the strongest dense step: cell_id, device, dtype, batch, context, speedup."""
     wanted = rows[(rows["metric"] == TIME_RATIO) & rows["execution"].isin(["kernel", "kernel_compiled"])]
     wanted = wanted[wanted["sparsity_requested"].fillna(1) > 0]

@@ -13,7 +13,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -30,7 +29,8 @@ from harness.arguments import add_results, finish
 from harness.arguments import parser as arguments_of
 from harness.console import say, stdout
 from harness.files import place_errors, write_atomic
-from harness.report import adviser
+from harness.report import adviser, leaderboard, tables
+from harness.report.tables import Column
 from harness.report.terminal import OUTCOMES, PHASES, truncated_note
 from harness.results import published
 from harness.results.collect import headline
@@ -40,7 +40,6 @@ from harness.results.store import Store
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PIXELS = 84  # an inch of a figure on the page
-SHORT = 48  # characters of a cell that is never broken
 MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?", "described": "≈"}
 
 
@@ -54,13 +53,15 @@ def build(table: pd.DataFrame, found: Path, limited: bool = False) -> str:
     drawn, missing = figures.draw_all(table, limited)
     lines = headline(measured)
     lines = lines if limited else lines[~lines["limited"].fillna(False).astype(bool)]
-    verdicts = claims.verdicts(measured, read_samples(found), limited)
+    samples = read_samples(found)
+    verdicts = claims.verdicts(measured, samples, limited)
     mark = '<p class="warn">LIMITED RUN: smoke runs are shown here. They are not results.</p>'
     return Template(TEMPLATE.read_text()).substitute(
         title="Dynamic activation: quality, achieved sparsity and speed of the same model",
         summary=_summary(lines, verdicts),
         limited=mark if limited else "",
         adviser=adviser.section(lines, measured),
+        leaderboard=leaderboard.section(leaderboard.standings(measured, samples, limited)),
         claims=_claims(verdicts),
         figures=_figures(drawn, missing),
         tables=_tables(lines, table),
@@ -106,8 +107,8 @@ def _claims(verdicts: pd.DataFrame) -> str:
             note += f"<details><summary>{len(cells)} cells</summary><pre>{escape(chr(10).join(cells))}</pre></details>"
         body.append(
             f'<tr><td>{escape(line.statement)}</td><td>{badge}</td><td data-label="level">{level}</td>'
-            f"{_number(line.effect, effect, head[3], 'effect')}{_number(line.power, power, head[4])}"
-            f"{_number(line.p_holm, p, head[5])}"
+            f"{tables.number(line.effect, effect, head[3], 'effect')}{tables.number(line.power, power, head[4])}"
+            f"{tables.number(line.p_holm, p, head[5])}"
             f'<td data-label="n">{n}</td><td class="note">{note}</td></tr>'
         )
     levels = "; ".join(claims.levels(verdicts))
@@ -117,7 +118,7 @@ def _claims(verdicts: pd.DataFrame) -> str:
         "they are the same, and p is corrected by Holm for all tests made. Layers, methods and settings are described, "
         "with the range over them. "
         f"{escape(levels)}. {escape(claims.POWER)}.</p>"
-        f"{_table('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
+        f"{tables.listing('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
     )
 
 
@@ -145,16 +146,6 @@ def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table of cells. form: a format of numbers, "x" at its end is a unit; None for text."""
-
-    head: str
-    key: str
-    form: str | None = None
-    error: str | None = None  # column of the standard error
-
-
 CELLS = (
     Column("model", "model"),
     Column("method", "method"),
@@ -179,18 +170,18 @@ CELLS = (
 def _tables(lines: pd.DataFrame, table: pd.DataFrame) -> str:
     lines = lines.assign(phase=lines["phase"].map(PHASES).fillna(lines["phase"]))
     good, bad = lines[lines["status"] == "ok"], lines[lines["status"] != "ok"]
-    parts = [f"<h3>Cells</h3><p class=soft>One line a cell, ± standard error.</p>{_lines('cells', CELLS, good)}"]
+    parts = [f"<h3>Cells</h3><p class=soft>One line a cell, ± standard error.</p>{tables.lines('cells', CELLS, good)}"]
     tasks = [name.removeprefix("acc:") for name in lines.columns if name.startswith("acc:")]
     if tasks:
         named = [column for column in CELLS if column.key in ("model", "method", "variant", "sparsity_requested")]
         scores = [Column(task, f"acc:{task}", ".3f", f"stderr:{task}") for task in tasks]
-        parts.append(f"<h3>Accuracy by task</h3>{_lines('by-task', [*named, *scores], good)}")
+        parts.append(f"<h3>Accuracy by task</h3>{tables.lines('by-task', [*named, *scores], good)}")
     if note := truncated_note(good):
         parts.append(f"<p class=soft>{escape(note)}</p>")
     if len(bad):
         outcome = bad["status"].map(OUTCOMES).fillna(bad["status"])
         named = [Column(name, name) for name in ("model", "method", "variant", "outcome", "message")]
-        parts.append(f"<h3>Cells without results</h3>{_lines('failed', named, bad.assign(outcome=outcome))}")
+        parts.append(f"<h3>Cells without results</h3>{tables.lines('failed', named, bad.assign(outcome=outcome))}")
     return "\n<br>\n".join([*parts, *_published(table)])
 
 
@@ -208,11 +199,16 @@ def _published(table: pd.DataFrame) -> Iterable[str]:
     columns += [Column("compared by", "basis"), Column("reason", "reason"), Column("paper", "paper")]
     columns += [Column("table", "table")]
     yield "<h3>Published against measured</h3>" + (
-        _lines("published", columns, compared) if len(compared) else "<p>No published figure could be compared.</p>"
+        tables.lines("published", columns, compared)
+        if len(compared)
+        else "<p>No published figure could be compared.</p>"
     )
     if len(out):
-        body = [f"<tr><td>{escape(str(reason))}</td>{_number(count, str(count))}</tr>" for reason, count in out.items()]
-        listing = _table("not-comparable", {"reason": False, "figures": True}, body)
+        body = [
+            f"<tr><td>{escape(str(reason))}</td>{tables.number(count, str(count))}</tr>"
+            for reason, count in out.items()
+        ]
+        listing = tables.listing("not-comparable", {"reason": False, "figures": True}, body)
         yield (
             f'<div class="card"><details><summary>{out.sum()} published figures are not comparable: why'
             f"</summary>{listing}<br></details></div>"
@@ -253,7 +249,8 @@ def _configs(found: Path, lines: pd.DataFrame) -> str:
         for name in texts
     ]
     return (
-        f'<div class="card">{_filter("cell-configs")}<div id="cell-configs" data-packed="{packed}">{"".join(parts)}'
+        f'<div class="card">{tables.filter_box("cell-configs")}'
+        f'<div id="cell-configs" data-packed="{packed}">{"".join(parts)}'
         "</div><noscript><p>Configs are packed and need JavaScript here.</p></noscript></div>"
     )
 
@@ -286,55 +283,6 @@ def _caption(function: Callable[..., Any]) -> str:
     for parameter in (" metric: ", " sparsity: "):
         sentences = sentences.partition(parameter)[0]
     return escape(sentences)
-
-
-def _lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
-    """A table of those columns that hold anything."""
-    columns = [column for column in columns if column.key in frame and frame[column.key].notna().any()]
-    body = []
-    for line in frame.to_dict("records"):
-        cells = []
-        for column in columns:
-            value = line[column.key]
-            if column.form is None:
-                text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-                cells.append(f'<td class="{"short" if len(text) <= SHORT else "long"}">{escape(text)}</td>')
-                continue
-            text = "" if pd.isna(value) else f"{value:{column.form.removesuffix('x')}}"
-            text += "×" if text and column.form.endswith("x") else ""
-            error = line.get(column.error) if column.error else None
-            if text and error is not None and not pd.isna(error):
-                text += f' <span class="more">± {error:{column.form.lstrip("+")}}</span>'
-            cells.append(_number(value, text, kind="number time" if column.key == "tpot_ms" else "number"))
-        kind = [line.get("method") if line.get("method") == "dense" else "", line.get("execution")]
-        kinds = " ".join(str(part) for part in kind if isinstance(part, str) and part in ("dense", "masked"))
-        body.append(f'<tr class="{kinds}">{"".join(cells)}</tr>')
-    return _table(name, {column.head: column.form is not None for column in columns}, body)
-
-
-def _number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
-    data = "" if pd.isna(value) else f' data-value="{float(value):.5g}"'
-    label = f' data-label="{label}"' if label else ""
-    return f'<td class="{kind}"{data}{label}>{text}</td>'
-
-
-def _table(name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True) -> str:
-    """head: heading of each column -> whether it holds numbers."""
-    columns = "".join(
-        f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
-    )
-    return (
-        f'<div class="card">{_filter(name) if filtered else ""}<div class="scroll"><table class="sortable" id="{name}">'
-        f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
-    )
-
-
-def _filter(name: str) -> str:
-    label = f"filter {name.replace('-', ' ')}"
-    return (
-        f'<div class="filter"><input type="search" data-of="{name}" placeholder="filter: words that must occur" '
-        f'aria-label="{label}"><output></output></div>'
-    )
 
 
 # ------------------------------------------------------------------------------------------------ command line

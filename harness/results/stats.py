@@ -13,6 +13,7 @@ from scipy import stats
 
 EXACT = 14  # up to so many units every assignment of signs is tried
 FLIPS = 20_000  # assignments of signs drawn for more units
+MANY = 1000  # units of many columns from which on signs are not drawn: the sum is normal by then
 RESAMPLES = 5_000  # of a bootstrap
 POWER = 0.8
 _BLOCK = 1 << 20  # drawn numbers held in memory at once
@@ -82,6 +83,45 @@ def sign_flip(differences: ArrayLike, seed: int = 0) -> float:
             sums = bits.astype(np.float64) @ (2 * x) - x.sum()
         hits += int(np.count_nonzero(np.abs(sums) >= reached))
     return (hits + 1) / (FLIPS + 1)
+
+
+def sign_flip_pairs(values: Vector, seed: int = 0) -> Vector:
+    """Two-sided p of no difference between any two columns of [units, k]: [k, k], ones on the diagonal.
+
+    `sign_flip` of each difference, all under the same assignments; the normal limit of the same test from `MANY` units.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    sums = x.sum(axis=0)
+    observed = np.abs(sums[:, None] - sums)
+    if len(x) > MANY:
+        squares = x.T @ x
+        variance = np.diag(squares)[:, None] + np.diag(squares) - 2 * squares  # of the sum, under flipped signs
+        spread = np.sqrt(np.maximum(variance, 0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(spread > 0, 2 * stats.norm.sf(observed / spread), 1.0)
+    reached = observed - 1e-9 * np.abs(x).sum()
+    if len(x) <= EXACT:
+        flipped = _assignments(len(x)) @ x
+    else:
+        flipped = (2.0 * np.random.default_rng(seed).integers(0, 2, size=(FLIPS, len(x))) - 1) @ x
+        flipped = np.concatenate([sums[None], flipped])  # the observed one is counted in
+    hits = [(np.abs(flipped[:, [i]] - flipped) >= reached[i]).mean(axis=0) for i in range(x.shape[1])]
+    return np.stack(hits)
+
+
+def letters(apart: NDArray[np.bool_]) -> list[str]:
+    """Letters by which those that share one can't be told apart: a compact display of all pairwise tests.
+
+    apart: [k, k] bool, symmetric: which pairs differ. Letters run in the order given, from "a" (then "aa", "ab", …).
+    Piepho, Journal of Computational and Graphical Statistics 13 (2004): insert and absorb.
+    """
+    groups = [frozenset(range(len(apart)))] if len(apart) else []
+    for i, j in zip(*np.nonzero(np.triu(apart, 1)), strict=True):
+        split = [part for group in groups for part in ((group - {i}, group - {j}) if {i, j} <= group else (group,))]
+        groups = [part for part in dict.fromkeys(split) if not any(part < other for other in split)]
+    groups.sort(key=sorted)
+    names = [chr(97 + n) if n < 26 else chr(96 + n // 26) + chr(97 + n % 26) for n in range(len(groups))]
+    return ["".join(name for name, group in zip(names, groups, strict=True) if i in group) for i in range(len(apart))]
 
 
 def shares(ours: Lost, theirs: Lost, *, seed: int = 0) -> PairedDifference:

@@ -1,0 +1,237 @@
+"""The leaderboard: what every scheme loses, needs and gains at equal achieved sparsity.
+
+What a scheme loses comes from `harness.claims.field`; here its speed and its needs stand beside that, as a table for a
+terminal, for a README and for the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from harness.arguments import add_results, finish
+from harness.arguments import parser as arguments_of
+from harness.claims import field
+from harness.console import say, stdout, styled, table
+from harness.places import CONF
+from harness.report import adviser, tables
+from harness.report.manual import NEEDS, entries
+from harness.report.terminal import PHASES
+from harness.results.find import find
+
+SAME = ["model", "method", "variant", "scope", "sparsity_requested", "phase"]  # of a cell scored and a cell timed
+POINTS = 100  # of accuracy, to one
+NO_SCHEME = ("random",)  # not in the short table
+HEADS = ("needs", "achieved", "perplexity\nx dense [95 %]", "", "accuracy\npoints [95 %]", "", "generated\npoints")
+NOTE = (
+    "At equal achieved sparsity: the share of all block weights that was counted as skipped, what deciding reads "
+    f"charged, within {100 * field.EQUAL_SPARSITY:g} points of the level. Brackets are 95 % intervals, paired with the "
+    "dense model. Schemes that share a letter can't be told apart (paired tests of all pairs, Holm)."
+)
+
+
+def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> pd.DataFrame:
+    """`field.board` with `scheme` (its name), `needs` and a column `speedup:<device>, <dtype>` for each that was timed.
+
+    Speed is the kernel's against the strongest dense step, at the smallest batch and context timed, of the same scheme
+    at the same request, wherever it was timed.
+    """
+    lines = field.board(rows, samples, limited)
+    facts = {entry.name: entry.cls.needs for entry in entries(CONF)}
+    lines["needs"] = [_needs(str(method), facts) for method in lines["method"]]
+    variants = lines["variant"].fillna("")
+    lines["scheme"] = lines["method"].str.cat(variants, sep=" ").str.strip()
+    measured = rows[(rows["source"] == "measured") & (rows["status"] == "ok")]
+    measured = measured if limited else measured[~measured["limited"].fillna(False).astype(bool)]
+    times = adviser.times(measured)
+    times = times.sort_values(["batch", "context"]).drop_duplicates(["cell_id", "device", "dtype"])
+    identity = measured.drop_duplicates("cell_id")[["cell_id", *SAME]]
+    times = times.merge(identity, on="cell_id")
+    for (device, dtype), timed in times.groupby(["device", "dtype"]):
+        best = timed.sort_values("batch").drop_duplicates(SAME)[[*SAME, "speedup"]]
+        name = f"speedup:{_short(str(device))}, {dtype}"
+        lines = lines.merge(best.rename(columns={"speedup": name}), how="left", on=SAME)
+    return lines
+
+
+def _needs(method: str, facts: dict[str, str]) -> str:
+    """The most that any method of a nest needs."""
+    order = list(NEEDS)
+    return max((facts.get(name, "nothing") for name in method.split("+")), key=order.index)
+
+
+def _short(device: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> H100; of a CPU that it is one."""
+    gpu = re.search(r"\b([A-Z]+\d+\w*)\b", device.replace("NVIDIA", ""))
+    return "CPU" if device.startswith("cpu") or gpu is None else gpu[1]
+
+
+def timed_on(lines: pd.DataFrame) -> list[str]:
+    """The columns of speeds that hold any."""
+    return [name for name in lines.columns if name.startswith("speedup:") and lines[name].notna().any()]
+
+
+# ------------------------------------------------------------------------------------------------------- a terminal
+
+
+def show(lines: pd.DataFrame) -> None:
+    """Print one table a model, phase policy and level, best on text first."""
+    console = stdout()
+    for (model, phase, prefix, level), arena in lines.groupby(field.ARENA, dropna=False):
+        title = f"{model} · {level:.0%} of all block weights · {PHASES.get(phase, phase)}"
+        title += f" · first {prefix} tokens dense" if prefix else ""
+        listing = table(title)
+        speeds = timed_on(arena)
+        listing.add_column("scheme", overflow="fold")
+        for head in HEADS:
+            listing.add_column(head, justify="left" if head in ("", "needs") else "right", no_wrap=True)
+        listing.add_column("answer\ntokens", justify="right")
+        for name in speeds:
+            listing.add_column(f"speed-up\n{name.removeprefix('speedup:')}", justify="right")
+        seen = arena[arena["missing"].isna() | arena["achieved_model"].notna()]
+        for line in seen.to_dict("records"):
+            cells = [
+                _named(line),
+                line["needs"],
+                _form(line["achieved_model"], ".1%"),
+                _ratio(line),
+                _group(line, "text"),
+            ]
+            cells += [_points(line, "accuracy"), _group(line, "accuracy"), _form(line["generated"], "+.1f", POINTS)]
+            cells += [_lengths(line), *(_form(line[name], ".2f") for name in speeds)]
+            listing.add_row(*(styled(str(cell)) for cell in cells))
+        console.print(listing)
+        for line in arena[arena["missing"].notna()].to_dict("records"):
+            say(console, f"{_named(line)}: {line['missing']}", style="dim")
+    say(console, NOTE, style="dim")
+
+
+def _named(line: dict[str, Any]) -> str:
+    return str(line["scheme"]) + (" (oracle)" if line["oracle"] is True else "")
+
+
+def _form(value: Any, form: str, times: float = 1) -> str:
+    return "" if pd.isna(value) else f"{times * float(value):{form}}"
+
+
+def _big(value: Any) -> str:
+    """Three digits after the point where they say anything: a ratio of thousands is a ruin whatever they are."""
+    return "" if pd.isna(value) else f"{value:.3f}" if value < 10 else f"{value:.3g}"
+
+
+def _ratio(line: dict[str, Any]) -> str:
+    between = f" [{_big(line['text:low'])}, {_big(line['text:high'])}]" if not pd.isna(line["text:low"]) else ""
+    return _big(line["text"]) + between
+
+
+def _points(line: dict[str, Any], measure: str) -> str:
+    value, low, high = (_form(line[f"{measure}{part}"], "+.1f", POINTS) for part in ("", ":low", ":high"))
+    return value + (f" [{low}, {high}]" if low else "")
+
+
+def _group(line: dict[str, Any], measure: str) -> str:
+    return "" if pd.isna(line[f"{measure}:group"]) else str(line[f"{measure}:group"])
+
+
+def _lengths(line: dict[str, Any]) -> str:
+    own, dense = _form(line["answer_tokens"], ".1f"), _form(line["dense:answer_tokens"], ".1f")
+    return f"{own} / {dense}" if own and dense else own
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+CHOICES = ("model", "level", "tokens")
+
+
+def section(lines: pd.DataFrame) -> str:
+    """The report's leaderboard: one table that is sorted, filtered and chosen from."""
+    if lines.empty:
+        return "<p>No cell comes near 25, 40, 50 or 60 % of the block weights.</p>"
+    speeds = timed_on(lines)
+    head = {"model": False, "level": True, "tokens": False, "scheme": False, "needs": False, "achieved": True}
+    head |= {"perplexity × dense": True, "group, text": False, "accuracy, points": True, "group, answers": False}
+    head |= {"generated, points": True, "answer tokens": True}
+    head |= {f"speed-up, {name.removeprefix('speedup:')}": True for name in speeds} | {"not placed because": False}
+    body = [f"<tr>{''.join(_cells(line, speeds))}</tr>" for line in lines.to_dict("records")]
+    return f"<p>{escape(NOTE)}</p>{tables.listing('leaderboard-table', head, body, choices=CHOICES)}"
+
+
+def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
+    def text(value: Any) -> str:
+        return f'<td class="{"short" if len(str(value)) <= tables.SHORT else "long"}">{escape(str(value))}</td>'
+
+    def between(measure: str, shown: str) -> str:
+        value, _, interval = shown.partition(" ")
+        interval = f' <span class="more">{interval}</span>' if interval else ""
+        return tables.number(line[measure], value + interval)
+
+    yield text(line["model"])
+    yield tables.number(line["level"], f"{line['level']:.0%}")
+    yield text(PHASES.get(line["phase"], line["phase"]))
+    yield text(_named(line))
+    yield text(line["needs"])
+    yield tables.number(line["achieved_model"], _form(line["achieved_model"], ".1%"))
+    yield between("text", _ratio(line))
+    yield text(_group(line, "text"))
+    yield between("accuracy", _points(line, "accuracy"))
+    yield text(_group(line, "accuracy"))
+    yield between("generated", _points(line, "generated"))
+    yield tables.number(line["answer_tokens"], _lengths(line))
+    for name in speeds:
+        yield tables.number(line[name], _form(line[name], ".2f") + ("×" if not pd.isna(line[name]) else ""))
+    yield text("" if pd.isna(line["missing"]) else line["missing"])
+
+
+# --------------------------------------------------------------------------------------------------------- a README
+
+
+def markdown(lines: pd.DataFrame, model: str) -> str:
+    """The short table of one model: a line a scheme, a column a level, empty where there is no cell; oracles left out.
+
+    A cell: perplexity over dense, letters of its group, points of accuracy. Schemes that keep the prompt dense are
+    marked; their letters are of their own group. A speed-up is the best of those at the scheme's levels.
+    """
+    own = lines[(lines["model"] == model) & ~lines["method"].isin(NO_SCHEME) & (lines["dense_prefix"] == 0)]
+    own = own[own["missing"].isna() & ~own["oracle"].fillna(False).astype(bool)]
+    if own.empty:
+        return "No committed cell comes near these levels."
+    levels, speeds = sorted(own["level"].unique()), timed_on(own)
+    heads = ["scheme", "needs", *(f"{level:.0%}" for level in levels)]
+    heads += [f"speed-up, {name.removeprefix('speedup:')}" for name in speeds]
+    found = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    own = own.sort_values(["level", "text"], kind="stable")
+    for (phase, scheme), cells in own.groupby(["phase", "scheme"], sort=False):
+        at = cells.set_index("level")
+        shown = [f"`{scheme}`" + ("" if phase == "all" else " (prompt dense)"), str(cells["needs"].iloc[0])]
+        shown += [_brief(at.loc[level]) if level in at.index else "" for level in levels]
+        shown += [_form(cells[name].max(), ".2f") + ("x" if cells[name].notna().any() else "") for name in speeds]
+        found.append(f"| {' | '.join(shown)} |")
+    return "\n".join(found)
+
+
+def _brief(line: pd.Series) -> str:
+    parts = [f"{_big(line['text'])}x", f"<sup>{line['text:group']}</sup>" if not pd.isna(line["text:group"]) else ""]
+    points = "" if pd.isna(line["accuracy"]) else f", {_form(line['accuracy'], '+.1f', POINTS)}"
+    return "".join(parts) + points
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `leaderboard`. Returns the exit code."""
+    parser = arguments_of("leaderboard", "Every scheme at equal achieved sparsity: quality, needs and speed.")
+    add_results(parser)
+    parser.add_argument("--limited", action="store_true", help="take smoke runs in")
+    given = parser.parse_args(arguments)
+
+    def do() -> None:
+        results = find(given.results)
+        lines = standings(results.table, results.samples, given.limited)
+        show(lines)
+
+    return finish(do)

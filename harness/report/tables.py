@@ -1,0 +1,81 @@
+"""The report's tables in HTML: sorted and filtered by the page's script, readable without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+SHORT = 48  # characters of a cell that is never broken
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of cells. form: a format of numbers, "x" at its end is a unit; None for text."""
+
+    head: str
+    key: str
+    form: str | None = None
+    error: str | None = None  # column of the standard error
+
+
+def lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
+    """A table of those columns that hold anything."""
+    columns = [column for column in columns if column.key in frame and frame[column.key].notna().any()]
+    body = []
+    for line in frame.to_dict("records"):
+        cells = []
+        for column in columns:
+            value = line[column.key]
+            if column.form is None:
+                text = "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+                cells.append(f'<td class="{"short" if len(text) <= SHORT else "long"}">{escape(text)}</td>')
+                continue
+            text = "" if pd.isna(value) else f"{value:{column.form.removesuffix('x')}}"
+            text += "×" if text and column.form.endswith("x") else ""
+            error = line.get(column.error) if column.error else None
+            if text and error is not None and not pd.isna(error):
+                text += f' <span class="more">± {error:{column.form.lstrip("+")}}</span>'
+            cells.append(number(value, text, kind="number time" if column.key == "tpot_ms" else "number"))
+        kind = [line.get("method") if line.get("method") == "dense" else "", line.get("execution")]
+        kinds = " ".join(str(part) for part in kind if isinstance(part, str) and part in ("dense", "masked"))
+        body.append(f'<tr class="{kinds}">{"".join(cells)}</tr>')
+    return listing(name, {column.head: column.form is not None for column in columns}, body)
+
+
+def number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
+    """A cell that is sorted by a value and shows a text, HTML as it is. label: shown beside it on narrow screens."""
+    data = "" if pd.isna(value) else f' data-value="{float(value):.5g}"'
+    label = f' data-label="{label}"' if label else ""
+    return f'<td class="{kind}"{data}{label}>{text}</td>'
+
+
+def listing(
+    name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True, choices: Sequence[str] = ()
+) -> str:
+    """A table in a card. head: heading of each column -> whether it holds numbers. choices: columns to choose by."""
+    columns = "".join(
+        f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
+    )
+    return (
+        f'<div class="card">{filter_box(name, [(list(head).index(c), c) for c in choices]) if filtered else ""}'
+        f'<div class="scroll"><table class="sortable" id="{name}">'
+        f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
+    )
+
+
+def filter_box(name: str, choices: Sequence[tuple[int, str]] = ()) -> str:
+    """What filters the lines of `name`: words, and for (column, heading) its values, which the script fills in."""
+    about = name.replace("-", " ")
+    selects = "".join(
+        f'<select data-column="{column}" aria-label="{escape(head)} in {about}">'
+        f'<option value="">any {escape(head)}</option></select>'
+        for column, head in choices
+    )
+    return (
+        f'<div class="filter">{selects}<input type="search" data-of="{name}" '
+        f'placeholder="filter: words that must occur" aria-label="filter {about}"><output></output></div>'
+    )

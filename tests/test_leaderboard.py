@@ -1,0 +1,200 @@
+"""The leaderboard: who stands where, what can't be told apart, and what is said of the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness import figures
+from harness.claims import field
+from harness.report import leaderboard
+from harness.results import stats
+from harness.results.collect import relate
+from harness.results.rows import make_row, to_frame
+from harness.results.samples import SAMPLES
+from tests import readme_board
+
+WINDOWS, ITEMS = 64, 400
+
+
+class Field:
+    """A made-up field on one model: what each scheme loses is planted."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(1)
+        self.rows: list[dict] = []
+        self.samples: list[pd.DataFrame] = []
+        self.nll = self.rng.normal(3, 0.3, WINDOWS)
+        self.right = {task: (self.rng.random(ITEMS) < 0.6).astype(float) for task in ("piqa", "triviaqa")}
+        self.cell("dense", 0.0, 0.0)
+
+    def cell(
+        self, method: str, level: float, lost: float, off: float = 0.0, wrong: float = 0.0, **facts: object
+    ) -> None:
+        name = f"{method}_{level}_{len(self.rows)}"
+        same = {"cell_id": name, "model": "m", "method": method, "sparsity_requested": level, "scope": "model"}
+        same |= {"phase": "all", "dense_prefix": 0, "seed": 0, "limited": False, "execution": "masked"} | facts
+        if facts.get("status", "ok") != "ok":
+            self.rows.append(make_row(**same))
+            return
+
+        def row(**fact: object) -> None:
+            self.rows.append(make_row(**({"n": 1000, "unit": "share"} | same | fact)))
+
+        own = self.nll + (lost + self.rng.normal(0, 0.02, WINDOWS) if method != "dense" else 0)
+        self.sample(name, "perplexity", "text", own, 512)
+        row(probe="quality", metric="nll", task="perplexity", value=own.mean(), unit="nats/token", step_phase="all")
+        for task, metric in (("piqa", "acc"), ("triviaqa", "exact_match:none")):
+            value = self.right[task] * (self.rng.random(ITEMS) >= wrong)
+            self.sample(name, task, "accuracy", value, 0)
+            row(probe="quality", metric=metric, task=task, value=value.mean())
+        row(probe="quality", metric="answer_tokens", task="triviaqa", value=4.0 + 10 * lost, unit="tokens")
+        if method != "dense":
+            row(probe="sparsity", metric="achieved", site="model", step_phase="all", value=level + off)
+
+    def sample(self, cell: str, task: str, kind: str, value: np.ndarray, tokens: int) -> None:
+        facts = {"cell_id": cell, "task": task, "kind": kind, "chance": 0.0, "tokens": tokens}
+        item = np.arange(len(value)).astype(str)
+        self.samples.append(pd.DataFrame({"item": item, "value": value} | facts)[list(SAMPLES)])
+
+    def found(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        dense = dict.fromkeys((row["cell_id"] for row in self.rows), "one")
+        return relate(to_frame(self.rows), dense), pd.concat(self.samples, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[pd.DataFrame, pd.DataFrame]:
+    made = Field()
+    made.cell("teal", 0.5, 0.2, wrong=0.05)
+    made.cell("wina", 0.5, 0.2, wrong=0.05)
+    made.cell("cats", 0.5, 0.6, wrong=0.3)
+    made.cell("dip", 0.5, 0.1, off=-0.05)  # skips less than it was asked for, and so loses less
+    made.cell("spon+teal", 0.25, 0.05, scope="native", off=0.01)
+    made.cell("kv_skip", 0.5, 0.0, status="unsupported", message="can skip at most 0.19")
+    time = {"probe": "latency", "metric": "time_ratio", "value": 1.3, "unit": "ratio", "n": 5, "context": 128}
+    other = {"cell_id": "timed", "model": "m", "method": "teal", "sparsity_requested": 0.5, "scope": "model"}
+    other |= {"phase": "all", "dense_prefix": 0, "seed": 0, "limited": False, "dtype": "bfloat16"}
+    for execution, value in (("kernel", 1.3), ("masked", 9.0)):
+        device = {"device": "NVIDIA H100 80GB HBM3", "batch": 1, "execution": execution}
+        made.rows.append(make_row(**(other | time | device | {"value": value})))
+    return made.found()
+
+
+@pytest.fixture(scope="module")
+def lines(found) -> pd.DataFrame:
+    return leaderboard.standings(*found)
+
+
+def at(lines: pd.DataFrame, method: str) -> pd.Series:
+    [(_, line)] = lines[lines["method"] == method].iterrows()
+    return line
+
+
+def test_numbers_are_paired_with_the_dense_cell(lines):
+    teal = at(lines, "teal")
+    assert teal["text"] == pytest.approx(np.exp(0.2), rel=0.01)
+    assert teal["text:low"] < np.exp(0.2) < teal["text:high"] < 1.01 * teal["text:low"] * np.exp(0.02)
+    assert teal["accuracy"] == pytest.approx(-0.03, abs=0.012) and teal["accuracy:n"] == 2 * ITEMS
+    assert teal["generated:n"] == ITEMS
+    assert (teal["answer_tokens"], teal["dense:answer_tokens"]) == (6.0, 4.0)
+
+
+def test_what_is_alike_shares_a_letter_and_what_is_not_does_not(lines):
+    for measure in ("text", "accuracy"):
+        groups = {method: at(lines, method)[f"{measure}:group"] for method in ("teal", "wina", "cats")}
+        assert groups == {"teal": "a", "wina": "a", "cats": "b"}
+
+
+def test_who_skips_less_than_the_level_has_numbers_but_no_place(lines):
+    dip = at(lines, "dip")
+    assert dip["missing"] == "asked for 50%, it skips 45.0%"
+    assert dip["text"] == pytest.approx(np.exp(0.1), rel=0.01) and pd.isna(dip["text:group"])
+    assert list(lines[lines["level"] == 0.5]["method"].iloc[:3]) != ["dip"]
+
+
+def test_a_cell_stands_where_it_was_counted_whatever_it_was_asked_for(lines):
+    assert at(lines, "spon+teal")["level"] == 0.25 and at(lines, "spon+teal")["needs"] == "calibration"
+
+
+def test_a_missing_cell_says_why(lines):
+    assert at(lines, "kv_skip")["missing"] == "can skip at most 0.19" and pd.isna(at(lines, "kv_skip")["text"])
+
+
+def test_speed_is_the_kernels_wherever_it_was_timed(lines):
+    assert leaderboard.timed_on(lines) == ["speedup:H100, bfloat16"]
+    assert at(lines, "teal")["speedup:H100, bfloat16"] == 1.3
+
+
+def test_views_say_the_same(lines, capsys):
+    leaderboard.show(lines)
+    out = capsys.readouterr().out
+    assert "teal" in out and "kv_skip: can skip at most 0.19" in out and "1.30" in out
+    page = leaderboard.section(lines)
+    assert page.count("<tr>") == len(lines) + 1 and 'data-column="1"' in page
+    table = leaderboard.markdown(lines, "m")
+    assert "| `teal` | calibration |  | 1.2" in table and "<sup>a</sup>" in table and "kv_skip" not in table
+
+
+def test_nothing_near_a_level_is_no_error(found):
+    rows, samples = found
+    nothing = rows[rows["method"] == "dense"]
+    lines = leaderboard.standings(nothing, samples)
+    assert (
+        lines.empty and "No cell" in leaderboard.section(lines) and "No committed" in leaderboard.markdown(lines, "m")
+    )
+    leaderboard.show(lines)
+
+
+# ------------------------------------------------------------------------------------------------- its statistics
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_pairs_are_tested_like_one_pair(n):
+    values = np.random.default_rng(n).normal(size=(n, 3)) + [0, 0.3, 1.0]
+    p = stats.sign_flip_pairs(values)
+    for i in range(3):
+        for j in range(3):
+            one = stats.sign_flip(values[:, i] - values[:, j])
+            assert p[i, j] == pytest.approx(one, abs=0 if n <= stats.EXACT else 0.02)
+
+
+def test_many_units_take_the_normal_limit():
+    values = np.random.default_rng(0).integers(-1, 2, size=(stats.MANY + 1, 2)).astype(float)
+    assert stats.sign_flip_pairs(values)[0, 1] == pytest.approx(stats.sign_flip(values[:, 0] - values[:, 1]), abs=0.02)
+
+
+def test_letters_show_every_pair_and_no_other():
+    rng = np.random.default_rng(0)
+    for k in (1, 2, 5, 8):
+        for _ in range(20):
+            apart = np.triu(rng.random((k, k)) < 0.4, 1)
+            apart |= apart.T
+            names = stats.letters(apart)
+            for i in range(k):
+                for j in range(k):
+                    assert bool(set(names[i]) & set(names[j])) == (not apart[i, j])
+    assert stats.letters(np.zeros((0, 0), dtype=bool)) == []
+
+
+# ----------------------------------------------------------------------------------------------------- the README
+
+
+def test_the_readme_shows_the_committed_rows():
+    page = readme_board.PAGE.read_text()
+    assert readme_board.written(page) == page, "run `make written`"
+
+
+def test_the_levels_are_those_of_the_experiment():
+    from harness.run.overrides import composed, rewrite
+
+    grid = composed(rewrite(["experiment=leaderboard", "size=full"], False))["grid"]
+    assert tuple(float(level) for level in grid["levels"].split(",")) == field.LEVELS
+
+
+def test_the_study_and_its_limited_rows(found):
+    rows, samples = found
+    limited = rows.assign(limited=True)
+    assert leaderboard.standings(limited, samples).dropna(subset=["text"]).empty
+    assert len(leaderboard.standings(limited, samples, limited=True)) == len(leaderboard.standings(rows, samples))
+    assert figures.only_limited(limited)
