@@ -17,6 +17,8 @@ NORM_OF = {"attn_in": 0, "mlp_in": 1}  # which of a block's norms makes a site's
 
 def cannot_rotate(view: View) -> str | None:
     """One sentence why the inputs of this model cannot be rotated, or None: behind a norm must be a plain scale."""
+    if "weights" in view.limits:
+        return f"{view.name} can't be rotated: {view.limits['weights']}"
     if view.family != "llama" or any(getattr(norm, "bias", None) is not None for norms in view.norms for norm in norms):
         return f"inputs are rotated behind LLaMA's norms, whose scale folds into the weights, not behind {view.name}'s"
     return None

@@ -62,6 +62,12 @@ class RSparse(Method):
         """Input channels of all seven projections."""
         return channels(self.sparsity)
 
+    def unsupported(self, view: View) -> str | None:
+        """What is left of each matrix must be storable as the model's are."""
+        if "weights" in view.limits:
+            return f"{self.name} takes a part out of each matrix of {view.name}: {view.limits['weights']}"
+        return super().unsupported(view)
+
     def fit(self, view: View, calibration: Calibration) -> State:
         """By projection P, float32: P [layers, grid], quantiles of the scores; P.norm [layers, n], column norms of W.
 

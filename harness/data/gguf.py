@@ -45,21 +45,25 @@ def dequantise(file: Path, built: Path, dtype: str | None = None) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Facts of a GGUF file: the dtype to store it in, and the name of its pre-tokenizer."""
-    from gguf import GGUFReader
+    """Facts of a GGUF file: the dtype to store it in, its kind (Q4_K_M, or most weights' type), its pre-tokenizer."""
+    from gguf import GGUFReader, LlamaFileType
 
     try:
         reader = GGUFReader(file)
         sizes: dict[str, int] = {}
         for tensor in reader.tensors:
-            kind = tensor.tensor_type.name
-            sizes[kind] = sizes.get(kind, 0) + int(tensor.n_elements)
+            own = tensor.tensor_type.name
+            sizes[own] = sizes.get(own, 0) + int(tensor.n_elements)
         field = reader.fields.get("tokenizer.ggml.pre")
         pre = None if field is None else field.contents()
+        told = reader.fields.get("general.file_type")
+        kind = (
+            None if told is None else LlamaFileType(told.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        )
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise ConfigError(f"{file} is no GGUF file that can be read: {' '.join(str(error).split())[:200]}") from error
     most = max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32"
-    return {"dtype": "float32" if most in EXACT else "bfloat16", "pre": pre}
+    return {"dtype": "float32" if most in EXACT else "bfloat16", "kind": kind or most, "pre": pre}
 
 
 def _split_digits(tokenizer: Any) -> None:

@@ -22,9 +22,11 @@ from harness.model.sees import OUTPUT
 from harness.model.step import Policy
 from harness.model.view import View
 
-# Largest relative L2 error of a part by the module's dtype. In low bits activations have 16 bits.
-LOW_BIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-# Of the logits of a whole step: of the dense model, and where decisions can move (unrelated logits differ by 1.4).
+# Largest relative L2 error of a part by the module's dtype. In low bits activations have 16 bits of the largest, which
+# outliers of real models make coarse: 1.2e-3 is seen in SmolLM2-135M.
+LOW_BIT = {torch.float32: 4e-3, torch.bfloat16: 2e-2}
+# Of the logits of a whole step: of the dense model, and where decisions can move (unrelated logits differ by 1.4). In
+# low bits those of bf16 hold.
 DENSE_LOGITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 MOVED_LOGITS = {torch.float32: 1e-2, torch.bfloat16: 1.0}
 
@@ -81,7 +83,8 @@ def check_fused(
             fused.run(PER_LAYER * view.n_layers, fused.step.stages)
             part = max(part, _error(fused.step.buffer("logits"), seen.logits))
     moves = any(method.sites for method, _ in methods)
-    allowed = (MOVED_LOGITS if moves else DENSE_LOGITS)[view.dtype]
+    rounding = view.dtype if packed is None else torch.bfloat16
+    allowed = (MOVED_LOGITS if moves else DENSE_LOGITS)[rounding]
     limit = (TOLERANCE if packed is None else LOW_BIT)[view.dtype]
     for what, error, most in (("a part", part, limit), ("a whole step", logits_error, allowed)):
         if not error <= most:

@@ -40,7 +40,7 @@ FAMILIES = ("llama", "qwen2")  # blocks of the same parts in the same order
 # What a method sees of a layer, by site: the buffer that holds it when it is asked.
 SEEN = {"attn_in": "normed", "attn_out": "attended", "mlp_in": "normed", "mlp_hidden": "hidden"}
 PANELS = (512, 256, 128)  # outputs of a panel of the packed head, the first that divides the vocabulary
-# By (layer, projection), and (-1, "head").
+# By (layer, projection), and (-1, "head") unless it stays as it is.
 PackedWeights = Mapping[tuple[int, str], Packed]
 
 
@@ -99,17 +99,18 @@ def by_rows(methods: Fitted) -> frozenset[str]:
     return frozenset(found - by_columns(methods))
 
 
-def packed_weights(view: View, bits: int, methods: Fitted = ()) -> dict[tuple[int, str], Packed]:
-    """All projections and the head in int4 or int8, with lines as these methods skip them."""
+def packed_weights(view: View, bits: int, methods: Fitted = (), head: bool = True) -> dict[tuple[int, str], Packed]:
+    """All projections, and the head if asked for, in int4 or int8, with lines as these methods skip them."""
     rows = by_rows(methods)
     found = {
         (layer, name): pack(module.weight if name in rows else module.weight.t(), bits)
         for layer, block in enumerate(view.blocks)
         for name, module in block.projections()
     }
-    head = view.model.get_output_embeddings().weight
-    panel = next((p for p in PANELS if head.shape[0] % p == 0), None)
-    found[-1, "head"] = pack(head.t(), bits, panel)
+    if head:
+        weight = view.model.get_output_embeddings().weight
+        panel = next((p for p in PANELS if weight.shape[0] % p == 0), None)
+        found[-1, "head"] = pack(weight.t(), bits, panel)
     return found
 
 
@@ -123,6 +124,8 @@ def dequantised(view: View, packed: PackedWeights, methods: Fitted = ()) -> Iter
     } | {(-1, "head"): head}
     try:
         for key, module in modules.items():
+            if key not in packed:  # a head that stays as it is
+                continue
             values = packed[key].values().to(view.dtype)
             values = values if key[1] in rows else values.t()
             saved.append((module, module.weight))  # the parameter itself: the head's may be the embedding's too
@@ -232,7 +235,7 @@ class FusedStep:
         assert final is not None
         step.final_norm(final.weight, final.variance_epsilon)
         head = view.model.get_output_embeddings()
-        if packed is not None:
+        if packed is not None and (-1, "head") in packed:
             step.packed(-1, "head", packed[-1, "head"], True, head.bias)
         else:
             step.weight(-1, "head", head.weight, False, head.bias)

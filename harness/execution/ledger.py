@@ -49,8 +49,9 @@ class Ledger:
 
     sites: sites that the attached methods declare. Channels at other sites count as touched.
     Totals are float64 [2] (prefill, decode): `kept` and `total` by (layer, site | "zeros"), in channels, neurons or
-    heads; `touched` by (layer, projection), in weights; `tokens` [2]. A pass counts when it is over: what a pass notes
-    is weighted by valid token in one product, since small operations by the hundred would cost more than the model's.
+    heads; `touched` by (layer, projection), in weights, and `scales`, of weights that have them; `tokens` [2]. A pass
+    counts when it is over: what a pass notes is weighted by valid token in one product, since small operations by the
+    hundred would cost more than the model's.
     """
 
     view: View
@@ -63,6 +64,7 @@ class Ledger:
     _keep: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # masks of the sublayer under way
     _dense_gate: bool = False  # whether a decision in it needed every gate row
     _columns: dict[str, Share] = field(default_factory=dict)
+    _groups: dict[str, Share] = field(default_factory=dict)  # of inputs that share a scale, where weights have them
     _seen: tuple[Tensor, Tensor] | None = None
 
     def rows(
@@ -103,7 +105,7 @@ class Ledger:
         def hook(_: nn.Module, args: tuple) -> None:
             self._starts_pass()
             x = args[0]
-            columns = WHOLE
+            columns = groups = WHOLE
             if site in self.sites or projection == "down":
                 nonzero = Share(self._nonzero(x), x.shape[-1])
                 if projection == "down":
@@ -111,7 +113,9 @@ class Ledger:
                 if site in self.sites:
                     columns = nonzero
                     self._note("kept", layer, site, nonzero)
-            self._columns[projection] = columns
+                    if self.view.stored is not None:
+                        groups = self._grouped(x != 0)
+            self._columns[projection], self._groups[projection] = columns, groups
             if projection in ("o", "down"):  # by now all of the sublayer is decided, oracles included
                 self._sublayer(layer)
             if last:
@@ -127,7 +131,24 @@ class Ledger:
                 self._note("kept", layer, name, kept)
         for name, columns in self._columns.items():
             self._note("touched", layer, name, self._row_share(name, rows).times(columns))
+        if self.view.stored is not None:
+            inputs = {
+                name: self._grouped(keep, self._width(name)) for (name, _), keep in self._keep.items() if name != "kv"
+            }
+            for name, groups in self._groups.items():
+                share = self._row_share(name, inputs if name in ("o", "down") else rows)
+                self._note("scales", layer, name, share.times(groups))
         self._forget_sublayer()
+
+    def _width(self, site: str) -> int:
+        """Input channels of o (of down) that a head (a neuron) feeds."""
+        return self.view.head_dim if site == "heads" else 1
+
+    def _grouped(self, keep: Tensor, width: int = 1) -> Share:
+        """Share of the groups of inputs that have a scale of which anything is kept; bool [..., n], `width` a place."""
+        assert self.view.stored is not None
+        wide = keep if width == 1 else keep.repeat_interleave(width, dim=-1)
+        return _share(wide.unflatten(-1, (-1, self.view.stored.group)).any(-1))
 
     def _row_share(self, projection: str, rows: dict[str, Share]) -> Share:
         """Share of the projection's rows (columns, for o and down) that the kept neurons or heads need."""
@@ -179,6 +200,7 @@ class Ledger:
     def _forget_sublayer(self) -> None:
         self._keep.clear()
         self._columns.clear()
+        self._groups.clear()
         self._dense_gate = False
 
     # --- reading it
@@ -208,12 +230,38 @@ class Ledger:
         """Weights that were touched, by (layer, projection)."""
         return self._read("touched", lambda name, n: self.view.weights(name) / n, of_tokens=False)
 
+    @property
+    def scales(self) -> dict[tuple[int, str], Tensor]:
+        """Scales that were touched, by (layer, projection); none where weights have none."""
+        if self.view.stored is None:
+            return {}
+        group = self.view.stored.group
+        return self._read("scales", lambda name, n: self.view.weights(name) / group / n, of_tokens=False)
+
     def skipped_weights(self, projections: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """(skipped, total) weights over all layers, float64 [2] by phase, each token counted apart."""
+        return self._skipped(projections, self.touched, 1)
+
+    def skipped_bytes(self, projections: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """As `skipped_weights`, in the bytes that codes and scales are stored in. Of a view with a stored format."""
+        stored = self.view.stored
+        assert stored is not None
+        weights = self._skipped(projections, self.touched, 1)
+        scales = self._skipped(projections, self.scales, stored.group)
+        skipped, total = (
+            weight * stored.bytes(1, 0) + scale * stored.bytes(0, 1)
+            for weight, scale in zip(weights, scales, strict=True)
+        )
+        return skipped, total
+
+    def _skipped(
+        self, projections: tuple[str, ...], touched_of: dict[tuple[int, str], Tensor], each: int
+    ) -> tuple[Tensor, Tensor]:
+        """(skipped, total) over all layers, of something of which there is one for `each` weights."""
         assert self.tokens is not None
         names = [p for p in self.view.projection_names() if p in projections]
-        total = self.tokens * float(sum(self.view.weights(p) for p in names) * self.view.n_layers)
-        touched = sum((v for (_, p), v in self.touched.items() if p in names), torch.zeros_like(total))
+        total = self.tokens * float(sum(self.view.weights(p) for p in names) * self.view.n_layers // each)
+        touched = sum((v for (_, p), v in touched_of.items() if p in names), torch.zeros_like(total))
         return total - touched, total
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.model.formats import Format
 from harness.model.step import StepTracker
 
 
@@ -52,7 +53,9 @@ class View:
     final_norm: the norm before the head. logit_cap: logits are capped softly at it (None: they are not).
     limits: what the model rules out, topic -> one sentence: neurons (telling them apart by their place), heads
         (dropping single ones), attention (another implementation in place of the model's own), recompute (K from the
-        block's input), norms (changing those before the sublayers), kernels.
+        block's input), norms (changing those before the sublayers), weights (rewriting them), kernels.
+    stored: how the projections' weights are stored where the modules hold what they stand for; None: as they are held.
+    source: the type of few bits that plain weights were made from, in a word.
     """
 
     model: Any  # a transformers causal language model; nn.Module would type every attribute as Tensor | Module
@@ -70,6 +73,8 @@ class View:
     fingerprint: str = ""
     logit_cap: float | None = None
     limits: Mapping[str, str] = field(default_factory=dict)
+    stored: Format | None = None
+    source: str | None = None
     ledger: Any = None  # the harness.execution.ledger.Ledger that counts at the moment
 
     @cached_property
@@ -101,6 +106,12 @@ class View:
     def dtype(self) -> torch.dtype:
         """The dtype of the block weights."""
         return self.blocks[0].up.weight.dtype
+
+    @property
+    def weight_format(self) -> str:
+        """What the projections' weights are: int4-g32, bfloat16, or "Q4_K_M as bfloat16", having been made of that."""
+        held = str(self.dtype).removeprefix("torch.") if self.stored is None else self.stored.name
+        return held if self.source is None else f"{self.source} as {held}"
 
     def channels(self, projection: str) -> int:
         """Input channels of a projection."""

@@ -58,7 +58,10 @@ def run(bench: Bench) -> None:
 def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None = None) -> Iterator[Row]:
     """The ledger as rows: by layer and site, and the totals `attn`, `mlp` and `model` in weights.
 
-    extra: weights that deciding touches for each token ("mlp", "attn"); they count as touched.
+    Of quantised weights the totals' achieved shares are of stored bytes: a skipped input's codes are not read, but the
+    scales that it shares with others are.
+
+    extra: weights of 16 bits that deciding touches for each token ("mlp", "attn"); they count as touched.
     """
     assert ledger.tokens is not None
     tokens = {"prefill": ledger.tokens[0].item(), "decode": ledger.tokens[1].item()}
@@ -80,10 +83,17 @@ def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None 
         skipped, total = ledger.skipped_weights(projections)
         cost = extra["mlp"] + extra["attn"] if name == "model" else extra[name]
         skipped = skipped - cost * ledger.tokens
-        for phase, s, t in _by_phase(skipped, total):
-            yield _row("achieved", s / t, tokens[phase], phase, name, None, task=task)
+        size = None
+        if view.stored is not None:
+            skipped_bytes, total_bytes = ledger.skipped_bytes(projections)
+            size = (skipped_bytes - 2 * cost * ledger.tokens, total_bytes)
+        for (phase, s, t), (_, own, whole) in zip(_by_phase(skipped, total), _by_phase(*size or (skipped, total))):
+            yield _row("achieved", own / whole, tokens[phase], phase, name, None, task=task)
             yield _row("skipped_weights", s, tokens[phase], phase, name, None, "weights", task)
             yield _row("total_weights", t, tokens[phase], phase, name, None, "weights", task)
+            if size is not None:
+                yield _row("skipped_bytes", own, tokens[phase], phase, name, None, "bytes", task)
+                yield _row("total_bytes", whole, tokens[phase], phase, name, None, "bytes", task)
 
 
 def _by_phase(part: Tensor, whole: Tensor) -> Iterator[tuple[str, float, float]]:

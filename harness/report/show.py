@@ -184,6 +184,8 @@ def _when(status: Mapping[str, Any]) -> str:
 def _where(cell: Shown) -> str:
     facts = cell.rows[["device", "dtype"]].dropna()
     told = f", on {facts.iloc[0]['device']} in {facts.iloc[0]['dtype']}" if len(facts) else ""
+    stored = cell.rows["weight_format"].dropna()
+    told += f", {stored.iloc[0]} weights" if len(stored) else ""
     commit = (cell.environment.get("git") or {}).get("commit")
     return told + (f", at commit {commit[:10]}" if commit else "")
 

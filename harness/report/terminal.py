@@ -169,7 +169,12 @@ def _by_task(lines: pd.DataFrame) -> Table:
 
 def _title(line: pd.Series) -> str:
     phase = line.get("phase", "")
-    parts = [line.get("model", ""), PHASES.get(phase, phase)]
+    stored = line.get("weight_format")
+    parts = [
+        line.get("model", ""),
+        "" if stored is None or pd.isna(stored) else f"{stored} weights",
+        PHASES.get(phase, phase),
+    ]
     if line.get("dense_prefix", 0) > 0:
         parts.append(f"first {line['dense_prefix']} tokens dense")
     if "seed" in line:

@@ -40,7 +40,8 @@ COLUMNS: dict[str, str] = {
     "engine": "string",  # what launched the timed step: eager | graph (CUDA) | fused (CPU) | compiled
     "batch": "Int64",
     "context": "Int64",  # latency: tokens already in the KV cache; perplexity: tokens a window
-    "dtype": "string",
+    "dtype": "string",  # in which it was computed
+    "weight_format": "string",  # of the blocks' projections: float32, int4-g32, "Q4_K_M as bfloat16" (made of that)
     "device": "string",
     "seed": "Int64",
     "limited": "boolean",  # of a smoke run (harness.results.limited): never drawn as a result
@@ -51,7 +52,7 @@ COLUMNS: dict[str, str] = {
     "message": "string",
 }
 
-LATER = ("needs", "needs_tokens", "calibration")  # columns that stored tables may be older than
+LATER = ("needs", "needs_tokens", "calibration", "weight_format")  # columns that stored tables may be older than
 
 REQUIRED = ("metric", "unit", "n", "source", "status")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import model_fingerprint
 from harness.errors import ConfigError
+from harness.model.formats import BITS, GROUPS, Format
 from harness.places import CHECKPOINTS
 from harness.run import machine, probing
 from harness.run.nest import build_methods, keeps_natural, phase_of, reads_level
@@ -95,6 +96,7 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
         if model["name"] is None:
             model["name"] = os.fsencode(folder.resolve().name.removesuffix(".gguf")).decode("utf-8", "replace")
     model.pop("accept_license", None)  # of one who may not have it there is no cell
+    model |= _format(model)
     if model["path"] is None and model["source"] == "hub":
         model["revision"] = _commit(model)
     if model.get("adapter"):  # its shards' hashes are in the record
@@ -102,6 +104,19 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
         record = record if record.is_file() else Path(model["adapter"]) / "adapter.json"
         model["fingerprint"] = hashlib.sha256(record.read_bytes()).hexdigest()
     return model
+
+
+def _format(model: dict[str, Any]) -> dict[str, Any]:
+    """A quantised model goes by another name, so that nothing sets it beside the plain one as if it were the same."""
+    for key in ("weight_format", "weight_group"):
+        if key in model and model[key] is None:
+            del model[key]
+    if "weight_format" not in model:
+        return {}
+    group = model.get("weight_group", GROUPS[0])
+    name = Format(BITS[model["weight_format"]], group).name
+    plain = model["name"].removesuffix(f"-{name}")
+    return {"weight_group": group, "name": f"{plain}-{name}"}
 
 
 def text_fingerprint(folder: Path) -> str:

@@ -115,6 +115,7 @@ class Run:
             family=view.family,
             activation=view.activation,
             dtype=str(view.dtype).removeprefix("torch."),
+            weight_format=view.weight_format,
             device=device_name(view.device),
         )
         sentence = refusal(view, methods, config["phase"])

@@ -10,6 +10,7 @@ from typing import Any
 from harness.data import embedded, tasks
 from harness.data.assets import EMBEDDED_MODEL
 from harness.errors import ConfigError
+from harness.model.formats import BITS, GROUPS
 from harness.places import CHECKPOINTS, CONF, INSTALLED
 from harness.run import probing
 from harness.values import choice, file_or_none, number, whole
@@ -64,6 +65,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
             )
         known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
         raise ConfigError(f"model.adapter={adapter} is no checkpoint: choose from {', '.join(known) or 'none'}")
+    if model.get("weight_format") is not None:
+        choice(model["weight_format"], "model.weight_format", tuple(BITS))
+        if (group := model.get("weight_group", GROUPS[0])) not in GROUPS:
+            raise ConfigError(f"model.weight_group must be one of {', '.join(map(str, GROUPS))}, not {group!r}")
+    elif model.get("weight_group") is not None:
+        raise ConfigError("model.weight_group is of quantised weights: give model.weight_format=int8 or int4 with it")
     path = model["path"]
     if path is not None and Path(path).suffix == ".gguf" and Path(path).is_file():
         return

@@ -14,15 +14,19 @@ from safetensors import SafetensorError
 
 from harness.data import embedded
 from harness.data.assets import EMBEDDED_MODEL, model_fingerprint
+from harness.data.gguf import read
 from harness.errors import ConfigError
 from harness.fitting.calibration import Calibration
 from harness.model import memory, shapes
 from harness.model.families import config_of, view_of
+from harness.model.formats import BITS, Format
+from harness.model.quantise import quantise
 from harness.model.view import View
 from harness.results.identity import content_key
 from harness.run.config import CellConfig
 from harness.training.checkpoints import merge_weights, read_checkpoint, swap_activation
 
+UNQUANTISED = ("F64", "F32", "F16", "BF16")
 WINDOW = 512  # tokens of the pass that memory is estimated for
 
 
@@ -58,6 +62,7 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     adapter = model_config.get("adapter")
     if model_config["source"] == "shape":
         view = view_of(shapes.random_model(model_config, wanted, place), model_config["name"], shapes.key(model_config))
+        _quantise(view, model_config)
         return Loaded(view, tokenizer, int(view.model.config.max_position_embeddings))
     try:
         config = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
@@ -88,7 +93,27 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
             raise ConfigError(f"checkpoint {adapter} was trained on another base than {model_config['name']}")
         view.activation = checkpoint.activation
         view.fingerprint = content_key({"base": fingerprint, "adapter": checkpoint.record["sha256"]})
+    else:
+        view.source = _made_of(model_config)
+    _quantise(view, model_config)
     return Loaded(view, tokenizer, int(getattr(model.config, "max_position_embeddings", 2048)))
+
+
+def _quantise(view: View, model: dict[str, Any]) -> None:
+    """Give the weights the format that was asked for, if any."""
+    if model.get("weight_format") is not None:
+        stored = Format(BITS[model["weight_format"]], model["weight_group"])
+        quantise(view, stored)
+        view.fingerprint = content_key({"base": view.fingerprint, "weight_format": stored.name})
+
+
+def _made_of(model: dict[str, Any]) -> str | None:
+    """The type of the GGUF file that plain weights were made from, None where they are the original's."""
+    if model["path"] is not None:
+        path = Path(model["path"])
+        kind = read(path)["kind"] if path.suffix == ".gguf" else None
+        return None if kind in UNQUANTISED else kind
+    return embedded.kind_of(model.get("embedded", EMBEDDED_MODEL)) if model["source"] == "embedded" else None
 
 
 def _tokenizer(name: str, source: str, revision: str | None) -> Any:

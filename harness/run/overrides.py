@@ -24,6 +24,7 @@ from harness.run.checks import options
 from harness.values import did_you_mean
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
+OF_ANY_MODEL = ("model.weight_format", "model.weight_group")  # keys that no file of the group needs to name
 # Groups of which each file fills one node by itself: a sweep over them need not compose everything anew.
 MOUNTED = ("model", "method")
 OF_EXPERIMENTS = ("grid", "sweeps")  # what sweeps are made from: no cell reads it
@@ -43,6 +44,8 @@ def rewrite(overrides: list[str], multirun: bool) -> list[str]:
             override = (
                 f"tasks.names=[{inner}]" if value.startswith("[") or not multirun else f"tasks.names={_listed(inner)}"
             )
+        elif bare in OF_ANY_MODEL and not key.startswith("~"):
+            override = f"++{bare}={value}"
         elif bare in GROUPS and bare != "experiment":
             for name in value.replace("[", "").replace("]", "").split(","):
                 if name.strip() not in options(bare):

@@ -19,14 +19,18 @@ Above batch 1 a step reads each channel that any of its sequences keeps: `union_
 over the masks of the same prompts. Kernels take batches of up to 16 where thresholds decide. Where they take only some
 of a method's projections, its rows are masked and say which.
 
-variants: what is timed. plans: which variants a method gets. timing: rounds, and the clock. watch: who else was at work
-meanwhile, and peak memory. reads: what a step must read. rows: what is told of it.
+Of quantised weights only steps that read them are timed; where there is none, a row says so.
+
+variants: what is timed. low_bit: the variants of quantised weights. plans: which variants a method gets otherwise.
+timing: rounds, and the clock. watch: who else was at work meanwhile, and peak memory. reads: what a step must read.
+rows: what is told of it.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from harness.probes.bench import Bench
+from harness.probes.latency import low_bit
 from harness.probes.latency.plans import variants
 from harness.probes.latency.rows import measure
 from harness.probes.latency.variants import Row
@@ -51,7 +55,13 @@ def run(bench: Bench) -> None:
     def make() -> tuple[list[Row]]:
         view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS).tokens
         asked = bench.config["sparsity"]
-        plan = variants(view, bench.fitted, bench.policy, LIKELY if asked is None else asked, settings, windows)
+        if view.stored is not None:
+            if sentence := low_bit.no_step(view, bench.fitted):
+                bench.note(sentence)
+                return ([{"metric": "tpot_median", "status": "unsupported", "message": sentence}],)
+            plan = low_bit.variants(view, bench.fitted, bench.policy, windows)
+        else:
+            plan = variants(view, bench.fitted, bench.policy, LIKELY if asked is None else asked, settings, windows)
         return (marked(measure(view, plan, windows, settings), limited(settings["repeats"], "rounds")),)
 
     bench.commit("latency", make)

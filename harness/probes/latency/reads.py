@@ -12,12 +12,18 @@ from harness.model.step import Policy
 from harness.model.view import View
 
 
-def step_bytes(view: View, reads: float, batch: int, context: int, cached: float = 1.0) -> float:
-    """Bytes that one decode step must read: kept block weights, the head, and the KV cache (a share `cached` of it)."""
+def step_bytes(
+    view: View, reads: float, batch: int, context: int, cached: float = 1.0, block_bytes: int | None = None
+) -> float:
+    """Bytes that one decode step must read: kept block weights, the head, and the KV cache (a share `cached` of it).
+
+    block_bytes: of all blocks' weights as they are stored; None: of the view's dtype.
+    """
     size = view.dtype.itemsize
     head = view.model.get_output_embeddings().weight.numel()
     cache = cached * 2 * batch * context * view.n_kv_heads * view.head_dim * view.n_layers
-    return size * (reads * view.block_weights * view.n_layers + head + cache)
+    blocks = size * view.block_weights * view.n_layers if block_bytes is None else block_bytes
+    return reads * blocks + size * (head + cache)
 
 
 def ideal_slice(view: View, methods: Fitted, skipped: float) -> dict[str, float]:

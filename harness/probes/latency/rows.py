@@ -41,10 +41,10 @@ class Point:
         pairs = zip(self.variants, self.timings, strict=True)
         return min((t for v, t in pairs if v.dense and allowed(v)), key=lambda timing: timing.median)
 
-    def first(self, engine: str) -> Timing:
-        """The library's dense run by an engine, which comes before the tuned ones."""
+    def first(self, engine: str) -> Timing | None:
+        """The library's dense run by an engine, which comes before the tuned ones; none of quantised weights."""
         pairs = zip(self.variants, self.timings, strict=True)
-        return next(t for v, t in pairs if v.dense and v.engine == engine)
+        return next((t for v, t in pairs if v.dense and v.engine == engine), None)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def rows_of(view: View, point: Point, variant: Variant, timing: Timing, union: t
     p90 = sorted(timing.each)[int(0.9 * (len(timing.each) - 1))]
     n, rounds = len(timing.each), len(timing.rounds)
     spread = statistics.stdev(timing.rounds) if rounds > 1 else None
-    needed = step_bytes(view, reads, point.batch, point.context, cache)
+    needed = step_bytes(view, reads, point.batch, point.context, cache, variant.block_bytes)
     facts: list[tuple[str, float, str, int]] = [
         ("tpot_p90", p90, "s", n),
         ("tokens_per_second", point.batch / median, "tokens/s", n),
@@ -138,12 +138,13 @@ def baselines(point: Point, variant: Variant) -> dict[str, Timing]:
     whether a step is compiled is the user's choice, cell by cell: compiled is compared with compiled only.
     """
     compiled = variant.engine == "compiled"
-    compared = {
+    compared: dict[str, Timing | None] = {
         "time_ratio": point.fastest(lambda dense: (dense.engine == "compiled") == compiled),
         "time_ratio_engine": point.fastest(lambda dense: dense.engine == variant.engine),
         "time_ratio_library": point.first("eager" if variant.engine == "fused" else variant.engine),
     }
-    return compared | ({"time_ratio_eager": point.first("eager")} if compiled else {})
+    compared |= {"time_ratio_eager": point.first("eager")} if compiled else {}
+    return {metric: timing for metric, timing in compared.items() if timing is not None}
 
 
 def disturbance_rows(point: Point, others: Watch) -> list[Row]:

@@ -25,6 +25,7 @@ class Variant:
     no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to 16.
     union: of a prompt [batch, context], the share of the block weights that a step after it reads, and tokens counted.
     captured: the step runs in a CUDA graph. fused: it runs as one C++ operator, on a CPU, for one sequence.
+    block_bytes: bytes that the blocks' weights are stored in; None: those of the module's dtype.
     decoder: a model of this variant's own whose step is compiled; None decodes the view's. held: what its forwards live
         in. step: its compiled forward, for the shapes of one grid point.
     """
@@ -39,6 +40,7 @@ class Variant:
     union: Callable[[Tensor], tuple[float, int]] | None = None
     captured: bool = False
     fused: bool = False
+    block_bytes: int | None = None
     decoder: nn.Module | None = None
     held: ExitStack = field(default_factory=ExitStack)
     step: Callable[..., Any] | None = None

@@ -1,0 +1,259 @@
+"""Quantised weights: their values, what methods and the ledger make of them, cells and their dense twins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from harness.errors import ConfigError
+from harness.execution.attach import attached
+from harness.execution.check import check_kernels
+from harness.execution.fused_check import check_fused
+from harness.execution.fused_cpu import packed_weights
+from harness.model.formats import GROUPS, Format
+from harness.model.quantise import quantise
+from harness.model.step import Policy
+from harness.model.view import View
+from harness.probes.latency import low_bit
+from harness.probes.sparsity import measure
+from harness.results.collect import collect, dense_key, headline
+from harness.results.store import Store
+from harness.run.canonical import canonical
+from harness.run.config import CellConfig, check
+from harness.run.execute import run_all
+from harness.run.overrides import composed, rewrite
+from tests import tiny
+from tests.matrix import CASES
+
+THRESHOLDS = ("teal", "cats", "topk", "topp", "wina_threshold", "cett", "dejavu", "kv_skip_norm", "random")
+REWRITING = ("larosa", "wina_transform", "rsparse")
+
+
+def quantised(bits: int, family: str = "llama", group: int = 32) -> View:
+    view = tiny.view(family)
+    quantise(view, Format(bits, group))
+    return view
+
+
+def cell(*overrides: str) -> CellConfig:
+    return check(composed(rewrite(["device=cpu", "dtype=float32", *overrides], multirun=False)))
+
+
+def totals(view: View, methods: list, policy: Policy | None = None) -> dict[tuple[str, str], float]:
+    rows = measure(view, methods, policy or Policy(), tiny.tokens(2, 32))
+    keys = ("all", None)
+    return {(r["site"], r["metric"]): r["value"] for r in rows if (r["step_phase"], r["layer"]) == keys}
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_is_its_code_times_its_groups_scale(bits: int, group: int) -> None:
+    weight, half = torch.randn(24, 256).bfloat16(), 2 ** (bits - 1)
+    values = Format(bits, group).values(weight.float()).double().unflatten(-1, (-1, group))
+    exact = weight.double().unflatten(-1, (-1, group))
+    scale = (exact.abs().amax(-1, keepdim=True) / (half - 0.5)).bfloat16().double()
+    codes = values / scale
+    assert (codes - codes.round()).abs().max() < 1e-5 and codes.round().unique().numel() > half
+    assert codes.min() >= -half - 1e-5 and codes.max() <= half - 1 + 1e-5
+    inside = exact / scale < half - 1
+    assert ((values - exact).abs() <= scale * 0.501)[inside].all() and ((values - exact).abs() <= scale).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_range_and_scales_are_torchaos(bits: int) -> None:
+    """torchao is no dependency: where it is installed transformers imports it at every start, for seconds."""
+    ao = pytest.importorskip("torchao.quantization")
+    linear = torch.nn.Linear(256, 48, bias=False).bfloat16()
+    own = Format(bits, 32).values(linear.weight.detach().float())
+    kind = {8: torch.int8, 4: torch.int4}[bits]
+    ao.quantize_(linear, ao.IntxWeightOnlyConfig(weight_dtype=kind, granularity=ao.PerGroup(32)))
+    codes = own.unflatten(-1, (-1, 32)) / linear.weight.scale.float()[..., None]
+    off = codes - linear.weight.qdata.unflatten(-1, (-1, 32))
+    assert off.abs().max() < 1.001 and (off.abs() > 0.5).float().mean() < 0.25
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    assert not Format(4, 32).values(torch.zeros(3, 64)).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "falcon", "mixtral"])
+def test_all_projections_and_nothing_else_are_quantised(family: str) -> None:
+    plain, view = tiny.view(family), quantised(4, family)
+    inside = {id(module.weight) for block in view.blocks for _, module in block.projections()}
+    for (name, before), after in zip(plain.model.named_parameters(), view.model.parameters(), strict=True):
+        if id(after) in inside:
+            matrices = before if before.dim() == 3 else before[None]
+            wanted = torch.stack([Format(4, 32).values(matrix) for matrix in matrices]).view_as(before)
+            assert torch.equal(after, wanted) and not torch.equal(after, before), name
+        else:
+            assert torch.equal(after, before), name
+    assert view.weight_format == "int4-g32"
+
+
+def test_a_group_that_does_not_divide_the_inputs_is_one_sentence() -> None:
+    view = tiny.view("llama")
+    before = view.blocks[0].q.weight.clone()
+    with pytest.raises(ConfigError, match=r"weight_group=128 does not divide the 64 inputs of q .*: take 32 or 64"):
+        quantise(view, Format(4, 128))
+    assert torch.equal(view.blocks[0].q.weight, before) and view.stored is None
+
+
+# ------------------------------------------------------------------------------------ methods, bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", THRESHOLDS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_methods_run_on_quantised_weights_and_leave_them_as_they_were(name: str, bits: int) -> None:
+    view, ids = quantised(bits), tiny.tokens(2, 24)
+    method = CASES[name].make(0.5)
+    state = method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {}
+    dense = view.model(ids).logits
+    with attached(view, [(method, state)], Policy(method.phases[0])):
+        sparse = view.model(ids).logits
+    assert torch.isfinite(sparse).all() and not torch.equal(sparse, dense)
+    assert torch.equal(view.model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("name", ["teal", "cats", "dejavu"])
+def test_kernels_equal_masks_on_quantised_weights(name: str) -> None:
+    view = quantised(4)
+    method = CASES[name].make(0.5)
+    check_kernels(view, [(method, method.fit(view, tiny.calibration(view)))], tiny.tokens(1, 24))
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_methods_that_rewrite_weights_refuse_quantised_ones(name: str) -> None:
+    method = CASES[name].make(0.5)
+    assert method.refusal(tiny.view("llama")) is None
+    assert "int4-g32, and rewritten ones would no longer be" in (method.refusal(quantised(4)) or "")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bytes_are_those_of_codes_and_scales(bits: int) -> None:
+    """A skipped input's codes are not read, but its scales are; a skipped neuron's rows go with theirs."""
+    view = quantised(bits)
+    weights = view.block_weights * view.n_layers * 64  # tokens
+    dense = totals(view, [])
+    assert dense["model", "total_bytes"] == weights * bits / 8 + weights / 32 * 2
+    assert dense["model", "skipped_bytes"] == 0
+
+    teal = CASES["teal"].make(0.5)
+    found = totals(view, [(teal, teal.fit(view, tiny.calibration(view)))])
+    assert found["model", "skipped_bytes"] == pytest.approx(found["model", "skipped_weights"] * bits / 8, rel=1e-6)
+    assert found["model", "achieved"] == found["model", "skipped_bytes"] / found["model", "total_bytes"]
+    assert found["model", "achieved"] < 0.95 * found["model", "skipped_weights"] / found["model", "total_weights"]
+
+
+def test_bytes_of_neurons_go_with_their_rows_scales() -> None:
+    """The gate is read whole, of up the kept rows; of down the kept columns, and scales that no other column needs."""
+    view = quantised(4)
+    cats = CASES["cats"].make(0.5)
+    found = totals(view, [(cats, cats.fit(view, tiny.calibration(view)))])
+    half = found["mlp", "skipped_weights"] / 2  # as much in up as in down
+    assert found["mlp", "skipped_bytes"] == pytest.approx(half * (4 / 8 + 2 / 32) + half * 4 / 8, rel=1e-6)
+
+
+def test_heads_take_whole_groups_along() -> None:
+    """A head of 16 channels shares its scales in o with the next: they are saved where both are dropped."""
+    view = quantised(4)
+    keep = torch.zeros(2, 24, 4, dtype=torch.bool)
+    keep[..., 0] = True
+    with attached(view, [], Policy(), count=True) as ledger:
+        assert ledger is not None
+        with view.tracker.hint(torch.ones(2, 24, dtype=torch.bool), torch.zeros(2, 24, dtype=torch.bool)):
+            handle = view.blocks[0].q.register_forward_hook(lambda *_: ledger.rows("heads", 0, keep))
+            view.model(tiny.tokens(2, 24))
+            handle.remove()
+    per_token = view.weights("o") / 32
+    assert ledger.scales[0, "o"].sum().item() == 48 * per_token / 2  # one of two groups of 32 channels
+    assert ledger.scales[0, "q"].sum().item() == 48 * per_token / 4  # a quarter of the rows
+    assert ledger.scales[1, "o"].sum().item() == 48 * per_token
+
+
+# ------------------------------------------------------------------------------------------- latency
+
+
+@pytest.mark.parametrize("name", [None, "teal", "cats"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_fused_step_runs_the_format_with_a_plain_head(name: str | None, bits: int) -> None:
+    view, methods = quantised(bits), []
+    if name is not None:
+        method = CASES[name].make(0.5)
+        methods = [(method, method.fit(view, tiny.calibration(view)))]
+    if low_bit.no_step(view, methods):
+        pytest.skip("no C++ kernels on this machine")
+    packed = packed_weights(view, bits, methods, head=False)
+    assert check_fused(view, methods, Policy(), tiny.tokens(1, 24), packed).part < 1e-3
+    plan = low_bit.variants(view, methods, Policy(), tiny.tokens(1, 64))
+    assert [variant.execution for variant in plan] == ["dense", "kernel"][: 1 + len(methods)]
+    stored = view.block_weights * view.n_layers * (bits + 0.5) / 8
+    assert all(stored <= (variant.block_bytes or 0) for variant in plan)
+
+
+def test_where_no_kernel_reads_the_weights_latency_says_so() -> None:
+    assert "no kernel reads the int4-g32 weights of tiny-gemma: the fused" in (
+        low_bit.no_step(quantised(4, "gemma"), []) or ""
+    )
+
+
+# --------------------------------------------------------------------------------------------- cells
+
+
+def test_the_format_is_a_part_of_the_cell_and_nothing_is_where_there_is_none() -> None:
+    plain = cell()
+    assert cell("model.weight_format=null").id == plain.id
+    ids = [cell(f"model.weight_format={given}").id for given in ("int8", "int4")]
+    ids += [cell("model.weight_format=int4", "model.weight_group=64").id]
+    assert len({plain.id, *ids}) == 4
+    assert cell("model.weight_format=int4", "model.weight_group=32").id == ids[1]
+    assert cell("model.weight_format=int4").model_name == "smollm2-135m-int4-g32"
+    assert canonical(cell("model.weight_format=int4").plain) == cell("model.weight_format=int4").plain
+
+
+def test_the_dense_twin_of_a_quantised_cell_is_quantised() -> None:
+    sparse = cell("model.weight_format=int4", "method=teal")
+    dense = sparse.dense_cell()
+    assert dense is not None and dense.id == cell("model.weight_format=int4", "method=dense").id
+    assert dense_key(dense.plain) == dense_key(sparse.plain) != dense_key(cell("method=teal").plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["model.weight_format=int3"], "model.weight_format must be one of int8, int4, not 'int3'"),
+        (
+            ["model.weight_format=int4", "model.weight_group=31"],
+            "model.weight_group must be one of 32, 64, 128, not 31",
+        ),
+        (["model.weight_group=32"], "model.weight_group is of quantised weights"),
+    ],
+)
+def test_an_unknown_format_is_one_sentence(given: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        cell(*given)
+
+
+def test_rows_carry_the_format_and_meet_their_own_dense_cell(tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {n}th of {n + 1} words is followed by another." for n in range(300)))
+    given = ["model=local", f"model.path={tiny_folder}", "probe.names=[quality,sparsity]", "tasks=none", "method=topk"]
+    given += [f"probe.perplexity.path={text}", "probe.perplexity.window=64", "probe.perplexity.windows=2"]
+    given += ["probe.perplexity.kl_windows=1", "probe.sparsity.windows=2", f"results={tmp_path}"]
+    cells = [cell(*given, *more) for more in ([], ["model.weight_format=int4"])]
+    store = Store(tmp_path / "results")
+    run_all(cells, store, {"name": "none", "group": None}, Console(quiet=True))
+    table = collect(store.root)
+    lines = headline(table).set_index(["model", "method"])
+    name, stored = tiny_folder.name, f"{tiny_folder.name}-int4-g32"
+    assert lines.loc[(name, "topk"), "weight_format"] == "float32"
+    assert lines.loc[(stored, "topk"), "weight_format"] == "int4-g32" == lines.loc[(stored, "dense"), "weight_format"]
+    for model in (name, stored):
+        assert lines.loc[(model, "topk"), "dense:perplexity"] == lines.loc[(model, "dense"), "perplexity"]
+    assert lines.loc[(name, "dense"), "perplexity"] != lines.loc[(stored, "dense"), "perplexity"]
