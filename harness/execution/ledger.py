@@ -4,6 +4,10 @@ Counting looks at the tensors that reach the projections after every method has 
 pretends to be sparse is counted as dense. Of neurons and heads that are skipped as a whole masked execution
 tells it, and what several methods drop at one site is dropped once. Padding is no token, nor is what a batch feeds to a
 sequence that has ended.
+
+Reads of the KV cache are counted beside the weights: a token reads K and V of every entry that it sees (within a
+layer's sliding window) in every KV group that a kept query head belongs to, or what the attention says that it read.
+Unlike weights these grow with the context and are not shared by the sequences of a batch.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from harness.model.families import attention
 from harness.model.selection import PROJECTIONS
 from harness.model.view import View
 
@@ -49,9 +54,9 @@ class Ledger:
 
     sites: sites that the attached methods declare. Channels at other sites count as touched.
     Totals are float64 [2] (prefill, decode): `kept` and `total` by (layer, site | "zeros"), in channels, neurons or
-    heads; `touched` by (layer, projection), in weights, and `scales`, of weights that have them; `tokens` [2]. A pass
-    counts when it is over: what a pass notes is weighted by valid token in one product, since small operations by the
-    hundred would cost more than the model's.
+    heads; `touched` by (layer, projection), in weights, and `scales`, of weights that have them; `kv_read` and
+    `kv_seen` by layer, in bytes; `tokens` [2]. A pass counts when it is over: what a pass notes is weighted by valid
+    token in one product, since small operations by the hundred would cost more than the model's.
     """
 
     view: View
@@ -65,6 +70,8 @@ class Ledger:
     _dense_gate: bool = False  # whether a decision in it needed every gate row
     _columns: dict[str, Share] = field(default_factory=dict)
     _groups: dict[str, Share] = field(default_factory=dict)  # of inputs that share a scale, where weights have them
+    _attended: Tensor | None = None  # what the attention under way says that it reads of the cache
+    _entries: dict[int | None, Tensor] = field(default_factory=dict)  # of this pass, what tokens see by window
     _seen: tuple[Tensor, Tensor] | None = None
 
     def rows(
@@ -81,6 +88,15 @@ class Ledger:
             if mask is not None:
                 before = self._keep.get((name, layer))
                 self._keep[name, layer] = mask if before is None else mask & before
+
+    def attended(self, vectors: Tensor) -> None:
+        """Note what the attention under way reads: K and V vectors, int64 [batch, tokens, KV heads].
+
+        For an attention that does not read both of every entry that a token sees. A group without a kept head reads
+        nothing all the same.
+        """
+        self._starts_pass()
+        self._attended = vectors if self._attended is None else torch.minimum(self._attended, vectors)
 
     @contextmanager
     def counting(self) -> Iterator[Ledger]:
@@ -116,6 +132,8 @@ class Ledger:
                     if self.view.stored is not None:
                         groups = self._grouped(x != 0)
             self._columns[projection], self._groups[projection] = columns, groups
+            if projection == "o":
+                self._cache(layer)
             if projection in ("o", "down"):  # by now all of the sublayer is decided, oracles included
                 self._sublayer(layer)
             if last:
@@ -149,6 +167,23 @@ class Ledger:
         assert self.view.stored is not None
         wide = keep if width == 1 else keep.repeat_interleave(width, dim=-1)
         return _share(wide.unflatten(-1, (-1, self.view.stored.group)).any(-1))
+
+    def _cache(self, layer: int) -> None:
+        """Note what the attention's tokens read of the cache and what they see, in K and V vectors of single groups."""
+        view, window = self.view, attention.window(self.view.blocks[layer].attn)
+        if window not in self._entries:
+            assert view.tracker.step is not None
+            seen = (view.tracker.step.position + 1).clamp(min=0, max=window)
+            self._entries[window] = 2 * seen
+        both, keep = self._entries[window], self._keep.get(("heads", layer))
+        seen = read = (both * view.n_kv_heads).flatten()
+        if keep is not None or self._attended is not None:
+            groups = both[..., None].expand(-1, -1, view.n_kv_heads) if self._attended is None else self._attended
+            if keep is not None:
+                groups = groups * keep.unflatten(-1, (view.n_kv_heads, -1)).any(-1)
+            read = groups.sum(-1).flatten()
+        self._note("kv_read", layer, "kv", Share(read))
+        self._note("kv_seen", layer, "kv", Share(seen))
 
     def _row_share(self, projection: str, rows: dict[str, Share]) -> Share:
         """Share of the projection's rows (columns, for o and down) that the kept neurons or heads need."""
@@ -194,6 +229,7 @@ class Ledger:
 
     def _forget(self) -> None:
         self._noted.clear()
+        self._entries.clear()
         self._forget_sublayer()
         self._seen = self._step = None
 
@@ -201,7 +237,7 @@ class Ledger:
         self._keep.clear()
         self._columns.clear()
         self._groups.clear()
-        self._dense_gate = False
+        self._dense_gate, self._attended = False, None
 
     # --- reading it
 
@@ -237,6 +273,20 @@ class Ledger:
             return {}
         group = self.view.stored.group
         return self._read("scales", lambda name, n: self.view.weights(name) / group / n, of_tokens=False)
+
+    @property
+    def kv_read(self) -> dict[int, Tensor]:
+        """Bytes of the KV cache that were read, by layer, each token counted apart, in the model's dtype."""
+        return self._cache_bytes("kv_read")
+
+    @property
+    def kv_seen(self) -> dict[int, Tensor]:
+        """What `kv_read` is of dense attention."""
+        return self._cache_bytes("kv_seen")
+
+    def _cache_bytes(self, what: str) -> dict[int, Tensor]:
+        width = self.view.head_dim * self.view.dtype.itemsize
+        return {layer: v for (layer, _), v in self._read(what, lambda _, n: float(width), of_tokens=False).items()}
 
     def skipped_weights(self, projections: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """(skipped, total) weights over all layers, float64 [2] by phase, each token counted apart."""

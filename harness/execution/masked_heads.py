@@ -135,6 +135,8 @@ class Heads:
             self.view.ledger.rows("heads", layer, keep, kv_keep=None if self.kv == "mask_output" else used)
         if self.kv != "mask_output":
             exists = self._remember(layer, used, step)
+            if self.view.ledger is not None and self.kv == "skip":
+                self.view.ledger.attended(self._read(exists, attention_mask))
             if self.kv == "recompute":
                 key, value = self._rebuild(layer, key, value, exists, used, step)
             elif self.dropped == "zeros":
@@ -171,6 +173,12 @@ class Heads:
         """
         self.entries[layer] = _append(self.entries.get(layer), used, step.past, fill=True)
         return self.entries[layer].transpose(1, 2)
+
+    @staticmethod
+    def _read(exists: Tensor, attention_mask: Tensor) -> Tensor:
+        """K and V vectors that each query reads of each KV head, int64 [batch, queries, KV heads]."""
+        there = fit(exists, attention_mask.shape[-1]).transpose(1, 2)
+        return 2 * (attention_mask[:, 0].float() @ there.float()).long()
 
     def _visible(self, exists: Tensor, queries: int, keys: int) -> Tensor:
         """Which keys a query may use, bool [batch, heads, queries, keys].

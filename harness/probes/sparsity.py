@@ -78,6 +78,7 @@ def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None 
         metric, name = ("zeros", "mlp_hidden") if site == "zeros" else ("achieved", site)
         for phase, k, t in _by_phase(kept, total):
             yield _row(metric, 1 - k / t, tokens[phase], phase, name, None, task=task)
+    yield from _cache_rows(ledger, tokens, task)
     groups = {"attn": ATTENTION, "mlp": MLP, "model": ATTENTION + MLP}
     for name, projections in groups.items():
         skipped, total = ledger.skipped_weights(projections)
@@ -94,6 +95,23 @@ def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None 
             if size is not None:
                 yield _row("skipped_bytes", own, tokens[phase], phase, name, None, "bytes", task)
                 yield _row("total_bytes", whole, tokens[phase], phase, name, None, "bytes", task)
+
+
+def _cache_rows(ledger: Ledger, tokens: Mapping[str, float], task: str | None) -> Iterator[Row]:
+    """Bytes of the KV cache that a token reads and those of dense attention, a mean; and the share that is not read.
+
+    By layer where something is skipped, and in all.
+    """
+    read, seen = ledger.kv_read, ledger.kv_seen
+    for layer, dense in sorted(seen.items()):
+        if bool((read[layer] < dense).any()):
+            for phase, r, d in _by_phase(read[layer], dense):
+                yield _row("achieved", 1 - r / d, tokens[phase], phase, "kv", layer, task=task)
+    for phase, r, d in _by_phase(sum(read.values(), torch.zeros(2)), sum(seen.values(), torch.zeros(2))):
+        n = tokens[phase]
+        yield _row("achieved", 1 - r / d, n, phase, "kv", None, task=task)
+        yield _row("kv_bytes", r / n, n, phase, "kv", None, "bytes/token", task)
+        yield _row("kv_bytes_dense", d / n, n, phase, "kv", None, "bytes/token", task)
 
 
 def _by_phase(part: Tensor, whole: Tensor) -> Iterator[tuple[str, float, float]]:

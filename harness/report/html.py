@@ -153,6 +153,7 @@ CELLS = (
     Column("requested", "sparsity_requested", ".2f"),
     Column("achieved, MLP", "achieved_mlp", ".3f"),
     Column("achieved, model", "achieved_model", ".3f"),
+    Column("KV bytes read", "kv_read", ".1%"),
     Column("perplexity", "perplexity", ".2f", "stderr:perplexity"),
     Column("accuracy, mean", "accuracy", ".3f", "stderr:accuracy"),
     Column("change to dense", "change", "+.3f", "stderr:change"),

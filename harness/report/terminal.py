@@ -130,6 +130,8 @@ def _joined(lines: pd.DataFrame, layout: str) -> Table:
     column("sparsity\nrequested", "sparsity_requested", ".2f")
     column("achieved\nMLP", "achieved_mlp", ".3f")
     column("achieved\nmodel", "achieved_model", ".3f")
+    if "kv_read" in lines and (lines["kv_read"] < 1).any():  # a column that says 100 % in every line says nothing
+        column("KV bytes\nread", "kv_read", ".1%")
     column("perplexity", "perplexity", ".2f")
     if layout == "tasks":
         for task in _tasks(lines):

@@ -59,6 +59,7 @@ FLIPS = ("flips_right_to_wrong", "flips_wrong_to_right")  # shares of items, one
 TRUNCATED = "truncated"  # of a task or of running text: items that are longer than the model's maximum
 ANSWER_TOKENS = "answer_tokens"  # of generated answers, one row a task
 ACHIEVED = "achieved"
+KV_BYTES, KV_BYTES_DENSE = "kv_bytes", "kv_bytes_dense"  # bytes of the KV cache that a token reads, and of dense
 TIME_PER_TOKEN = "tpot_median"
 TIME_TO_FIRST = "ttft_median"
 TIME_RATIO = "time_ratio"  # time a token of the strongest dense run / time a token, paired by round
@@ -132,7 +133,8 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     perplexity's windows too; missing where there are none); `change` (mean paired difference in accuracy to dense) and
     `stderr:change`; `lost`, `won` and their sum `flips` (shares of answers that went from right to wrong and
     back, mean over tasks); `achieved_mlp` and `achieved_model` (over the tokens that the phase policy makes
-    sparse); `tpot_ms`, `dense:tpot_ms` (interleaved with it, if it was) and `ttft_ms` (smallest batch and context;
+    sparse); `kv_read` (of the bytes of the KV cache that dense attention reads for these tokens, the share that was);
+    `tpot_ms`, `dense:tpot_ms` (interleaved with it, if it was) and `ttft_ms` (smallest batch and context;
     kernel before masked), `execution` and `speedup` (paired by round where that was measured), missing for masked
     execution. What was not measured is missing.
     """
@@ -255,6 +257,7 @@ def _join_sparsity(lines: pd.DataFrame, sparsity: pd.DataFrame) -> pd.DataFrame:
     sparsity = sparsity.sort_values("task", na_position="first", kind="stable")  # held-out text before tasks
     for site in ("mlp", "model"):
         lines[f"achieved_{site}"] = _first(sparsity[sparsity["site"] == site], ACHIEVED)["value"]
+    lines["kv_read"] = _first(sparsity, KV_BYTES)["value"] / _first(sparsity, KV_BYTES_DENSE)["value"]
     return lines
 
 

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask as dense_mask
 
-__all__ = ["dense_attention", "dense_mask", "register", "replaceable", "using"]
+__all__ = ["dense_attention", "dense_mask", "register", "replaceable", "using", "window"]
 
 
 def dense_attention(
@@ -61,3 +61,10 @@ def using(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def window(module: Any) -> int | None:
+    """How many of the last entries a token of this attention module sees, itself included; None: all of them."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    return getattr(getattr(module, "config", None), "sliding_window", None)

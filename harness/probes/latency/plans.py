@@ -37,13 +37,15 @@ class Kernels:
     """What is known of a method's kernels before they are timed.
 
     thresholds: its fixed thresholds, where it comes to those alone. message: how kernels compared with masks. skipped:
-    share of the block weights that a decode token was counted to skip. no_zero_batch, no_batch: what keeps the kernel
+    share of the block weights that a decode token was counted to skip. cache: share of the KV cache that it was counted
+    to read. no_zero_batch, no_batch: what keeps the kernel
     at 0 %, and the method, from a batch, in words. ran: the projections that a kernel ran in a batch.
     """
 
     thresholds: ThresholdOf | None
     message: str
     skipped: float
+    cache: float
     no_zero_batch: str | None
     no_batch: str | None
     ran: frozenset[str]
@@ -134,15 +136,13 @@ def module_plan(
     message = known.message
     if compiles and known.thresholds is None:
         message += "; not compiled: the method decides more at run time than fixed thresholds"
-    # How much of the cache is skipped is not counted.
-    cache = 0.0 if any(method.own_kernels for method, _ in methods) else 1.0
     shares = ideal_slice(view, methods, known.skipped)
     weights = sum(share * view.weights(name) for name, share in shares.items())
     plan = [
         Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}, no_batch=known.no_zero_batch),
         Variant(
-            "kernel", lambda: kernel_execution(view, methods, policy), {"message": message}, 1 - known.skipped, cache,
-            no_batch=known.no_batch, union=union,
+            "kernel", lambda: kernel_execution(view, methods, policy), {"message": message}, 1 - known.skipped,
+            known.cache, no_batch=known.no_batch, union=union,
         ),
         Variant("dense_slice", lambda: sliced(view, shares), {}, 1 - weights / view.block_weights),
     ]  # fmt: skip
@@ -160,13 +160,16 @@ def checked(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> Ker
         message += f"; no kernel for {', '.join(sorted(one.masked))}"
     nothing = None if kernels.batch_path(torch.zeros(2, 1, dtype=view.dtype, device=view.device)) else NO_BATCH
     counted = sparsity_rows(view, methods, policy, windows[:1])
-    skipped = next(
-        row["value"]
-        for row in counted
-        if (row["metric"], row["site"], row["step_phase"], row["layer"]) == ("achieved", "model", "decode", None)
+    skipped, unread = (
+        next(
+            row["value"]
+            for row in counted
+            if (row["metric"], row["site"], row["step_phase"], row["layer"]) == ("achieved", site, "decode", None)
+        )
+        for site in ("model", "kv")
     )
     thresholds = static_thresholds(view, methods)
-    return Kernels(thresholds, message, skipped, nothing, nothing or left_masked(two), two.ran)
+    return Kernels(thresholds, message, skipped, 1 - unread, nothing, nothing or left_masked(two), two.ran)
 
 
 def left_masked(check: Check) -> str | None:

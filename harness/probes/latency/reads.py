@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.execution.attach import Fitted, attached
+from harness.model.families import attention
 from harness.model.step import Policy
 from harness.model.view import View
 
@@ -21,9 +22,15 @@ def step_bytes(
     """
     size = view.dtype.itemsize
     head = view.model.get_output_embeddings().weight.numel()
-    cache = cached * 2 * batch * context * view.n_kv_heads * view.head_dim * view.n_layers
     blocks = size * view.block_weights * view.n_layers if block_bytes is None else block_bytes
-    return reads * blocks + size * (head + cache)
+    return reads * blocks + size * head + cached * batch * cache_bytes(view, context)
+
+
+def cache_bytes(view: View, context: int) -> int:
+    """Bytes of the KV cache that dense attention reads for one token of one sequence, in all layers."""
+    windows = (attention.window(block.attn) for block in view.blocks)
+    entries = sum(context if window is None else min(context, window) for window in windows)
+    return 2 * entries * view.n_kv_heads * view.head_dim * view.dtype.itemsize
 
 
 def ideal_slice(view: View, methods: Fitted, skipped: float) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from harness.model.view import View
-from harness.probes.latency.reads import step_bytes
+from harness.probes.latency.reads import cache_bytes, step_bytes
 from harness.probes.latency.timing import Sample, Timing, compile_steps, interleave, prompts, ratio, run
 from harness.probes.latency.variants import Row, Variant
 from harness.probes.latency.watch import Watch, memory_of, watch
@@ -96,6 +96,8 @@ def rows_of(view: View, point: Point, variant: Variant, timing: Timing, union: t
         ("tpot_p90", p90, "s", n),
         ("tokens_per_second", point.batch / median, "tokens/s", n),
         ("step_bytes", needed, "bytes", 1),
+        ("kv_bytes", cache * cache_bytes(view, point.context), "bytes/token", 1),
+        ("kv_bytes_dense", float(cache_bytes(view, point.context)), "bytes/token", 1),
         ("achieved_bandwidth", needed / median, "bytes/s", n),
         ("roofline_share", needed / median / point.bandwidth, "share", n),
         (point.memory, float(timing.memory), "bytes", rounds),

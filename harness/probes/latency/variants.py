@@ -21,7 +21,7 @@ class Variant:
     execution: dense, masked, kernel or dense_slice; dense_compiled or kernel_compiled.
     attach: a context in which the view's model decodes that way. attach_batch: the one above batch 1, where it differs.
     columns: row columns that set this variant apart from the others of the cell.
-    reads: share of the block weights that a step reads. reads_cache: share of the KV cache that it reads for sure.
+    reads: share of the block weights that a step reads. reads_cache: share of the KV cache that it reads.
     no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to 16.
     union: of a prompt [batch, context], the share of the block weights that a step after it reads, and tokens counted.
     captured: the step runs in a CUDA graph. fused: it runs as one C++ operator, on a CPU, for one sequence.
