@@ -119,7 +119,7 @@ class Plan:
         try:
             with torch.enable_grad(), self._recorded() as outputs:
                 out = view.model.forward(*args, **kwargs)
-                logits = out.logits[step.valid].float()
+                logits = out.logits.to(view.device)[step.valid].float()
                 loss = F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
                 gradients = torch.autograd.grad(loss, list(outputs.values()))
         finally:
@@ -128,7 +128,8 @@ class Plan:
         for (site, layer), x, g in zip(outputs, outputs.values(), gradients, strict=True):
             width = view.head_dim if site == "heads" else 1
             shape = (*step.valid.shape, -1, width)
-            self.scores[site, layer] = attribution(x.detach().view(shape), g.view(shape), self.method.corrected)
+            scores = attribution(x.detach().view(shape), g.view(shape), self.method.corrected)
+            self.scores[site, layer] = scores.to(view.device)  # where decisions are made
 
     @contextmanager
     def _recorded(self) -> Iterator[dict[tuple[str, int], Tensor]]:

@@ -68,7 +68,7 @@ class Cett(Method):
     def fit(self, view: View, calibration: Calibration) -> State:
         """`quantiles` of |n_i| float32 [layers, grid]; for a CETT also `t`, `cett` float32 [layers, CANDIDATES + 1]."""
         quantiles = Quantiles(view.n_layers)
-        norms = [column_norms(block.down.weight) for block in view.blocks]
+        norms = [column_norms(block.down.weight).to(view.device) for block in view.blocks]
         heads: list[list[Tensor]] = [[] for _ in view.blocks]
 
         def see(layer: int, x: Tensor) -> None:
@@ -87,7 +87,7 @@ class Cett(Method):
             zeros = (grid == 0).float().mean().item()  # a ReLU's zeros cost nothing: no candidates are spent on them
             levels = (zeros + (1 - zeros) * i / CANDIDATES for i in range(CANDIDATES + 1))
             t = torch.tensor([Quantiles.at(grid, level) for level in levels])
-            hidden, weight = torch.cat(heads[layer]), view.blocks[layer].down.weight
+            hidden, weight = torch.cat(heads[layer]), view.blocks[layer].down.weight.to(view.device)
             candidates.append(t)
             errors.append(torch.stack([truncation_error(hidden, weight, one).mean() for one in t.tolist()]).cpu())
         return state | {"t": torch.stack(candidates), "cett": torch.stack(errors)}
@@ -100,7 +100,7 @@ class Cett(Method):
                 t = Quantiles.at(state["quantiles"][layer], self.sparsity)
             else:
                 t = threshold_at(state["t"][layer], state["cett"][layer], self.cett)
-            norms = column_norms(block.down.weight).clamp(min=torch.finfo(torch.float32).tiny)
+            norms = column_norms(block.down.weight).to(view.device).clamp(min=torch.finfo(torch.float32).tiny)
             plan.append(Thresholds((t / norms).to(view.dtype)))
         return plan
 

@@ -97,7 +97,7 @@ def mean_up(view: View, calibration: Calibration) -> Tensor:
 
     def adder(total: Tensor):  # noqa: ANN202 (a torch hook)
         def hook(_m: nn.Module, _a: tuple, out: Tensor) -> None:
-            total.add_(out.abs().flatten(0, -2).sum(0, dtype=torch.float64))
+            total.add_(out.abs().flatten(0, -2).sum(0, dtype=torch.float64).to(total.device))
 
         return hook
 

@@ -63,7 +63,7 @@ class MeanGate(Method):
     @contextmanager
     def _split(self, view: View, mean: Tensor) -> Iterator[None]:
         wide = torch.promote_types(view.dtype, torch.float32)
-        means = mean.to(view.device, wide)
+        means = [m.to(block.up.weight.device, wide) for m, block in zip(mean, view.blocks, strict=True)]
         modules = [Centred(block.act, m.to(view.dtype)) for block, m in zip(view.blocks, means, strict=True)]
         with ExitStack() as stack:
             for block, m in zip(view.blocks, means, strict=True):

@@ -19,7 +19,7 @@ TINY = 1e-30  # a column of zeros adds nothing: its threshold is out of reach, n
 def column_norms(view: View) -> dict[tuple[str, int], Tensor]:
     """||W[:, i]||_2, float32 [channels] by (projection, layer)."""
     return {
-        (name, layer): module.weight.float().norm(dim=0)
+        (name, layer): module.weight.float().norm(dim=0).to(view.device)
         for layer, block in enumerate(view.blocks)
         for name, module in block.projections()
     }

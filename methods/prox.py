@@ -76,8 +76,8 @@ class Prox(Method):
     def _copies(self, view: View, cut: Tensor) -> list[Copy]:
         return [
             Copy(
-                None if block.gate is None else quantised(block.gate.weight, self.bits),
-                quantised(block.up.weight, self.bits),
+                None if block.gate is None else quantised(block.gate.weight, self.bits).to(view.device),
+                quantised(block.up.weight, self.bits).to(view.device),
                 block.act,
                 cut[layer].item(),
                 None if block.gate is None else block.gate.bias,

@@ -39,7 +39,7 @@ def rotated(view: View, bases: Mapping[str, Tensor]) -> Iterator[None]:
         for site, all_bases in bases.items():
             for layer, block in enumerate(view.blocks):
                 norm: Any = view.norms[layer][NORM_OF[site]]
-                basis, scale = all_bases[layer].to(view.device, wide), norm.weight.data.to(wide)
+                basis, scale = all_bases[layer].to(norm.weight.device, wide), norm.weight.data.to(wide)
                 for projection in PROJECTIONS[site]:
                     module = getattr(block, projection)
                     if module is not None:

@@ -136,7 +136,9 @@ def _split(view: View, state: State) -> Iterator[None]:
             for name, module in block.projections():
                 if f"{name}.in" not in state:
                     continue
-                left, right = (state[f"{name}.{part}"][layer].to(view.device, view.dtype) for part in ("out", "in"))
+                left, right = (
+                    state[f"{name}.{part}"][layer].to(module.weight.device, view.dtype) for part in ("out", "in")
+                )
                 wide = torch.promote_types(view.dtype, torch.float32)
                 rest = (module.weight.data.to(wide) - left.to(wide) @ right.to(wide)).to(view.dtype)
                 stack.enter_context(replaced_weight(module, rest))

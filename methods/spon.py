@@ -83,7 +83,8 @@ def biased(view: View, constants: Constants) -> Iterator[None]:
             for name, module in block.projections():
                 if (name, layer) in constants:
                     before.append((module, module.bias))
-                    bias = constants[name, layer] if module.bias is None else module.bias.data + constants[name, layer]
+                    own = constants[name, layer].to(module.weight.device)
+                    bias = own if module.bias is None else module.bias.data + own
                     module.bias = nn.Parameter(bias, requires_grad=False)
         yield
     finally:
@@ -98,10 +99,10 @@ def added(view: View, constants: Constants) -> Iterator[None]:
     def hook_of(constant: Tensor):  # noqa: ANN202 (a torch hook)
         def hook(_m: nn.Module, _a: tuple, out: Tensor) -> Tensor:
             step = view.tracker.step
-            own = constant.to(out.dtype)
+            own = constant.to(out)
             if step is None or step.sparse is None:
                 return out + own
-            return out + torch.where(step.sparse[..., None], own, 0).view(*out.shape[:-1], -1)
+            return out + torch.where(step.sparse[..., None].to(out.device), own, 0).view(*out.shape[:-1], -1)
 
         return hook
 
@@ -138,7 +139,7 @@ def dropped_means(view: View, calibration: Calibration) -> dict[tuple[str, int],
     return {
         (name, layer): module.weight.float() @ (sums[name, layer] / calibration.tokens)
         if (name, layer) in sums
-        else torch.zeros(module.out_features, device=view.device)
+        else torch.zeros(module.out_features, device=module.weight.device)
         for layer, block in enumerate(view.blocks)
         for name, module in block.projections()
     }

@@ -74,7 +74,9 @@ class Thresholded(nn.Module):
         cut = threshold(a, self.quantile)
         out = self.act(torch.relu(a - cut)) if self.shift else torch.where(a > cut, self.act(a), 0)
         step = self.tracker.step
-        return out if step is None or step.sparse is None else torch.where(step.sparse[..., None], out, self.act(a))
+        if step is None or step.sparse is None:
+            return out
+        return torch.where(step.sparse[..., None].to(a.device), out, self.act(a))
 
 
 def threshold(a: Tensor, quantile: float) -> Tensor:

@@ -75,7 +75,8 @@ class ActivationSwap(Method):
 
     @contextmanager
     def _swapped(self, view: View, thresholds: list[float]) -> Iterator[None]:
-        modules = [GateActivation(self.activation, t).to(view.device) for t in thresholds]
+        pairs = zip(view.blocks, thresholds, strict=True)
+        modules = [GateActivation(self.activation, t).to(block.up.weight.device) for block, t in pairs]
         with ExitStack() as stack:
             stack.enter_context(view.activation_swapped(self.activation, modules))
             if ACTIVATIONS[self.activation].relu_on_up:

@@ -86,6 +86,7 @@ class Ledger:
         self._dense_gate |= dense_gate
         for name, mask in ((site, keep), ("kv", kv_keep)):
             if mask is not None:
+                mask = mask.to(self.view.device)
                 before = self._keep.get((name, layer))
                 self._keep[name, layer] = mask if before is None else mask & before
 
@@ -130,7 +131,7 @@ class Ledger:
                     columns = nonzero
                     self._note("kept", layer, site, nonzero)
                     if self.view.stored is not None:
-                        groups = self._grouped(x != 0)
+                        groups = self._grouped((x != 0).to(self.view.device))
             self._columns[projection], self._groups[projection] = columns, groups
             if projection == "o":
                 self._cache(layer)
@@ -199,7 +200,7 @@ class Ledger:
 
     def _nonzero(self, x: Tensor) -> Tensor:
         if self._seen is None or self._seen[0] is not x:
-            self._seen = (x, count_nonzero(x).flatten())
+            self._seen = (x, count_nonzero(x).flatten().to(self.view.device))
         return self._seen[1]
 
     def _starts_pass(self) -> None:

@@ -1,7 +1,9 @@
 """Masked execution: the definition. Hooks that zero what a method drops, inside the Hugging Face module itself.
 
 A dense matmul on zeroed inputs equals a matmul that skips those inputs, so quality is measured here at any batch. The
-kernel execution of the same selections lives in harness/execution/kernel.py.
+kernel execution of the same selections lives in harness/execution/kernel.py. Of a model whose blocks lie on several
+devices a decision is made where the first one lies, with all that it is made from, and what it comes to is brought to
+the block.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.model.sees import GATE, OUTPUT, PROMPT, Sees
-from harness.model.selection import PROJECTIONS, Selection, SiteSelection, apply, keep_mask
+from harness.model.selection import PROJECTIONS, Selection, SiteSelection, apply, keep_mask, placed
 from harness.model.step import Step
 from harness.model.view import View
 
@@ -150,7 +152,9 @@ class Installation:
 
     def _decision(self, site: str, layer: int, x: Tensor) -> Decided:
         if not self._holds(site, layer, x):
-            selection = self.decide(site, layer, self._shaped(x), self.step)
+            selection = self.decide(site, layer, self._shaped(x).to(self.view.device), self.step)
+            if self.view.spread:
+                selection = placed(selection, x.device)
             self.decided[site] = Decided(layer, x, selection, {})
         return self.decided[site]
 
@@ -160,7 +164,9 @@ class Installation:
         if own is None:
             return None
         if id(own) not in applied:
-            applied[id(own)] = apply(own, self._shaped(x), self.step.sparse).view(x.shape)
+            sparse = self.step.sparse
+            sparse = None if sparse is None else sparse.to(x.device)
+            applied[id(own)] = apply(own, self._shaped(x), sparse).view(x.shape)
         return applied[id(own)]
 
     def _decide_once(self, site: str, layer: int, x: Tensor, sees: Sees) -> None:
@@ -169,7 +175,7 @@ class Installation:
             self._decide_rows(site, layer, self._seen(sees, layer, x))
 
     def _decide_rows(self, site: str, layer: int, x: Tensor) -> None:
-        x = self._shaped(x)
+        x = self._shaped(x).to(self.view.device)
         selection = self.decide(site, layer, x, self.step)
         self.kept.pop((site, layer), None)
         if selection is None:
@@ -190,6 +196,7 @@ class Installation:
         keep = keep.expand(*shaped.shape[:2], keep.shape[-1])
         if self.view.ledger is not None:
             self.view.ledger.rows(site, layer, keep, dense_gate=self.sites[site] == GATE)
+        keep = keep.to(x.device)
         wide = keep if width == 1 else keep.repeat_interleave(width, dim=-1)
         return torch.where(wide, shaped, 0).view(x.shape)
 

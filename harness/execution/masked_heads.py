@@ -128,7 +128,7 @@ class Heads:
         step = self.view.tracker.step
         assert step is not None, "heads are dropped outside of a tracked forward pass"
         out = run(key, value, attention_mask)[0] if self.kv == "mask_output" or self.sees == OUTPUT else None
-        keep = self._decide(layer, out, step)
+        keep = self._decide(layer, out, step).to(query.device)
         used = self._used(keep)
         if self.view.ledger is not None:
             # Rebuilding reads K and V rows of groups that are kept, which this token reads anyway: no more weights.
@@ -155,11 +155,10 @@ class Heads:
         """Heads that the current tokens keep, bool [batch, tokens, heads]."""
         if self.sees == OUTPUT:
             assert out is not None
-            keep = self.decide(layer, out.flatten(2), step)
-        elif self.sees == INPUT:
-            keep = self.decide(layer, self.seen[layer, "k"], step)
+            seen = out.flatten(2)
         else:
-            keep = self.decide(layer, self.residual[max(0, layer - self.lookback)], step)
+            seen = self.seen[layer, "k"] if self.sees == INPUT else self.residual[max(0, layer - self.lookback)]
+        keep = self.decide(layer, seen.to(self.view.device), step)
         return keep if step.sparse is None else keep | ~step.sparse[..., None]
 
     def _used(self, keep: Tensor) -> Tensor:

@@ -92,12 +92,12 @@ class Calibration:
 
     def _input_hook(self, callback: Callable[[int, Tensor], None], layer: int):  # noqa: ANN202 (a torch hook)
         def hook(_: nn.Module, args: tuple) -> None:
-            callback(layer, args[0].view(*self._shape, args[0].shape[-1]))
+            callback(layer, args[0].view(*self._shape, args[0].shape[-1]).to(self.view.device))
 
         return hook
 
     def _output_hook(self, callback: Callable[[int, Tensor], None], layer: int):  # noqa: ANN202 (a torch hook)
         def hook(_: nn.Module, _args: tuple, out: Tensor) -> None:
-            callback(layer, out.view(*self._shape, out.shape[-1]))
+            callback(layer, out.view(*self._shape, out.shape[-1]).to(self.view.device))
 
         return hook

@@ -12,7 +12,7 @@ class Contributions:
 
     def __init__(self, view: View) -> None:
         self.n_heads = view.n_heads
-        self.norms = [block.down.weight.float().norm(dim=0) for block in view.blocks]
+        self.norms = [block.down.weight.float().norm(dim=0).to(view.device) for block in view.blocks]
 
     def of(self, site: str, layer: int, x: Tensor) -> Tensor:
         """float32 [..., n], one for each neuron or head.

@@ -27,7 +27,7 @@ def final_hidden(view: View) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
 
     def take(_: torch.nn.Module, args: tuple) -> tuple:
-        states.append(args[0])
+        states.append(args[0].to(view.device))
         return (args[0][:1, :1].contiguous(), *args[1:])
 
     handle = view.model.get_output_embeddings().register_forward_pre_hook(take)
@@ -41,7 +41,7 @@ def pieces(view: View, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(places, log-probabilities float32 [places, vocabulary]) of final hidden states [n, d_model], in order."""
     size = max(1, PIECE // view.model.get_output_embeddings().weight.shape[0])
     for start in range(0, len(hidden), size):
-        logits = view.logits(hidden[start : start + size].contiguous())
+        logits = view.logits(hidden[start : start + size].contiguous()).to(view.device)
         yield slice(start, start + len(logits)), F.log_softmax(logits.float(), dim=-1)
 
 
@@ -51,7 +51,9 @@ def watched_logits(view: View, where: str) -> Iterator[None]:
     broken = torch.zeros((), dtype=torch.bool, device=view.device)
 
     def look(_: torch.nn.Module, __: tuple, logits: Tensor) -> None:
-        broken.logical_or_(logits.isnan().any())  # asked once at the end: a GPU would wait at every step
+        broken.logical_or_(
+            logits.isnan().any().to(view.device)
+        )  # asked once at the end: a GPU would wait at every step
 
     handle = view.model.get_output_embeddings().register_forward_hook(look)
     try:

@@ -54,9 +54,11 @@ def free(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check(name: str, wanted: Need, device: torch.device) -> None:
-    """Raise ConfigError where a model needs more than there is."""
+def check(name: str, wanted: Need, device: torch.device, spread: bool = False) -> None:
+    """Raise ConfigError where a model needs more than there is. spread: over all GPUs."""
     there = free(device)
+    if spread and device.type == "cuda":
+        there = sum(free(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
     if wanted.total > there:
         raise ConfigError(
             f"model {name} needs about {wanted.total / GB:.1f} GB ({wanted.weights / GB:.1f} of them weights) and "

@@ -49,6 +49,21 @@ Selection = Thresholds | Mask | TopK
 SiteSelection = Selection | Mapping[str, Selection] | None
 
 
+def placed(selection: SiteSelection, device: torch.device) -> SiteSelection:
+    """The selection with its tensors on a device; itself where they are there."""
+    if isinstance(selection, Mapping):
+        return {name: _placed(own, device) for name, own in selection.items()}
+    return None if selection is None else _placed(selection, device)
+
+
+def _placed(selection: Selection, device: torch.device) -> Selection:
+    if isinstance(selection, Thresholds):
+        return Thresholds(selection.t.to(device)) if isinstance(selection.t, Tensor) else selection
+    if isinstance(selection, Mask):
+        return Mask(selection.keep.to(device))
+    return TopK(selection.score.to(device), selection.k)
+
+
 def keep_mask(selection: Selection, x: Tensor) -> Tensor:
     """The selection as a bool mask broadcastable to x [..., n] (True = kept)."""
     if isinstance(selection, Thresholds):

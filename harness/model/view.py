@@ -99,8 +99,13 @@ class View:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Where the weights lie, of several devices the first: inputs and decisions, fits and logits are there."""
         return self.blocks[0].up.weight.device
+
+    @cached_property
+    def spread(self) -> bool:
+        """Whether the blocks lie on several devices."""
+        return len({block.up.weight.device for block in self.blocks}) > 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -108,7 +108,7 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _format(model: dict[str, Any]) -> dict[str, Any]:
     """A quantised model goes by another name, so that nothing sets it beside the plain one as if it were the same."""
-    for key in ("weight_format", "weight_group"):
+    for key in ("weight_format", "weight_group", "device_map"):
         if key in model and model[key] is None:
             del model[key]
     if "weight_format" not in model:

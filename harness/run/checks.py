@@ -15,6 +15,8 @@ from harness.places import CHECKPOINTS, CONF, INSTALLED
 from harness.run import probing
 from harness.values import choice, file_or_none, number, whole
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's plans
+
 
 def options(group: str) -> list[str]:
     """Names in a config group."""
@@ -71,6 +73,8 @@ def _check_model(model: Mapping[str, Any]) -> None:
             raise ConfigError(f"model.weight_group must be one of {', '.join(map(str, GROUPS))}, not {group!r}")
     elif model.get("weight_group") is not None:
         raise ConfigError("model.weight_group is of quantised weights: give model.weight_format=int8 or int4 with it")
+    if model.get("device_map") is not None:
+        choice(model["device_map"], "model.device_map", DEVICE_MAPS)
     path = model["path"]
     if path is not None and Path(path).suffix == ".gguf" and Path(path).is_file():
         return

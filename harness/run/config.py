@@ -95,4 +95,9 @@ def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:
             f"{cfg['model']['name']} has random weights, for latency and memory only: probe {asked[0]} would measure "
             "noise (take probe=latency)"
         )
+    if cfg["model"].get("device_map") is not None and probing.timed(cfg["probe"]):
+        raise ConfigError(
+            "model.device_map is for quality and sparsity, since its GPUs wait for one another: leave latency out of "
+            "probe.names"
+        )
     probing.check(cfg, methods)

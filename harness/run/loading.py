@@ -17,7 +17,7 @@ from harness.data.assets import EMBEDDED_MODEL, model_fingerprint
 from harness.data.gguf import read
 from harness.errors import ConfigError
 from harness.fitting.calibration import Calibration
-from harness.model import memory, shapes
+from harness.model import memory, shapes, sharding
 from harness.model.families import config_of, view_of
 from harness.model.formats import BITS, Format
 from harness.model.quantise import quantise
@@ -60,13 +60,14 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
     source, revision = _source(model_config)
     tokenizer = _tokenizer(model_config["name"], source, revision)
     adapter = model_config.get("adapter")
+    spread = sharding.device_map(model_config, place)
     if model_config["source"] == "shape":
         view = view_of(shapes.random_model(model_config, wanted, place), model_config["name"], shapes.key(model_config))
         _quantise(view, model_config)
         return Loaded(view, tokenizer, int(view.model.config.max_position_embeddings))
     try:
         config = config_of(source, revision) or AutoConfig.from_pretrained(source, revision=revision)
-        memory.check(model_config["name"], memory.need(config, wanted, WINDOW), place)
+        memory.check(model_config["name"], memory.need(config, wanted, WINDOW), place, spread=bool(spread))
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -74,20 +75,25 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
             dtype=torch.float32 if adapter else wanted,  # an adapter is merged before anything is rounded
             attn_implementation=_attention(source, revision),
             trust_remote_code=False,
+            device_map=spread,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(model_config, error) from error
     checkpoint = read_checkpoint(adapter) if adapter else None
     if checkpoint is not None:
         merge_weights(checkpoint, model)
-    model.to(place, wanted).eval().requires_grad_(False)
+    if spread is None:
+        model.to(place, wanted)
+    elif sharding.left_out(model):
+        raise ConfigError(f"model {model_config['name']} does not fit the GPUs: parts of it would lie outside")
+    model.eval().requires_grad_(False)
     if checkpoint is not None:  # after the cast: its thresholds stay float32
         swap_activation(model, checkpoint.activation, checkpoint.tensors["threshold"])
     if revision:  # a branch moves: the commit that was loaded is what a fit belongs to
         fingerprint = f"{source}@{getattr(model.config, '_commit_hash', None) or revision}"
     else:
         fingerprint = model_fingerprint(Path(source))
-    view = view_of(model, name=model_config["name"], fingerprint=fingerprint)
+    view = sharding.with_limits(view_of(model, name=model_config["name"], fingerprint=fingerprint))
     if checkpoint is not None:
         if checkpoint.record["base"] != fingerprint:
             raise ConfigError(f"checkpoint {adapter} was trained on another base than {model_config['name']}")

@@ -24,7 +24,11 @@ from harness.run.checks import options
 from harness.values import did_you_mean
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
-OF_ANY_MODEL = ("model.weight_format", "model.weight_group")  # keys that no file of the group needs to name
+OF_ANY_MODEL = (
+    "model.weight_format",
+    "model.weight_group",
+    "model.device_map",
+)  # no file needs to name these keys
 # Groups of which each file fills one node by itself: a sweep over them need not compose everything anew.
 MOUNTED = ("model", "method")
 OF_EXPERIMENTS = ("grid", "sweeps")  # what sweeps are made from: no cell reads it
