@@ -48,6 +48,7 @@ written: setup
 	$(BIN)/python -m tests.matrix_table > docs/families.md
 	$(BIN)/python -m tests.test_fingerprint new
 	$(BIN)/python -m tests.readme_board
+	$(BIN)/python -m tests.schema_page
 
 # One page with everything: results/report.html
 report: setup

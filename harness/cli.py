@@ -28,6 +28,9 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code; 2 for a command that there is not."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--commands"]:  # for shell completion
+        say(stdout(), " ".join(COMMANDS))
+        return 0
     if not given or given[0] in ("-h", "--help"):
         usage()
         return 0 if given else 2

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import yaml
 
+from harness import cli, figures
+from harness.errors import PAGES as PAGES_OF_ERRORS
+from harness.errors import page_of
 from harness.model.step import Policy
 from harness.places import CONF
 from harness.probes.sparsity import measure
 from harness.report import manual
-from tests import synthetic_study, tiny
+from harness.results.collect import DERIVED, collect, read_table
+from harness.results.rows import COLUMNS
+from harness.results.store import Store
+from harness.run import app
+from tests import readme_board, schema_page, synthetic_study, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -35,6 +44,121 @@ def test_links_between_pages_lead_somewhere(page):
     known = {path.name for path in PAGES} | {"methods/index.md"}
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert target in known, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_repositorys_pages_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", (ROOT / name).read_text()):
+        assert (ROOT / target).exists(), f"{name} links to {target}"
+
+
+def test_the_readme_is_a_screen_and_a_half():
+    page = (ROOT / "README.md").read_text()
+    start, end = page.index(readme_board.BEGIN), page.index(readme_board.END)
+    assert len((page[:start] + page[end:]).splitlines()) < 100
+
+
+def test_every_method_has_its_line():
+    table = (ROOT / "docs" / "schemes.md").read_text()
+    lines = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for line in lines for name in re.findall(r"`(\w+)`", line)}
+    assert named == {path.stem for path in (CONF / "method").glob("*.yaml")}
+
+
+def test_the_schemas_page_says_what_the_code_says():
+    assert schema_page.PAGE.read_text() == schema_page.drawn(), "run `make written`"
+    table = read_table(ROOT / "results" / "study" / "table.parquet")
+    assert list(table.columns) == [*COLUMNS, *DERIVED]
+
+
+def test_help_names_every_key():
+    config = yaml.safe_load((CONF / "config.yaml").read_text())
+    told = config["hydra"]["help"]["template"]
+    keys = set(config) - {"defaults", "hydra", "sweeps"} | {"model", "method", "tasks", "probe", "data", "logger"}
+    keys |= {"size", "experiment"}
+    assert not {key for key in keys if not re.search(rf"\b{key}[=.]", told)}
+
+
+def test_errors_name_pages_that_exist():
+    for _, page in PAGES_OF_ERRORS:
+        assert (ROOT / "docs" / page).is_file()
+    assert page_of("sparsity is a share") == "docs/numbers.md"
+    assert page_of("method=tael is unknown") == "docs/schemes.md" and page_of("no such file") is None
+
+
+# ------------------------------------------------------------------------------------------- blocks that are commands
+#
+# A comment before a block says how it is tried: <!-- tiny --> on a tiny model, <!-- results --> beside made-up cells,
+# <!-- study --> and <!-- slow --> in the repository, <!-- dry --> as a plan, <!-- no test: why -->. Others are read.
+
+SMALL = (
+    "probe.perplexity.windows=2 probe.perplexity.window=64 probe.perplexity.kl_windows=1 probe.sparsity.windows=1 "
+    "probe.latency.min_seconds=0 probe.latency.repeats=1 probe.latency.new_tokens=2 probe.latency.context=[16] "
+    "calibration.tokens=256 calibration.window=64 tasks.names=[copa] tasks.limit=2 dtype=float32 device=cpu logger=none"
+).split()
+
+
+def commands(mark: str) -> list:
+    """(page, command) of the blocks with this comment."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(rf"<!-- {mark}[^>]*-->\n```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = [line.partition(" #")[0].strip() for line in block.splitlines()]
+            found += [pytest.param(line, id=f"{page.stem}: {line}") for line in lines if line]
+    return found
+
+
+def words_of(command: str, program: str) -> list[str]:
+    assert command.startswith(program), f"how to try {command!r}?"
+    return command.removeprefix(program).split()
+
+
+@pytest.mark.parametrize("command", commands("tiny"))
+def test_commands_run_on_a_tiny_model(command, tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {n}th of {n + 1} words is followed by another." for n in range(300)))
+    given = [f"model.path={tiny_folder}", "model=local", f"results={tmp_path / 'results'}"]
+    given += [f"calibration.path={text}", f"probe.perplexity.path={text}"]
+    assert app.main([*words_of(command, "python run.py"), *SMALL, *given]) == 0
+    assert (tmp_path / "results" / "table.parquet").exists()
+
+
+@pytest.mark.parametrize("command", commands("dry"))
+def test_commands_are_planned(command, tiny_folder, tmp_path):
+    given = ["model=local", f"model.path={tiny_folder}", f"results={tmp_path}", "plan=true"]
+    assert app.main([*words_of(command, "python run.py"), *given]) == 0
+
+
+@pytest.mark.parametrize("command", commands("results"))
+def test_commands_read_cells(command, tmp_path, monkeypatch):
+    synthetic_study.fill(Store(tmp_path / "results"))
+    monkeypatch.chdir(tmp_path)
+    few = {name: figures.FIGURES[name] for name in ("perplexity", "flips")}
+    monkeypatch.setattr(figures.draw, "FIGURES", few)
+    assert cli.main(words_of(command, "python -m harness")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands("study"))
+def test_commands_read_the_study(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(words_of(command, "python -m harness")) == 0
+
+
+@pytest.mark.parametrize("command", commands("slow"))
+def test_long_commands_are_targets(command):
+    """They take from minutes to a night: what they would do is asked, and that they run is `make` itself."""
+    said = subprocess.run(["make", "-n", *words_of(command, "make")], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout, said.stderr
+
+
+def test_python_blocks_beside_results_run(tmp_path, monkeypatch, capsys):
+    synthetic_study.fill(Store(tmp_path / "results"))
+    collect(tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"<!-- results -->\n```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
+    exec(compile(code, "index.md", "exec"), {})
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_commands_name_keys_that_exist():

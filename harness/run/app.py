@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from harness.console import complain, say, stderr, stdout
-from harness.errors import AssetError, ConfigError
+from harness.errors import AssetError, ConfigError, with_page
 from harness.places import CONF
 from harness.run import plan
 from harness.run.config import CellConfig, check
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         overrides = [a for a in arguments if not a.startswith("-")]
         return run(overrides, multirun=len(overrides) < len(arguments))
     except (ConfigError, AssetError) as error:
-        complain(error)
+        complain(with_page(error))
         return 2
     except KeyboardInterrupt:
         say(stderr(), "interrupted: finished probes are kept; the same command goes on from there")
