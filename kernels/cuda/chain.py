@@ -1,0 +1,54 @@
+"""A decoder step's attention in one launch that can start early (csrc/attend.cu), for the chained decode step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cuda import nvrtc
+from kernels.cuda.common import cdiv
+
+WARPS = 4
+
+
+class Scratch:
+    """What the blocks of `attend` hand to one another; one serves all layers of a step."""
+
+    def __init__(self, heads: int, width: int, capacity: int, device: torch.device) -> None:
+        """capacity: entries of the cache."""
+        tile = WARPS * 8 * (256 // width)
+        self.splits = max(1, min(32, cdiv(capacity, tile)))
+        self.parts = torch.empty(heads * self.splits * (width + 2), device=device)
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
+
+
+def attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    length: Tensor,
+    out: Tensor,
+    scratch: Scratch,
+    *,
+    n_heads: int,
+    scale: float,
+    early: int = 0,
+) -> Tensor:
+    """As `attention.attend_step`; length: int64."""
+    g, d = k_cache.shape[1], k_cache.shape[3]
+    q, k, v = qkv.split((n_heads * d, g * d, g * d))
+    macros = {
+        "BF16": k_cache.dtype == torch.bfloat16, "X32": qkv.dtype == torch.float32, "ACT": 0, "HAS_UP": 0,
+        "PDL": min(1, early), "D": d, "SPLITS": scratch.splits, "WARPS": WARPS, "R": n_heads // g,
+    }  # fmt: skip
+    nvrtc.launch(
+        nvrtc.kernel(out.device.index or 0, "attend", **macros), (n_heads, scratch.splits), 32 * WARPS,
+        [
+            q, k, v, cos, sin, k_cache, v_cache, length, scratch.parts, scratch.arrived, out,
+            k_cache.stride(1), k_cache.stride(2), v_cache.stride(1), v_cache.stride(2), float(scale),
+        ],
+        early=early > 0,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,232 @@
+// y[n] += sum over kept channels i of x_i w[i, n], for one row x: a warp packs the channels that it keeps, then reads
+// their weights, all of them before it uses any. Macros beside those of common.cuh:
+//   TEST     KEEP_ALL 0, NOT_ZERO 1, SCALAR 2, PER_CHANNEL 3 of column.py; 4: the channels are listed
+//   LANES    lanes that read one channel, sixteen bytes each; CHANNELS of a warp, WARPS of a block, BLOCKS resident
+//   UNROLL   loads in flight a lane
+//   GROUP    weights that share a scale (BITS below 16)
+//   NORM     x is a residual stream (X32): its RMS norm is made here; BY_POSITION: the value of idx[j] is x[j]
+//   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when all its loads are made
+//   PARTIALS y: fp32 [splits, N], written
+// Low-bit weights lie in strips of OUTPUTS outputs: codes [strip, channel, LANES * 16 bytes], scales bf16 [strip,
+// channel, GROUPS]. 16-bit weights are W^T [K, N].
+#include "common.cuh"
+
+#define SUB (32 / LANES)  // channels that a warp reads at a time
+#define OUTPUTS (LANES * PER)
+#define PADDED (LANES * (PER + 4))
+#if BITS < 16
+#define GROUPS (OUTPUTS / GROUP)
+#else
+#define GROUPS 1
+#endif
+#define KNOWN (TEST == 0 || TEST == 4)
+#define ROUNDS (CHANNELS / 32)
+
+// Add up what lanes with the same outputs hold; each ends with its share of the outputs, from `start` on.
+template <int DISTANCE, int WIDTH>
+__device__ __forceinline__ int fold(float* sums, int lane) {
+  if constexpr (DISTANCE < LANES) {
+    return 0;
+  } else {
+    constexpr int half = WIDTH / 2;
+    const bool upper = lane & DISTANCE;
+#pragma unroll
+    for (int i = 0; i < half; i++) {
+      const float given = upper ? sums[i] : sums[i + half];
+      sums[i] = (upper ? sums[i + half] : sums[i]) + __shfl_xor_sync(~0u, given, DISTANCE);
+    }
+    return (upper ? half : 0) + fold<DISTANCE / 2, half>(sums, lane);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
+    const element* x_ptr, const element* up_ptr, const float* t_ptr, const u16* norm_ptr, const int* idx_ptr,
+    const int* m_ptr, const Sixteen* w_ptr, const u16* scale_ptr, const u16* bias_ptr, float* y, float* zero,
+    int n_zero, int N, int K, int m, int seg1, int seg2, int has_bias, float eps) {
+  __shared__ int channels[WARPS][CHANNELS];
+  __shared__ float factors[WARPS][CHANNELS * GROUPS];
+  __shared__ __align__(16) float sums[WARPS][PADDED];
+#if NORM
+  __shared__ float squares[WARPS];
+#endif
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = lane % LANES, sub = lane / LANES;
+  const int n0 = blockIdx.x * OUTPUTS, first = (blockIdx.y * WARPS + warp) * CHANNELS;
+#if TEST == 2 || TEST == 3
+  const int segment = (n0 >= seg1) + (n0 >= seg2);
+#endif
+#if BITS < 16
+  const size_t pitch = LANES;
+  const Sixteen* w = w_ptr + (size_t)blockIdx.x * K * LANES + column;
+  const u16* scales = scale_ptr + (size_t)blockIdx.x * K * GROUPS;
+  const bool live = true;
+  u16 scale[ROUNDS][GROUPS];
+#else
+  const size_t pitch = N / 8;
+  const Sixteen* w = w_ptr + n0 / 8 + column;
+  const bool live = n0 + column * 8 < N;
+#endif
+  Sixteen data[UNROLL];
+  int n = 0, own[ROUNDS] = {}, at[ROUNDS];
+  float x[ROUNDS];
+
+  auto fetch = [&](int from) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      const int i = from + u * SUB + sub;
+      data[u] = Sixteen{0, 0, 0, 0};
+      if (i < n && live) data[u] = read_once(w + (size_t)channels[warp][i] * pitch);
+    }
+  };
+  // Lane's channel of round r takes place at[r] in the warp's list, or none: at[r] < 0.
+  auto list = [&](int r, bool keep) {
+    const u32 ballot = __ballot_sync(~0u, keep);
+    at[r] = keep ? n + __popc(ballot & ((1u << lane) - 1)) : -1;
+    n += __popc(ballot);
+    if (keep) {
+      channels[warp][at[r]] = own[r];
+#if BITS < 16
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) scale[r][g] = scales[(size_t)own[r] * GROUPS + g];
+#endif
+    }
+  };
+
+#if KNOWN
+#if TEST == 4
+  const int count = m_ptr ? *m_ptr : m;
+#else
+  const int count = K;
+#endif
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    const int j = first + r * 32 + lane;
+    own[r] = j;
+#if TEST == 4
+    if (j < count) own[r] = idx_ptr[j];
+#endif
+    list(r, j < count);
+  }
+  __syncwarp();
+  fetch(0);
+#endif
+
+  wait_for_others();
+#if PDL == 1
+  let_others_start();
+#endif
+  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * (WARPS * 32) + threadIdx.x;
+  for (int z = thread; z < n_zero; z += gridDim.x * gridDim.y * WARPS * 32) zero[z] = 0.f;
+#if NORM
+  float square = 0.f;
+  for (int i = threadIdx.x * 4; i < K; i += WARPS * 128) {
+    const float4 h = *(const float4*)(x_ptr + i);
+    square += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+  }
+#pragma unroll
+  for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
+  if (lane == 0) squares[warp] = square;
+  __syncthreads();
+  square = 0.f;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) square += squares[i];
+  const float inverse = rsqrtf(square / K + eps);
+#endif
+
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+#if KNOWN
+    const int k = own[r];
+    const bool there = at[r] >= 0;
+    const int from = BY_POSITION ? first + r * 32 + lane : k;
+#else
+    const int k = first + r * 32 + lane, from = k;
+    const bool there = k < K;
+    own[r] = k;
+#endif
+    x[r] = 0.f;
+    if (there) {
+#if NORM
+      x[r] = rounded(rounded(x_ptr[from] * inverse) * widen(norm_ptr[from]));
+#else
+      x[r] = value(x_ptr, from);
+#endif
+#if ACT
+      x[r] = rounded(activate(x[r]));
+#if HAS_UP
+      x[r] = rounded(x[r] * value(up_ptr, from));
+#endif
+#endif
+    }
+#if !KNOWN
+    // NaN is kept, and so is a zero under a negative threshold: at 0 % everything is read.
+#if TEST == 1
+    list(r, there && !(x[r] == 0.f));
+#elif TEST == 2
+    list(r, there && !(fabsf(x[r]) <= t_ptr[segment]));
+#else
+    list(r, there && !(fabsf(x[r]) <= t_ptr[(size_t)segment * K + (there ? k : 0)]));
+#endif
+#endif
+  }
+#if !KNOWN
+  __syncwarp();
+  fetch(0);
+#endif
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++)
+    if (at[r] >= 0) {
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+#if BITS < 16
+        factors[warp][at[r] * GROUPS + g] = x[r] * widen_bf16(scale[r][g]);
+#else
+        factors[warp][at[r]] = x[r];
+#endif
+      }
+    }
+  __syncwarp();
+
+  float acc[PER], ones = 0.f;
+#pragma unroll
+  for (int i = 0; i < PER; i++) acc[i] = 0.f;
+#if BITS < 16
+  const int group = column * PER / GROUP;
+#else
+  const int group = 0;
+#endif
+  for (int from = 0; from < n; from += UNROLL * SUB) {
+    if (from) fetch(from);
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++)
+      if (from + u * SUB < n) {  // the same for the whole warp
+        const int i = from + u * SUB + sub;
+        const float c = i < n ? factors[warp][i * GROUPS + group] : 0.f;
+        ones += c;
+#pragma unroll
+        for (int j = 0; j < PER; j++) acc[j] += c * weight(data[u], j);
+      }
+  }
+#if PDL == 2
+  let_others_start();
+#endif
+#pragma unroll
+  for (int j = 0; j < PER; j++) acc[j] = decoded(acc[j], ones, j);
+
+  const int start = fold<16, PER>(acc, lane);
+  constexpr int width = PER / SUB;
+  float* place = sums[warp] + column * (PER + 4) + start;
+#pragma unroll
+  for (int i = 0; i < width; i++) place[i] = acc[i];
+  __syncthreads();
+  for (int o = threadIdx.x; o < OUTPUTS; o += WARPS * 32)
+    if (n0 + o < N) {
+      float sum = has_bias && blockIdx.y == 0 ? widen(bias_ptr[n0 + o]) : 0.f;
+#pragma unroll
+      for (int i = 0; i < WARPS; i++) sum += sums[i][o + o / PER * 4];
+#if PARTIALS
+      y[(size_t)blockIdx.y * N + n0 + o] = sum;
+#else
+      atomicAdd(y + n0 + o, sum);
+#endif
+    }
+}

@@ -1,0 +1,184 @@
+// Dot products of one row x with lines, weights by output or neuron: y[row] = x . w[row], or with GLU act(x . gate[row])
+// * (x . up[row]). A warp takes ROWS rows (neurons) at a time and reads UNROLL chunks of each before it uses any; a
+// chunk is sixteen bytes a lane. Macros beside those of common.cuh:
+//   LISTED   rows are idx[0..m); ROWS of a warp, WARPS of a block, BLOCKS resident, UNROLL
+//   GROUP    weights that share a scale (BITS below 16)
+//   NORM     x is a residual stream (X32): its RMS norm is made here
+//   BY_POSITION  the result of idx[j] goes to y[j]; WIDE  y is fp32, else 16-bit; ADD  it is added to
+//   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when its loads are made
+// Low-bit lines: codes [rows, CHUNK bytes each], scales bf16 [rows, groups]. 16-bit weights are [rows, K].
+#include "common.cuh"
+
+#define CHUNK (32 * PER)  // weights
+#define LINES (ROWS * (GLU + 1))
+#if BITS == 4
+#define SUMS 2  // low and high nibbles have sums of their own
+#else
+#define SUMS 1
+#endif
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
+    const element* x_ptr, const u16* norm_ptr, const int* idx_ptr, const int* m_ptr, const Sixteen* w_ptr,
+    const u16* scale_ptr, const Sixteen* up_ptr, const u16* up_scale_ptr, void* y_ptr, int m, int K, int pitch,
+    float eps) {
+#ifndef ON_HOST
+  extern __shared__ __align__(16) float shared[];
+#endif
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (K + CHUNK - 1) / CHUNK;
+  float4* xs = (float4*)shared;             // [chunks, PER / 4, 32 lanes]
+  float* ones = shared + chunks * CHUNK;    // [chunks, SUMS, 32 lanes], sums of x
+#if NORM
+  float* squares = ones + (BITS < 16 ? chunks * SUMS * 32 : 0);
+#endif
+#if LISTED
+  const int count = m_ptr ? *m_ptr : m;
+#else
+  const int count = m;
+#endif
+#if BITS < 16
+  const int groups = (K + GROUP - 1) / GROUP;
+#endif
+  Sixteen data[LINES][UNROLL];
+#if BITS < 16
+  u16 scale[LINES][UNROLL];
+#endif
+  int row[ROWS];
+
+  // Ask for UNROLL chunks, from `chunk` on, of this warp's rows.
+  auto fetch = [&](int chunk) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++)
+#pragma unroll
+      for (int l = 0; l < LINES; l++) {
+        const int at = (chunk + u) * 32 + lane, r = row[l % ROWS];
+        data[l][u] = Sixteen{0, 0, 0, 0};
+        const bool live = r >= 0 && chunk + u < chunks && at < pitch;
+        if (live) data[l][u] = read_once((l < ROWS ? w_ptr : up_ptr) + (size_t)r * pitch + at);
+#if BITS < 16
+        scale[l][u] = 0;
+        if (live) scale[l][u] = (l < ROWS ? scale_ptr : up_scale_ptr)[(size_t)r * groups + at * PER / GROUP];
+#endif
+      }
+  };
+  auto choose = [&](int tile) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const int j = tile * ROWS + r;
+      row[r] = j < count ? j : -1;
+#if LISTED
+      if (j < count) row[r] = idx_ptr[j];
+#endif
+    }
+  };
+
+  int tile = blockIdx.x * WARPS + warp;
+  choose(tile);
+  fetch(0);
+  wait_for_others();
+#if PDL == 1
+  let_others_start();
+#endif
+#if NORM
+  float square = 0.f;
+  for (int i = threadIdx.x * 4; i < K; i += WARPS * 128) {
+    const float4 h = *(const float4*)(x_ptr + i);
+    square += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+  }
+#pragma unroll
+  for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
+  if (lane == 0) squares[warp] = square;
+  __syncthreads();
+  square = 0.f;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) square += squares[i];
+  const float inverse = rsqrtf(square / K + eps);
+#endif
+  for (int at = threadIdx.x; at < chunks * 32; at += WARPS * 32) {
+    const int chunk = at / 32, owner = at % 32;
+    float sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < PER; i += 4) {
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int k = at * PER + i + j;
+        v[j] = 0.f;
+#if NORM
+        if (k < K) v[j] = rounded(rounded(x_ptr[k] * inverse) * widen(norm_ptr[k]));
+#else
+        if (k < K) v[j] = value(x_ptr, k);
+#endif
+        sum[j % SUMS] += v[j];
+      }
+      xs[(chunk * (PER / 4) + i / 4) * 32 + owner] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+    if (BITS < 16)
+#pragma unroll
+      for (int s = 0; s < SUMS; s++) ones[(chunk * SUMS + s) * 32 + owner] = sum[s];
+  }
+  __syncthreads();
+
+  for (; tile * ROWS < count; tile += gridDim.x * WARPS) {
+    float total[LINES];
+#pragma unroll
+    for (int l = 0; l < LINES; l++) total[l] = 0.f;
+    if (tile != (int)(blockIdx.x * WARPS + warp)) {
+      choose(tile);
+      fetch(0);
+    }
+    for (int chunk = 0; chunk < chunks; chunk += UNROLL) {
+      if (chunk) fetch(chunk);
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++)
+        if (chunk + u < chunks) {
+          float sum[LINES][2];
+#pragma unroll
+          for (int l = 0; l < LINES; l++) sum[l][0] = sum[l][1] = 0.f;
+#pragma unroll
+          for (int i = 0; i < PER; i += 4) {
+            const float4 x = xs[((chunk + u) * (PER / 4) + i / 4) * 32 + lane];
+#pragma unroll
+            for (int l = 0; l < LINES; l++) {
+              sum[l][0] += x.x * weight(data[l][u], i);
+              sum[l][1] += x.y * weight(data[l][u], i + 1);
+              sum[l][0] += x.z * weight(data[l][u], i + 2);
+              sum[l][1] += x.w * weight(data[l][u], i + 3);
+            }
+          }
+#pragma unroll
+          for (int l = 0; l < LINES; l++) {
+#if BITS == 16
+            total[l] += sum[l][0] + sum[l][1];
+#elif BITS == 8
+            total[l] += widen_bf16(scale[l][u]) * decoded(sum[l][0] + sum[l][1], ones[(chunk + u) * 32 + lane], 0);
+#else
+            const float* own = ones + (chunk + u) * 64 + lane;
+            total[l] += widen_bf16(scale[l][u]) * (decoded(sum[l][0], own[0], 0) + decoded(sum[l][1], own[32], 1));
+#endif
+          }
+        }
+    }
+#if PDL == 2
+    let_others_start();
+#endif
+#pragma unroll
+    for (int l = 0; l < LINES; l++)
+#pragma unroll
+      for (int d = 16; d; d >>= 1) total[l] += __shfl_xor_sync(~0u, total[l], d);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+      if (lane == r && row[r] >= 0) {
+        const int place = BY_POSITION ? tile * ROWS + r : row[r];
+#if GLU
+        const float v = rounded(activate(rounded(total[r]))) * rounded(total[r + ROWS]);
+#else
+        const float v = total[r];
+#endif
+#if WIDE
+        ((float*)y_ptr)[place] = v + (ADD ? ((float*)y_ptr)[place] : 0.f);
+#else
+        ((u16*)y_ptr)[place] = narrow(v);
+#endif
+      }
+  }
+}

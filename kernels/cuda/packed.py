@@ -1,0 +1,169 @@
+"""Products of one row with 16-bit, int8 and int4 weights that read only the lines that are kept (csrc/columns.cu, rows.cu).
+
+`columns` skips input channels: a warp packs the channels that it keeps, then reads their weights. `rows` computes the
+listed rows or neurons. Both take the RMS norm of a residual stream, or the product of a gated MLP, into their prologue,
+and both can be launched early (kernels/cuda/nvrtc.py). Without thresholds or a list, `columns` and `rows` are the tuned
+dense products of the same formats; what they read then does not depend on the kernel before, so that early launches
+hide more of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cuda import nvrtc
+from kernels.cuda.common import act_code, cdiv
+from kernels.cuda.strips import LANES, Strips
+
+KEEP_ALL, NOT_ZERO, SCALAR, PER_CHANNEL, LISTED = range(5)
+
+
+class Tile(NamedTuple):
+    """How a column product is cut: channels of a warp, warps of a block, loads in flight a lane, blocks resident."""
+
+    channels: int = 32
+    warps: int = 8
+    unroll: int = 8
+    blocks: int = 2
+    lanes: int = LANES  # that read one channel, of 16-bit weights; low-bit ones have theirs in their format
+
+
+class RowTile(NamedTuple):
+    """How a row product is cut: rows of a warp, warps of a block, chunks in flight, blocks resident."""
+
+    rows: int = 1
+    warps: int = 8
+    unroll: int = 4
+    blocks: int = 2
+
+
+class Norm(NamedTuple):
+    """The RMS norm that makes x of the residual stream. weight: [K]."""
+
+    weight: Tensor
+    eps: float
+
+
+def _test(t: Tensor | float | None, channels: int, parts: int) -> int:
+    if t is None:
+        return KEEP_ALL
+    if not isinstance(t, Tensor):
+        return NOT_ZERO
+    return SCALAR if t.numel() == parts else PER_CHANNEL
+
+
+def columns(
+    x: Tensor,
+    w: Tensor | Strips,
+    t: Tensor | float | None = None,
+    *,
+    y: Tensor,
+    up: Tensor | None = None,
+    act: str | None = None,
+    norm: Norm | None = None,
+    idx: Tensor | None = None,
+    count: Tensor | None = None,
+    by_position: bool = False,
+    bias: Tensor | None = None,
+    segments: tuple[int, ...] = (),
+    zero: Tensor | None = None,
+    partials: bool = False,
+    early: int = 0,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Add the product of x [K] with the kept channels to y, fp32 [N]; returns y.
+
+    x: 16-bit or fp32, rounded to 16 bits first (bf16 for low-bit weights of a bf16 model: `norm.weight`'s or x's dtype).
+    w: W^T [K, N] or its strips. t, up, act, segments, zero: as in `column.column`. norm: x is the residual stream, fp32.
+    idx: int32 [m], the channels that take part, count of them (0-d int32) or all; by_position: x[j] belongs to idx[j].
+    With `early` idx must be older than the kernel before this one. partials: y is fp32 [splits, N] and written.
+    early: 0, or when the next kernel may start: 1, once this one no longer waits, 2, once its loads are made.
+    """
+    low = isinstance(w, Strips)
+    n, k = (w.width, w.lines) if isinstance(w, Strips) else (w.shape[1], w.shape[0])
+    tile = tile or default_tile(w, t is not None or idx is not None)
+    parts = max(1, len(segments))
+    edges = [sum(segments[: i + 1]) if i + 1 < parts else 1 << 30 for i in range(2)]
+    bits = w.bits if isinstance(w, Strips) else 16
+    lanes = w.codes.shape[2] // 16 if isinstance(w, Strips) else tile.lanes
+    test = LISTED if idx is not None else _test(t, k, parts)
+    half = norm.weight.dtype if norm else w.dtype if isinstance(w, Tensor) else torch.bfloat16
+    macros = {
+        "BITS": bits, "BF16": half == torch.bfloat16, "X32": x.dtype == torch.float32, "ACT": act_code(act),
+        "HAS_UP": up is not None, "TEST": test, "LANES": lanes, "CHANNELS": tile.channels, "WARPS": tile.warps,
+        "BLOCKS": tile.blocks, "UNROLL": min(tile.unroll, tile.channels * lanes // 32),
+        "GROUP": w.group if isinstance(w, Strips) else 0, "NORM": norm is not None, "BY_POSITION": by_position,
+        "PDL": early, "PARTIALS": partials,
+    }  # fmt: skip
+    m = k if idx is None else idx.numel()
+    grid = cdiv(n, lanes * (128 // bits)), cdiv(m, tile.channels * tile.warps)
+    nvrtc.launch(
+        nvrtc.kernel(x.device.index or 0, "columns", **macros), grid, 32 * tile.warps,
+        [
+            x, up, t if isinstance(t, Tensor) else None, norm.weight if norm else None, idx, count,
+            w.codes if isinstance(w, Strips) else w, w.scales if isinstance(w, Strips) else None, bias, y, zero,
+            0 if zero is None else zero.numel(), n, k, m, *edges, int(bias is not None), norm.eps if norm else 0.0,
+        ],
+        early=early > 0,
+    )  # fmt: skip
+    assert low or lanes
+    return y
+
+
+def default_tile(w: Tensor | Strips, sparse: bool) -> Tile:
+    """By bench/gpu_lowbit.py on an H100."""
+    return Tile()
+
+
+def rows(
+    x: Tensor,
+    w: Tensor | Strips,
+    *,
+    y: Tensor,
+    w_up: Tensor | Strips | None = None,
+    act: str | None = None,
+    norm: Norm | None = None,
+    idx: Tensor | None = None,
+    count: Tensor | None = None,
+    add: bool = False,
+    early: int = 0,
+    tile: RowTile | None = None,
+) -> Tensor:
+    """Write x . w[row] to y (add: to fp32 y at row), or act(x . w[row]) * (x . w_up[row]) with `w_up`; returns y.
+
+    x: [K], 16-bit or fp32; w, w_up: [rows, K] or one strip of rows. y: 16-bit or fp32 [rows]; with idx (int32 [m]) and
+    w_up y[j] belongs to idx[j]. The rest as in `columns`.
+    """
+    low = isinstance(w, Strips)
+    n, k = (w.lines, w.width) if isinstance(w, Strips) else w.shape
+    bits = w.bits if isinstance(w, Strips) else 16
+    tile = tile or RowTile()
+    half = norm.weight.dtype if norm else y.dtype if y.dtype != torch.float32 else torch.bfloat16
+    if isinstance(w, Tensor):
+        half = w.dtype
+    per = 128 // bits
+    macros = {
+        "BITS": bits, "BF16": half == torch.bfloat16, "X32": x.dtype == torch.float32, "ACT": act_code(act),
+        "HAS_UP": 0, "GLU": w_up is not None, "LISTED": idx is not None, "ROWS": tile.rows, "WARPS": tile.warps,
+        "BLOCKS": tile.blocks, "UNROLL": tile.unroll, "GROUP": w.group if isinstance(w, Strips) else 0,
+        "NORM": norm is not None, "BY_POSITION": idx is not None and w_up is not None, "PDL": early,
+        "WIDE": y.dtype == torch.float32, "ADD": add,
+    }  # fmt: skip
+    chunks = cdiv(k, 32 * per)
+    floats = chunks * 32 * per + (chunks * 64 if low else 0) + tile.warps
+    m = n if idx is None else idx.numel()
+    other = w if w_up is None else w_up
+    nvrtc.launch(
+        nvrtc.kernel(x.device.index or 0, "rows", **macros), (cdiv(m, tile.rows * tile.warps), 1), 32 * tile.warps,
+        [
+            x, norm.weight if norm else None, idx, count, w.codes if isinstance(w, Strips) else w,
+            w.scales if isinstance(w, Strips) else None, other.codes if isinstance(other, Strips) else other,
+            other.scales if isinstance(other, Strips) else None, y, m, k,
+            w.codes.shape[2] // 16 if isinstance(w, Strips) else k // 8, norm.eps if norm else 0.0,
+        ],
+        shared=4 * floats, early=early > 0,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,166 @@
+"""The CUDA C++ kernels of kernels/cuda/csrc, compiled for the CPU (tests/cuda_on_host.h): bf16, tiny shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.cuda import nvrtc, packed, strips
+from kernels.cuda.packed import Norm, RowTile, Tile
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+SMALL = Tile(channels=32, warps=2, unroll=4, blocks=1)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(y: Tensor, want: Tensor) -> float:
+    return ((y.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9)).item()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"folder": tmp_path_factory.mktemp("cuda")}
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch, built: dict[str, Any]) -> None:
+    def kernel(device: int, name: str, **macros: int) -> Any:
+        text = nvrtc.source(name, macros)
+        if text not in built:
+            at = Path(built["folder"]) / f"{len(built)}"
+            entry = f'\nextern "C" void entry(int x, int y, int threads, void** args) {{ run_({name}, x, y, threads, args); }}'
+            at.with_suffix(".cpp").write_text(text + entry)
+            header = Path(__file__).parent / "cuda_on_host.h"
+            flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-w", "-pthread", "-include", str(header)]
+            subprocess.run(["g++", *flags, "-o", f"{at}.so", f"{at}.cpp"], check=True)
+            built[text] = ctypes.CDLL(f"{at}.so").entry
+        return built[text]
+
+    def launch(function: Any, grid: tuple[int, int], threads: int, args: list, **_: Any) -> None:
+        values = [
+            ctypes.c_void_p(None if a is None else a.data_ptr())
+            if a is None or isinstance(a, Tensor)
+            else ctypes.c_float(a)
+            if isinstance(a, float)
+            else ctypes.c_int(a)
+            for a in args
+        ]
+        function(*grid, threads, (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values)))
+
+    monkeypatch.setattr(nvrtc, "kernel", kernel)
+    monkeypatch.setattr(nvrtc, "launch", launch)
+
+
+@pytest.mark.parametrize(("bits", "group", "lanes"), [(4, 32, 8), (4, 128, 8), (4, 128, 4), (8, 32, 8), (8, 128, None)])
+def test_codes_stand_for_the_weights(bits: int, group: int, lanes: int | None) -> None:
+    w = normal(0, 5, 352) * torch.logspace(-4, 2, 5)[:, None]
+    w[2] = 0
+    p = strips.pack(w, bits, group, lanes)
+    pad = torch.nn.functional.pad
+    step = pad(w, (0, -352 % group)).unflatten(1, (-1, group)).abs().amax(-1) / (8 if bits == 4 else 127)
+    off = pad((p.values() - w).abs(), (0, -352 % group)).unflatten(1, (-1, group)).amax(-1)
+    assert (off <= step * (1.03 if bits == 4 else 0.8)).all()
+    assert p.values().shape == w.shape
+
+
+def weights(bits: int, k: int, n: int, group: int) -> tuple[Any, Tensor]:
+    """W^T [k, n] as a kernel takes it, and its values."""
+    wt = normal(1, k, n)
+    if bits == 16:
+        return wt.bfloat16(), wt.bfloat16().float()
+    p = strips.pack(wt, bits, group)
+    return p, p.values()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(16, 0), (8, 32), (4, 128)])
+def test_columns_skip_what_a_threshold_drops(on_host: None, bits: int, group: int) -> None:
+    k, n = 150, 328
+    w, values = weights(bits, k, n, group)
+    x, t = normal(2, k).bfloat16(), torch.tensor([0.4, 1.1])
+    segments = (256, n - 256)
+    y, clear = torch.ones(n), torch.ones(70)
+    packed.columns(x, w, t, y=y, segments=segments, zero=clear, tile=SMALL)
+    kept = [torch.where(x.float().abs() > each, x.float(), 0) for each in t]
+    want = torch.cat([kept[0] @ values[:, :256], kept[1] @ values[:, 256:]])
+    assert error(y - 1, want) < 3e-5
+    assert not clear.any()
+
+
+def test_columns_of_a_gated_product_and_a_norm(on_host: None) -> None:
+    k, n = 100, 256
+    w, values = weights(4, k, n, 128)
+    gate, up = normal(3, k), normal(4, k)
+    x = (torch.nn.functional.silu(gate.bfloat16()) * up.bfloat16()).float()
+    y = packed.columns(gate, w, torch.tensor(0.2), y=torch.zeros(n), up=up, act="silu", tile=SMALL)
+    assert error(y, torch.where(x.abs() > 0.2, x, 0) @ values) < 3e-5
+    h, weight = 3 * normal(5, k), normal(6, k).bfloat16()
+    x = (h * torch.rsqrt(h.square().mean() + 1e-5)).bfloat16().float() * weight.float()
+    y = packed.columns(h, w, None, y=torch.zeros(n), norm=Norm(weight, 1e-5), early=1, tile=SMALL)
+    assert error(y, x.bfloat16().float() @ values) < 3e-5
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_listed_channels(on_host: None, bits: int) -> None:
+    k, n = 90, 256
+    w, values = weights(bits, k, n, 128)
+    idx = torch.randperm(k, generator=torch.Generator().manual_seed(0))[:50].int()
+    h = normal(7, 50).bfloat16()
+    count = torch.tensor(41, dtype=torch.int32)
+    y = packed.columns(h, w, y=torch.zeros(n), idx=idx, count=count, by_position=True, tile=SMALL)
+    assert error(y, h[:41].float() @ values[idx[:41].long()]) < 3e-5
+
+
+@pytest.mark.parametrize(("bits", "group"), [(16, 0), (8, 128), (4, 32)])
+def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
+    n, k = 20, 328
+    gate, up = normal(8, n, k) * k**-0.5, normal(9, n, k) * k**-0.5
+    pair = [w.bfloat16() if bits == 16 else strips.pack(w, bits, group, lanes=None) for w in (gate, up)]
+    values = [w.float() if isinstance(w, Tensor) else w.values() for w in pair]
+    x = normal(10, k).bfloat16()
+    tile = RowTile(rows=2, warps=2, unroll=2, blocks=1)
+    y = packed.rows(x, pair[0], y=torch.full((n,), torch.nan), tile=tile)
+    assert error(y, values[0] @ x.float()) < 3e-5
+    idx = torch.tensor([3, 19, 0, 7, 11], dtype=torch.int32)
+    h = torch.full((5,), torch.nan, dtype=torch.bfloat16)
+    packed.rows(x, pair[0], w_up=pair[1], y=h, act="silu", idx=idx, tile=tile)
+    g, u = ((v @ x.float()).bfloat16()[idx.long()] for v in values)
+    assert error(h, torch.nn.functional.silu(g) * u) < 1e-2
+
+
+@pytest.mark.parametrize(("heads", "groups", "d", "length"), [(2, 1, 32, 75), (1, 1, 128, 0)])
+def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, length: int) -> None:
+    from kernels.cuda import chain
+
+    qkv = normal(11, (heads + 2 * groups) * d)
+    angle = normal(12, d // 2).repeat(2)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    cache = [normal(seed, 1, groups, 96, d).bfloat16() for seed in (13, 14)]
+    out = torch.empty(heads * d, dtype=torch.bfloat16)
+    scratch = chain.Scratch(heads, d, 300, torch.device("cpu"))
+    own = [c.clone() for c in cache]
+    counted = torch.tensor(length)
+    chain.attend(qkv, cos, sin, *own, counted, out, scratch, n_heads=heads, scale=d**-0.5)
+    q, k, v = (part.bfloat16().unflatten(0, (-1, d)) for part in qkv.split((heads * d, groups * d, groups * d)))
+
+    def rotated(x: Tensor) -> Tensor:
+        return x * cos + torch.cat([-x[:, d // 2 :], x[:, : d // 2]], 1) * sin
+
+    cache[0][0, :, length], cache[1][0, :, length] = rotated(k), v
+    assert torch.equal(own[0][:, :, : length + 1], cache[0][:, :, : length + 1])
+    assert torch.equal(own[1], cache[1])
+    want = kernels.reference.decode_attention(
+        rotated(q)[None, :, None].float(), cache[0].float(), cache[1].float(), torch.tensor(length + 1)
+    )
+    assert error(out, want.flatten()) < 5e-3
+    assert not scratch.arrived.any()
