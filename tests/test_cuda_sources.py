@@ -39,7 +39,8 @@ def on_host(monkeypatch: pytest.MonkeyPatch, built: dict[str, Any]) -> None:
         text = nvrtc.source(name, macros)
         if text not in built:
             at = Path(built["folder"]) / f"{len(built)}"
-            entry = f'\nextern "C" void entry(int x, int y, int threads, void** args) {{ run_({name}, x, y, threads, args); }}'
+            call = f"run_({name}, x, y, threads, args);"
+            entry = f'\nextern "C" void entry(int x, int y, int threads, void** args) {{ {call} }}'
             at.with_suffix(".cpp").write_text(text + entry)
             header = Path(__file__).parent / "cuda_on_host.h"
             flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-w", "-pthread", "-include", str(header)]

@@ -1,4 +1,4 @@
-"""Products of one row with 16-bit, int8 and int4 weights that read only the lines that are kept (csrc/columns.cu, rows.cu).
+"""Products of one row with 16-bit, int8 and int4 weights that read only the lines kept (csrc/columns.cu, rows.cu).
 
 `columns` skips input channels: a warp packs the channels that it keeps, then reads their weights. `rows` computes the
 listed rows or neurons. Both take the RMS norm of a residual stream, or the product of a gated MLP, into their prologue,
@@ -72,17 +72,17 @@ def columns(
     zero: Tensor | None = None,
     partials: bool = False,
     early: int = 0,
+    half: torch.dtype = torch.bfloat16,
     tile: Tile | None = None,
 ) -> Tensor:
     """Add the product of x [K] with the kept channels to y, fp32 [N]; returns y.
 
-    x: 16-bit or fp32, rounded to 16 bits first (bf16 for low-bit weights of a bf16 model: `norm.weight`'s or x's dtype).
-    w: W^T [K, N] or its strips. t, up, act, segments, zero: as in `column.column`. norm: x is the residual stream, fp32.
+    x: 16-bit or fp32, then rounded to w's dtype or, for low-bit weights, to `half`. w: W^T [K, N] or its strips.
+    t, up, act, segments, zero: as in `column.column`; segments are whole strips. norm: x is the residual stream, fp32.
     idx: int32 [m], the channels that take part, count of them (0-d int32) or all; by_position: x[j] belongs to idx[j].
     With `early` idx must be older than the kernel before this one. partials: y is fp32 [splits, N] and written.
     early: 0, or when the next kernel may start: 1, once this one no longer waits, 2, once its loads are made.
     """
-    low = isinstance(w, Strips)
     n, k = (w.width, w.lines) if isinstance(w, Strips) else (w.shape[1], w.shape[0])
     tile = tile or default_tile(w, t is not None or idx is not None)
     parts = max(1, len(segments))
@@ -90,7 +90,10 @@ def columns(
     bits = w.bits if isinstance(w, Strips) else 16
     lanes = w.codes.shape[2] // 16 if isinstance(w, Strips) else tile.lanes
     test = LISTED if idx is not None else _test(t, k, parts)
-    half = norm.weight.dtype if norm else w.dtype if isinstance(w, Tensor) else torch.bfloat16
+    half = w.dtype if isinstance(w, Tensor) else half
+    outputs = lanes * (128 // bits)
+    if any(sum(segments[: i + 1]) % outputs for i in range(parts - 1)):
+        raise ValueError(f"segments {segments} are no whole strips of {outputs} outputs")
     macros = {
         "BITS": bits, "BF16": half == torch.bfloat16, "X32": x.dtype == torch.float32, "ACT": act_code(act),
         "HAS_UP": up is not None, "TEST": test, "LANES": lanes, "CHANNELS": tile.channels, "WARPS": tile.warps,
@@ -99,7 +102,7 @@ def columns(
         "PDL": early, "PARTIALS": partials,
     }  # fmt: skip
     m = k if idx is None else idx.numel()
-    grid = cdiv(n, lanes * (128 // bits)), cdiv(m, tile.channels * tile.warps)
+    grid = cdiv(n, outputs), cdiv(m, tile.channels * tile.warps)
     nvrtc.launch(
         nvrtc.kernel(x.device.index or 0, "columns", **macros), grid, 32 * tile.warps,
         [
@@ -109,7 +112,6 @@ def columns(
         ],
         early=early > 0,
     )  # fmt: skip
-    assert low or lanes
     return y
 
 
@@ -130,6 +132,7 @@ def rows(
     count: Tensor | None = None,
     add: bool = False,
     early: int = 0,
+    half: torch.dtype = torch.bfloat16,
     tile: RowTile | None = None,
 ) -> Tensor:
     """Write x . w[row] to y (add: to fp32 y at row), or act(x . w[row]) * (x . w_up[row]) with `w_up`; returns y.
@@ -141,9 +144,7 @@ def rows(
     n, k = (w.lines, w.width) if isinstance(w, Strips) else w.shape
     bits = w.bits if isinstance(w, Strips) else 16
     tile = tile or RowTile()
-    half = norm.weight.dtype if norm else y.dtype if y.dtype != torch.float32 else torch.bfloat16
-    if isinstance(w, Tensor):
-        half = w.dtype
+    half = w.dtype if isinstance(w, Tensor) else half
     per = 128 // bits
     macros = {
         "BITS": bits, "BF16": half == torch.bfloat16, "X32": x.dtype == torch.float32, "ACT": act_code(act),

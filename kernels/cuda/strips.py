@@ -1,10 +1,10 @@
 """Weights in int4 or int8 for the CUDA kernels: a bf16 scale for each group of a line, lines side by side in strips.
 
 A line is what is skipped as a whole: an input channel's weights (a row of W^T) for column-sparse products, a neuron's
-(a row of W) for row-sparse ones; groups run along the line, so that a dropped line's scales are dropped with it. A strip
-holds so many outputs of every channel as one block of threads computes; row-wise lines are one strip. Within a 32-bit
-word codes ascend from bit 15 on, round the end: from there a rotation by whole bytes brings each to the upper mantissa
-of a float32 (csrc/common.cuh).
+(a row of W) for row-sparse ones; groups run along the line, so that a dropped line's scales are dropped with it. A
+strip holds so many outputs of every channel as one block of threads computes; row-wise lines are one strip. Within a
+32-bit word codes ascend from bit 15 on, round the end: from there a rotation by whole bytes brings each to the upper
+mantissa of a float32 (csrc/common.cuh).
 """
 
 from __future__ import annotations
