@@ -121,7 +121,7 @@ class Copies:
             else random_strips(k, n, bits, group)
             for _ in range(copies)
         ]
-        self.bytes = self.w[0].nbytes if bits == 16 else self.w[0].codes.nbytes + self.w[0].scales.nbytes
+        self.bytes = self.w[0].nbytes
         self.x = torch.randn(copies, k, device="cuda").to(dtype)
         self.y = torch.zeros(copies, n, device="cuda")
         self.values = self.w[0].double() if bits == 16 else self.w[0].values().double()
@@ -183,7 +183,7 @@ def row_table(report: Report, n: int, k: int, bits: int, group: int) -> None:
     y = torch.empty(n, device="cuda")
     values = w[0].double() if bits == 16 else w[0].values().double()
     want = values @ x[0].double()
-    bytes_ = w[0].nbytes if bits == 16 else w[0].codes.nbytes + w[0].scales.nbytes
+    bytes_ = w[0].nbytes
     facts = {"n": n, "k": k, "bits": bits, "group": group, "zeros": 0}
 
     def run(kernel: str, call: Callable[[int], Any], limit: float = 1e-4, **more: Any) -> None:
@@ -243,7 +243,7 @@ def mlp_table(report: Report, bits: int, group: int) -> None:
     x = torch.randn(copies, HIDDEN, device="cuda").to(dtype)
     h = torch.empty(NEURONS, dtype=dtype, device="cuda")
     y = torch.zeros(HIDDEN, device="cuda")
-    bytes_ = sum(m.nbytes if bits == 16 else m.codes.nbytes + m.scales.nbytes for m in w[0])
+    bytes_ = sum(m.nbytes for m in w[0])
     values = [m.double() if bits == 16 else m.values().double() for m in w[0]]
     for inactive in (0, 50, 80):
         m = round(NEURONS * (1 - inactive / 100))
@@ -318,20 +318,22 @@ def masked_outputs(view: View, layers: list[int], thresholds: dict, x: Tensor) -
 
 
 @contextmanager
-def triton_step(view: View, weights: list[dict[str, Any]], thresholds: dict, sparsity: float) -> Iterator[None]:
+def triton_step(view: View, weights: list[Any], thresholds: dict, sparsity: float) -> Iterator[None]:
     """The fused step of eight launches a block on the same W^T as the chained one."""
     from contextlib import ExitStack
 
     from harness.execution.fused_step import Buffers, _head_forward, _norm_forward, decode_attention
 
     buffers = Buffers.of(view, "columns")
+    assert view.final_norm is not None
     with ExitStack() as stack:
         stack.enter_context(decode_attention(view.model))
         for layer, block in enumerate(view.blocks):
-            merged = {name: (weight, None) for name, weight in weights[layer].items()}
+            merged: dict[str, Any] = {name: (weight, None) for name, weight in weights[layer].items()}
             own = FusedBlock(view, layer, merged, buffers, "columns", thresholds, sparsity)
-            stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, "columns")))
+            stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
         stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
+
         head = view.model.get_output_embeddings()
         stack.enter_context(_forward(head, _head_forward(head)))
         yield
@@ -360,23 +362,23 @@ def kernel_times(loop: DecodeLoop) -> list[dict[str, Any]]:
         for name, t in by_name.items()
     ]
     total = (max(e for _, e in spans) - min(s for s, _ in spans)) / steps
-    return sorted(busy, key=lambda row: -row["us"])[:14] + [{"kernel": "from first to last", "us": round(total, 1)}]
+    return sorted(busy, key=lambda row: -float(str(row["us"])))[:14] + [
+        {"kernel": "from first to last", "us": round(total, 1)}
+    ]
 
 
 @torch.no_grad()
 def steps(
     report: Report, view: View, form: Format, variants: dict[str, Any], fits: dict, context: int, rounds: int
 ) -> None:
-    """Time variants that share weights, in turn. variants: name -> (share dropped, how early; None: the Triton step)."""
+    """Time variants that share weights, in turn. variants: name -> (share dropped, early), early None: Triton."""
     tag = f"{form.bits} bits, {form.layout}"
     start = time.time()
     with step_weights(view, form) as weights:
-        head = view.model.get_output_embeddings()
-        stored = [
-            w for block in weights[0] for name, w in block.items() if form.layout == "columns" or name != "gate_up"
-        ]
-        sizes = [w.nbytes if isinstance(w, Tensor) else w.codes.nbytes + w.scales.nbytes for w in stored]
-        head_bytes = head.weight.nbytes if weights[1] is None else weights[1].codes.nbytes + weights[1].scales.nbytes
+        twice = "gate_up" if "gate" in weights.blocks[0] else None  # the 16-bit rows of gate and up
+        stored = [w for block in weights.blocks for name, w in block.items() if name != twice]
+        sizes = [w.nbytes for w in stored]
+        head_bytes = weights.head.nbytes
         cache, token = prefilled(view, context)
         capacity = cache.layers[0].max_cache_len
         layers = [0, view.n_layers - 1]
@@ -389,9 +391,9 @@ def steps(
         def prepare(name: str, sparsity: float, early: int | None) -> None:
             thresholds, kept = fits[sparsity]
             context_ = (
-                triton_step(view, weights[0], thresholds, sparsity)
+                triton_step(view, weights.blocks, thresholds, sparsity)
                 if early is None
-                else chained(view, weights, form, thresholds, max(capacity, 64), early)
+                else chained(view, weights, thresholds, max(capacity, 64), early)
             )
             if sparsity not in wants:
                 wants[sparsity] = (
@@ -428,7 +430,7 @@ def steps(
                 end.synchronize()
                 if number:
                     times[name].append(begin.elapsed_time(end) / NEW_TOKENS)
-                assert torch.isfinite(loop.logits).all()
+                assert loop.logits is not None and torch.isfinite(loop.logits).all()
         cache_bytes = 2 * view.n_layers * view.n_kv_heads * view.head_dim * (context + NEW_TOKENS / 2) * 2
         for name, each in times.items():
             ms = median(each)

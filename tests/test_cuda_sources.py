@@ -151,8 +151,9 @@ def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, len
     scratch = chain.Scratch(heads, d, 300, torch.device("cpu"))
     own = [c.clone() for c in cache]
     counted = torch.tensor(length)
-    chain.attend(qkv, cos, sin, *own, counted, out, scratch, n_heads=heads, scale=d**-0.5)
-    q, k, v = (part.bfloat16().unflatten(0, (-1, d)) for part in qkv.split((heads * d, groups * d, groups * d)))
+    parts = qkv.split((heads * d, groups * d, groups * d))
+    chain.attend(*parts, cos, sin, *own, counted, out, scratch, n_heads=heads, scale=d**-0.5)
+    q, k, v = (part.bfloat16().unflatten(0, (-1, d)) for part in parts)
 
     def rotated(x: Tensor) -> Tensor:
         return x * cos + torch.cat([-x[:, d // 2 :], x[:, : d // 2]], 1) * sin

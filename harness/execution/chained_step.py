@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,14 @@ from harness.execution.fused_step import (
     _norm_forward,
     _one_token,
     decode_attention,
+    merged_thresholds,
     merged_weights,
     no_fused_step,
 )
 from harness.model.view import Block, View
+
+if TYPE_CHECKING:
+    from kernels.cuda.strips import Strips
 
 Layout = Literal["columns", "rows"]
 
@@ -42,19 +46,36 @@ class Format:
     group: int = 128
     layout: Layout = "columns"
 
+    def width(self, outputs: int) -> int:
+        """Outputs of a projection among those merged with it: whole strips."""
+        from kernels.cuda.strips import LANES
+
+        whole = LANES * 128 // self.bits if self.bits < 16 and self.layout == "columns" else 1
+        return -(-outputs // whole) * whole
+
+
+@dataclass
+class Weights:
+    """A model's weights in a format: by block and group of MERGED (`rows` has gate and up apart), and the head."""
+
+    form: Format
+    blocks: list[dict[str, Tensor | Strips]]
+    head: Tensor | Strips
+
 
 class Buffers:
     """What the launches of a step hand to one another, and what their blocks do."""
 
-    def __init__(self, view: View, layout: Layout, capacity: int) -> None:
+    def __init__(self, view: View, form: Format, capacity: int) -> None:
         """capacity: entries of the cache."""
         from kernels.cuda.chain import Scratch
 
-        sums = torch.float32 if layout == "columns" else view.dtype
+        sums = torch.float32 if form.layout == "columns" else view.dtype
         width = view.n_heads * view.head_dim
-        self.qkv = torch.zeros(width + 2 * view.n_kv_heads * view.head_dim, dtype=sums, device=view.device)
+        self.sizes = [form.width(width)] + 2 * [form.width(view.n_kv_heads * view.head_dim)]
+        self.qkv = torch.zeros(sum(self.sizes), dtype=sums, device=view.device)
         self.heads = torch.zeros(width, dtype=view.dtype, device=view.device)
-        self.gate_up = torch.zeros(2 * view.d_ff, dtype=torch.float32, device=view.device)
+        self.gate_up = torch.zeros(2 * form.width(view.d_ff), dtype=torch.float32, device=view.device)
         self.hidden = torch.zeros(view.d_ff, dtype=view.dtype, device=view.device)
         self.scratch = Scratch(view.n_heads, view.head_dim, capacity, view.device)
 
@@ -63,159 +84,131 @@ class ChainedBlock:
     """One Llama-like block, one token. `residual` is fp32 [1, 1, d_model], changed in place."""
 
     def __init__(
-        self,
-        view: View,
-        layer: int,
-        weights: dict[str, Any],
-        buffers: Buffers,
-        layout: Layout,
-        thresholds: ThresholdOf,
-        early: int = 1,
+        self, view: View, layer: int, weights: Weights, buffers: Buffers, thresholds: ThresholdOf, early: int = 1
     ) -> None:
         from kernels.cuda.packed import Norm
 
-        self.view, self.layer, self.weights, self.buffers, self.early = view, layer, weights, buffers, early
-        self.layout = layout
+        self.view, self.layer, self.buffers, self.early = view, layer, buffers, early
+        self.form, self.weights = weights.form, weights.blocks[layer]
         self.block = view.blocks[layer]
-        self.norms = [Norm(norm.weight, norm.variance_epsilon) for norm in view.norms[layer]]
+        self.norms = [Norm(cast(Tensor, norm.weight), cast(float, norm.variance_epsilon)) for norm in view.norms[layer]]
         self.act = ACTIVATIONS[view.activation]
-        self.thresholds = {name: self._merged(members, thresholds) for name, members in MERGED.items()}
-        self.sizes = {n: tuple(getattr(self.block, m).out_features for m in members) for n, members in MERGED.items()}
-
-    def _merged(self, members: tuple[str, ...], thresholds: ThresholdOf) -> Tensor | None:
-        own = [thresholds.get((member, self.layer)) for member in members]
-        if all(t is None for t in own):
-            return None
-        parts = [torch.as_tensor(-1.0 if t is None else t, dtype=torch.float32) for t in own]
-        return torch.stack(torch.broadcast_tensors(*parts)).contiguous().to(self.view.device)
+        self.thresholds = {
+            name: merged_thresholds(view, layer, members, thresholds) for name, members in MERGED.items()
+        }
+        self.sizes = {
+            name: tuple(self.form.width(getattr(self.block, member).out_features) for member in members)
+            for name, members in MERGED.items()
+        }
 
     def __call__(self, residual: Tensor, cos: Tensor, sin: Tensor, cache: Any, length: Tensor) -> Tensor:
         """Add what the block computes to the residual stream, and the token to its cache layer."""
         from kernels.cuda.chain import attend
-        from kernels.cuda.packed import rows
 
-        b, h, early = self.buffers, residual.view(-1), self.early
+        b, h = self.buffers, residual.view(-1)
         first, second = self.norms
-        how = {"early": early, "half": self.view.dtype}
-        if self.layout == "columns":
+        columns = self.form.layout == "columns"
+        if columns:
             self._columns("qkv", h, b.qkv, norm=first)
         else:
-            rows(h, self.weights["qkv"], y=b.qkv, norm=first, **how)
+            self._rows("qkv", h, b.qkv, norm=first)
+        q, k, v = b.qkv.split(b.sizes)
         attend(
-            b.qkv, cos.view(-1), sin.view(-1), cache.keys, cache.values, length, b.heads, b.scratch,
-            n_heads=self.view.n_heads, scale=self.block.attn.scaling, early=early,
+            q, k, v, cos.view(-1), sin.view(-1), cache.keys, cache.values, length, b.heads, b.scratch,
+            n_heads=self.view.n_heads, scale=cast(float, self.block.attn.scaling), early=self.early,
         )  # fmt: skip
-        if self.layout == "columns":
+        if columns:
             self._columns("o", b.heads, h, zero=b.gate_up)
             self._columns("gate_up", h, b.gate_up, norm=second)
             gate, up = b.gate_up.chunk(2)
             self._columns("down", gate, h, up=up, act=self.act, zero=b.qkv)
-            return residual
-        rows(b.heads, self.weights["o"], y=h, add=True, **how)
-        gate, up = self.weights["gate"], self.weights["up"]
-        rows(h, gate, w_up=up, y=b.hidden, act=self.act, norm=second, **how)
-        rows(b.hidden, self.weights["down"], y=h, add=True, **how)
+        else:
+            self._rows("o", b.heads, h, add=True)
+            self._rows("gate", h, b.hidden, w_up=self.weights["up"], act=self.act, norm=second)
+            self._rows("down", b.hidden, h, add=True)
         return residual
 
     def _columns(self, name: str, x: Tensor, y: Tensor, **rest: Any) -> None:
         from kernels.cuda.packed import columns
 
-        sizes = self.sizes[name] if self.thresholds[name] is not None else ()
-        columns(
-            x,
-            self.weights[name],
-            self.thresholds[name],
-            y=y,
-            segments=sizes,
-            early=self.early,
-            half=self.view.dtype,
-            **rest,
-        )
+        t = self.thresholds[name]
+        sizes = () if t is None else self.sizes[name]
+        columns(x, self.weights[name], t, y=y, segments=sizes, early=self.early, half=self.view.dtype, **rest)
+
+    def _rows(self, name: str, x: Tensor, y: Tensor, **rest: Any) -> None:
+        from kernels.cuda.packed import rows
+
+        rows(x, self.weights[name], y=y, early=self.early, half=self.view.dtype, **rest)
 
 
 @contextmanager
-def _replaced(modules: list[nn.Linear], values: list[Tensor]) -> Iterator[None]:
-    own = [m.weight.data for m in modules]
-    for m, value in zip(modules, values, strict=True):
-        m.weight.data = value
+def _replaced(module: nn.Linear, values: Tensor) -> Iterator[None]:
+    own, module.weight.data = module.weight.data, values
     try:
         yield
     finally:
-        for m, weight in zip(modules, own, strict=True):
-            m.weight.data = weight
+        module.weight.data = own
 
 
-@contextmanager
-def packed_weights(block: Block, dtype: torch.dtype, form: Format) -> Iterator[dict[str, Any]]:
-    """The block's weights in low bits by group of MERGED (by rows gate and up apart); the modules have their values."""
+def _packed(stack: ExitStack, module: nn.Linear, form: Format, columns: bool) -> Strips:
+    """A module's weight in low bits; until the stack unwinds the module computes with the values of the codes."""
     from kernels.cuda.strips import LANES, pack
 
-    groups = MERGED if form.layout == "columns" else {k: v for k, v in MERGED.items() if k != "gate_up"}
-    groups = groups if form.layout == "columns" else groups | {"gate": ("gate",), "up": ("up",)}
-    packed: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for name, members in groups.items():
-            modules = [getattr(block, member) for member in members]
-            whole = torch.cat([m.weight.data for m in modules])  # [sum of N, K]
-            columns = form.layout == "columns"
-            lines = whole.t() if columns else whole
-            packed[name] = pack(lines, form.bits, form.group, LANES if columns else None)
-            values = packed[name].values()
-            values = (values.t() if columns else values).to(dtype)
-            stack.enter_context(_replaced(modules, list(values.split([m.out_features for m in modules]))))
-        yield packed
+    own = module.weight.data
+    strips = pack(own.t() if columns else own, form.bits, form.group, LANES if columns else None)
+    values = strips.values().to(own.dtype)
+    stack.enter_context(_replaced(module, values.t() if columns else values))
+    return strips
+
+
+def _block_weights(stack: ExitStack, block: Block, form: Format) -> dict[str, Tensor | Strips]:
+    from kernels.cuda.strips import joined, stacked
+
+    columns = form.layout == "columns"
+    if form.bits == 16:
+        merged = stack.enter_context(merged_weights(block, columns))
+        weights: dict[str, Tensor | Strips] = {name: weight for name, (weight, _) in merged.items()}
+        if not columns:
+            weights["gate"], weights["up"] = merged["gate_up"][0].chunk(2)
+        return weights
+    parts = {name: _packed(stack, module, form, columns) for name, module in block.projections()}
+    if columns:
+        return {name: joined([parts[member] for member in members]) for name, members in MERGED.items()}
+    qkv = stacked([parts.pop(name) for name in MERGED["qkv"]])
+    return {"qkv": qkv, **parts}
 
 
 @contextmanager
-def step_weights(view: View, form: Format) -> Iterator[tuple[list[dict[str, Any]], Any]]:
-    """The weights of every block in a format, and the packed head (None in 16 bits), until the context ends."""
-    from kernels.cuda.strips import pack
+def step_weights(view: View, form: Format) -> Iterator[Weights]:
+    """The model's weights in a format. In low bits the head is by rows, and modules compute with what codes stand for.
 
-    with ExitStack() as stack:
-        blocks: list[dict[str, Any]] = []
-        for block in view.blocks:
-            if form.bits < 16:
-                blocks.append(stack.enter_context(packed_weights(block, view.dtype, form)))
-                continue
-            merged = stack.enter_context(merged_weights(block, form.layout == "columns"))
-            weights: dict[str, Any] = {name: weight for name, (weight, _) in merged.items()}
-            if form.layout == "rows":
-                weights["gate"], weights["up"] = weights["gate_up"].chunk(2)
-            blocks.append(weights)
-        packed = None
-        if form.bits < 16:
-            head = view.model.get_output_embeddings()
-            packed = pack(head.weight.data, form.bits, form.group, lanes=None)
-            stack.enter_context(_replaced([head], [packed.values().to(view.dtype)]))
-        yield blocks, packed
-
-
-@contextmanager
-def chained(
-    view: View,
-    weights: tuple[list[dict[str, Any]], Any],
-    form: Format,
-    thresholds: ThresholdOf,
-    capacity: int,
-    early: int = 1,
-) -> Iterator[None]:
-    """While the context lasts, one-token steps with a `StaticCache` of `capacity` entries run chained.
-
-    weights: of `step_weights`. early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns".
-    Raises UnsupportedError where the step does not fit the model.
+    Raises UnsupportedError where the chained step does not fit the model.
     """
     reason = no_chained_step(view)
     if reason is not None:
         raise UnsupportedError(reason)
-    buffers = Buffers(view, form.layout, capacity)
+    with ExitStack() as stack:
+        blocks = [_block_weights(stack, block, form) for block in view.blocks]
+        head = view.model.get_output_embeddings()
+        yield Weights(form, blocks, head.weight if form.bits == 16 else _packed(stack, head, form, columns=False))
+
+
+@contextmanager
+def chained(view: View, weights: Weights, thresholds: ThresholdOf, capacity: int, early: int = 1) -> Iterator[None]:
+    """While the context lasts, one-token steps with a `StaticCache` of up to `capacity` entries run chained.
+
+    early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns".
+    """
+    buffers = Buffers(view, weights.form, capacity)
     with ExitStack() as stack:
         stack.enter_context(decode_attention(view.model))
         for layer, block in enumerate(view.blocks):
-            own = ChainedBlock(view, layer, weights[0][layer], buffers, form.layout, thresholds, early)
-            stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, "columns")))
+            own = ChainedBlock(view, layer, weights, buffers, thresholds, early)
+            stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
+        assert view.final_norm is not None
         stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
         head = view.model.get_output_embeddings()
-        stack.enter_context(_forward(head, _head_forward(head, head.weight if weights[1] is None else weights[1])))
+        stack.enter_context(_forward(head, _head_forward(head, weights.head)))
         yield
 
 
@@ -224,15 +217,14 @@ def no_chained_step(view: View) -> str | None:
     reason = no_fused_step(view)
     if reason is not None:
         return reason
-    biased = [m for block in view.blocks for _, m in block.projections() if m.bias is not None]
-    if biased:
+    if any(module.bias is not None for block in view.blocks for _, module in block.projections()):
         return "the chained decode step knows no biases"
     if view.dtype not in (torch.float16, torch.bfloat16) or not 32 <= view.head_dim <= 256:
         return f"no chained decode step for {view.dtype} and heads of {view.head_dim}"
     return None
 
 
-def _head_forward(head: nn.Linear, weight: Any) -> Any:
+def _head_forward(head: nn.Linear, weight: Tensor | Strips) -> Any:
     own = head.forward
 
     def forward(hidden_states: Tensor) -> Tensor:

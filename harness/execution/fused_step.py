@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,15 @@ class Buffers:
         )
 
 
+def merged_thresholds(view: View, layer: int, members: tuple[str, ...], thresholds: ThresholdOf) -> Tensor | None:
+    """Thresholds of merged projections, fp32 [members] or [members, channels]; None if none has any."""
+    own = [thresholds.get((member, layer)) for member in members]
+    if all(t is None for t in own):
+        return None
+    parts = [torch.as_tensor(-1.0 if t is None else t, dtype=torch.float32, device=view.device) for t in own]
+    return torch.stack(torch.broadcast_tensors(*parts)).contiguous()
+
+
 class FusedBlock:
     """One Llama-like block, one token, on the Triton kernels. `residual` is [1, 1, d_model], changed in place."""
 
@@ -157,19 +166,13 @@ class FusedBlock:
         self.block, self.norms = view.blocks[layer], view.norms[layer]
         self.act = ACTIVATIONS[view.activation]
         self.expected_sparsity = expected_sparsity
-        self.thresholds = {name: self._merged(members, thresholds) for name, members in MERGED.items()}
+        self.thresholds = {
+            name: merged_thresholds(view, layer, members, thresholds) for name, members in MERGED.items()
+        }
         self.sizes = {
             name: tuple(getattr(self.block, member).out_features for member in members)
             for name, members in MERGED.items()
         }
-
-    def _merged(self, members: tuple[str, ...], thresholds: ThresholdOf) -> Tensor | None:
-        own = [thresholds.get((member, self.layer)) for member in members]
-        if all(t is None for t in own):
-            return None
-        device = self.view.device
-        parts = [torch.as_tensor(-1.0 if t is None else t, dtype=torch.float32, device=device) for t in own]
-        return torch.stack(torch.broadcast_tensors(*parts)).contiguous()
 
     def __call__(self, residual: Tensor, cos: Tensor, sin: Tensor, cache: Any, length: Tensor) -> Tensor:
         """Add what the block computes to the residual stream, and the token to its cache layer."""
@@ -270,7 +273,8 @@ def fast_decode(
         for layer, block in enumerate(view.blocks):
             weights = stack.enter_context(merged_weights(block, linear == "columns"))
             fused = FusedBlock(view, layer, weights, buffers, linear, thresholds or {}, expected_sparsity)
-            stack.enter_context(_forward(block.layer, _block_forward(block.layer, fused, linear)))
+            stream = view.dtype if linear == "library" else torch.float32
+            stack.enter_context(_forward(block.layer, _block_forward(block.layer, fused, stream)))
         stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
         if linear != "library":
             head = view.model.get_output_embeddings()
@@ -292,9 +296,17 @@ def _one_token(x: Tensor) -> bool:
     return x.shape[:-1] == (1, 1)
 
 
-def _block_forward(layer: nn.Module, fused: FusedBlock, linear: Linear) -> Callable[..., Any]:
+class OneToken(Protocol):
+    """A block for one token: adds to the residual stream [1, 1, d_model] in place, and to its cache layer."""
+
+    layer: int
+
+    def __call__(self, residual: Tensor, cos: Tensor, sin: Tensor, cache: Any, length: Tensor) -> Tensor:
+        """cos, sin: of the new position; length: entries of the cache."""
+
+
+def _block_forward(layer: nn.Module, fused: OneToken, residual_dtype: torch.dtype) -> Callable[..., Any]:
     own = layer.forward
-    residual_dtype = fused.view.dtype if linear == "library" else torch.float32
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")

@@ -23,7 +23,9 @@ class Scratch:
 
 
 def attend(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cos: Tensor,
     sin: Tensor,
     k_cache: Tensor,
@@ -36,11 +38,10 @@ def attend(
     scale: float,
     early: int = 0,
 ) -> Tensor:
-    """As `attention.attend_step`; length: int64."""
+    """As `attention.attend_step`, with q [H * D], k and v [G * D] apart; length: int64."""
     g, d = k_cache.shape[1], k_cache.shape[3]
-    q, k, v = qkv.split((n_heads * d, g * d, g * d))
     macros = {
-        "BF16": k_cache.dtype == torch.bfloat16, "X32": qkv.dtype == torch.float32, "ACT": 0, "HAS_UP": 0,
+        "BF16": k_cache.dtype == torch.bfloat16, "X32": q.dtype == torch.float32, "ACT": 0, "HAS_UP": 0,
         "PDL": min(1, early), "D": d, "SPLITS": scratch.splits, "WARPS": WARPS, "R": n_heads // g,
     }  # fmt: skip
     nvrtc.launch(

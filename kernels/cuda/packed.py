@@ -88,7 +88,7 @@ def columns(
     parts = max(1, len(segments))
     edges = [sum(segments[: i + 1]) if i + 1 < parts else 1 << 30 for i in range(2)]
     bits = w.bits if isinstance(w, Strips) else 16
-    lanes = w.codes.shape[2] // 16 if isinstance(w, Strips) else tile.lanes
+    lanes = w.codes.shape[2] // 16 if isinstance(w, Strips) else _lanes(tile.lanes, segments)
     test = LISTED if idx is not None else _test(t, k, parts)
     half = w.dtype if isinstance(w, Tensor) else half
     outputs = lanes * (128 // bits)
@@ -113,6 +113,14 @@ def columns(
         early=early > 0,
     )  # fmt: skip
     return y
+
+
+def _lanes(widest: int, segments: tuple[int, ...]) -> int:
+    """Lanes that read a channel of 16-bit weights: the most whose outputs no segment boundary divides."""
+    for i in range(len(segments) - 1):
+        while widest > 1 and sum(segments[: i + 1]) % (8 * widest):
+            widest //= 2
+    return widest
 
 
 def default_tile(w: Tensor | Strips, sparse: bool) -> Tile:

@@ -35,9 +35,14 @@ class Strips:
         return self.codes.shape[1]
 
     @property
-    def line_bytes(self) -> float:
-        """Bytes of a line: codes, scales and padding."""
-        return (self.codes.nbytes + self.scales.nbytes) / self.lines
+    def outputs(self) -> int:
+        """Weights of a strip's line, padding included."""
+        return self.codes.shape[2] * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        """Codes, scales and padding."""
+        return self.codes.nbytes + self.scales.nbytes
 
     def values(self) -> Tensor:
         """The weights that the codes stand for, fp32 [lines, width]."""
@@ -49,6 +54,19 @@ class Strips:
             whole = scales.float().repeat_interleave(self.group, -1)
             parts.append(each * whole[:, : each.shape[1]])
         return torch.cat(parts, 1)[:, : self.width]
+
+
+def joined(parts: list[Strips]) -> Strips:
+    """Matrices with the same lines side by side; each begins at a strip of its own, so that padding lies between."""
+    first = parts[0]
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    return Strips(codes, scales, first.bits, first.group, len(codes) * first.outputs)
+
+
+def stacked(parts: list[Strips]) -> Strips:
+    """Matrices of rows of the same width, one after another."""
+    codes, scales = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scales"))
+    return Strips(codes, scales, parts[0].bits, parts[0].group, parts[0].width)
 
 
 def _rotated(words: Tensor, by: int) -> Tensor:
