@@ -38,17 +38,21 @@ from harness.execution.decode_loop import DecodeLoop
 from harness.execution.fused_step import FusedBlock, _block_forward, _forward
 from harness.model.view import View
 from harness.results.environment import environment
-from kernels.cuda.packed import RowTile, Tile, columns, rows
+from kernels.cuda import packed
+from kernels.cuda.packed import RowTile, Tile, columns, default_tile, rows
 from kernels.cuda.strips import Strips
 
 SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # (outputs, inputs): q/k/v, o, gate/up, down
 FORMATS = [(16, 0), (8, 128), (4, 128), (4, 32)]
-TILES = [
-    Tile(32, 8, 8, 2), Tile(32, 8, 8, 3), Tile(64, 8, 8, 2), Tile(64, 8, 16, 1), Tile(64, 4, 16, 3), Tile(32, 4, 8, 5),
-    Tile(128, 4, 8, 4),
-]  # fmt: skip
-WIDE = [Tile(32, 8, 16, 2, 16), Tile(64, 8, 16, 2, 16), Tile(32, 4, 16, 4, 16)]  # 16-bit: 256 bytes of a channel
-ROW_TILES = [RowTile(1, 8, 4, 2), RowTile(2, 8, 4, 2), RowTile(2, 4, 4, 4), RowTile(4, 8, 2, 2), RowTile(2, 4, 2, 6)]
+TILES = {
+    16: [Tile(32, 8, 8, 2), Tile(32, 4, 8, 5), Tile(32, 4, 8, 4), Tile(64, 4, 8, 6), Tile(32, 16, 8, 1)],
+    8: [Tile(64, 4, 16, 3), Tile(64, 4, 16, 4), Tile(32, 4, 8, 5), Tile(64, 2, 16, 6)],
+    4: [
+        Tile(32, 8, 8, 2), Tile(32, 4, 8, 4), Tile(64, 4, 8, 4), Tile(64, 8, 8, 2), Tile(32, 4, 8, 5),
+        Tile(32, 4, 4, 5), Tile(32, 2, 8, 8), Tile(64, 2, 8, 8), Tile(128, 4, 8, 4),
+    ],
+}  # fmt: skip
+ROW_TILES = [RowTile(1, 8, 4, 2), RowTile(2, 8, 4, 2), RowTile(2, 8, 2, 3), RowTile(4, 8, 2, 2), RowTile(4, 4, 4, 3)]
 
 
 class Report:
@@ -98,14 +102,14 @@ class Report:
         self.out.write_text(json.dumps(record, indent=1))
 
 
-def random_strips(lines: int, width: int, bits: int, group: int, lanes: int | None = 8) -> Strips:
+def random_strips(lines: int, width: int, bits: int, group: int, by_rows: bool = False) -> Strips:
     """Random codes and scales: as good as quantised weights for times, and quicker."""
     per = 128 // bits
-    outputs = -(-width // per) * per if lanes is None else lanes * per
+    outputs = -(-width // per) * per if by_rows else 8 * per
     strips = -(-width // outputs)
     codes = torch.randint(0, 256, (strips, lines, outputs * bits // 8), dtype=torch.uint8, device="cuda")
     scales = torch.empty(strips, lines, -(-outputs // group), device="cuda").uniform_(0.5, 1.5)
-    return Strips(codes, (scales * lines**-0.5 / 2 ** (bits - 1)).bfloat16(), bits, group, width)
+    return Strips(codes, (scales * lines**-0.5 / 2 ** (bits - 1)).bfloat16(), bits, group, width, by_rows)
 
 
 class Copies:
@@ -161,8 +165,8 @@ def column_table(report: Report, n: int, k: int, bits: int, group: int, tiles: l
 
         if bits == 16:
             report.attempt(f"triton {n}x{k} {zeros}", lambda: run("triton", base))
-        for number, tile in enumerate(tiles + (WIDE if bits == 16 else [])):
-            for early in (0, 1, 2) if number in (0, 4) and group != 32 else (1,):
+        for tile in tiles:
+            for early in (0, 1, 2) if tile == tiles[0] and group != 32 else (1,):
                 report.attempt(
                     f"columns {bits} bits {n}x{k} at {zeros} % {tile} {early}",
                     lambda: run("columns", lambda i: own(i, tile, early), tile=list(tile), early=early),
@@ -176,7 +180,7 @@ def row_table(report: Report, n: int, k: int, bits: int, group: int) -> None:
     w: list[Any] = [
         torch.empty(n, k, dtype=torch.bfloat16, device="cuda").normal_(0, k**-0.5)
         if bits == 16
-        else random_strips(n, k, bits, group, None)
+        else random_strips(n, k, bits, group, True)
         for _ in range(copies)
     ]
     x = torch.randn(copies, k, device="cuda").bfloat16()
@@ -234,12 +238,12 @@ def mlp_table(report: Report, bits: int, group: int) -> None:
     copies = max(6, min(40, 2 * 10**9 // size))
     dtype = torch.bfloat16
 
-    def made(lanes: int | None) -> Any:
+    def made(by_rows: bool) -> Any:
         if bits == 16:
             return torch.empty(NEURONS, HIDDEN, dtype=dtype, device="cuda").normal_(0, HIDDEN**-0.5)
-        return random_strips(NEURONS, HIDDEN, bits, group, lanes)
+        return random_strips(NEURONS, HIDDEN, bits, group, by_rows)
 
-    w = [(made(None), made(None), made(8)) for _ in range(copies)]
+    w = [(made(True), made(True), made(False)) for _ in range(copies)]
     x = torch.randn(copies, HIDDEN, device="cuda").to(dtype)
     h = torch.empty(NEURONS, dtype=dtype, device="cuda")
     y = torch.zeros(HIDDEN, device="cuda")
@@ -273,17 +277,16 @@ def mlp_table(report: Report, bits: int, group: int) -> None:
 
         if bits == 16:
             report.attempt(f"mlp triton {inactive}", lambda: run("triton", base))
-        unrolls = (RowTile(1, 8, 4, 2), RowTile(1, 4, 4, 4), RowTile(1, 4, 8, 2), RowTile(1, 2, 4, 8))
-        for tile in unrolls:
-            for down in (Tile(32, 8, 8, 2), Tile(32, 4, 8, 4), Tile(64, 4, 16, 3)):
-                for early in (0, 1, 2):
-                    if early != 1 and (tile, down) != (unrolls[0], Tile(32, 8, 8, 2)):
-                        continue
-                    more = {"tile": list(tile), "down": list(down), "early": early}
-                    report.attempt(
-                        f"mlp {bits} {inactive} {more}",
-                        lambda: run("packed", lambda i: own(i, tile, down, early), **more),
-                    )
+        first = RowTile(1, 8, 4, 2), Tile(32, 8, 8, 2)
+        trials = [(*first, 0), (*first, 1), (*first, 2)]
+        trials += [(tile, first[1], 1) for tile in (RowTile(1, 8, 8, 1), RowTile(1, 8, 4, 3), RowTile(1, 4, 4, 4))]
+        trials += [(tile, first[1], 2) for tile in (RowTile(1, 8, 2, 3), RowTile(1, 16, 4, 1), RowTile(1, 8, 2, 4))]
+        trials += [(first[0], down, 2) for down in (Tile(32, 4, 8, 4), Tile(64, 4, 8, 4), Tile(32, 2, 8, 8))]
+        for tile, down, early in trials:
+            more = {"tile": list(tile), "down": list(down), "early": early}
+            report.attempt(
+                f"mlp {bits} {inactive} {more}", lambda: run("packed", lambda i: own(i, tile, down, early), **more)
+            )
 
 
 # --- the whole step ------------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ def masked_outputs(view: View, layers: list[int], thresholds: dict, x: Tensor) -
 
 
 @contextmanager
-def triton_step(view: View, weights: list[Any], thresholds: dict, sparsity: float) -> Iterator[None]:
+def triton_step(view: View, weights: list[Any], thresholds: dict, sparsity: float) -> Iterator[list[Any]]:
     """The fused step of eight launches a block on the same W^T as the chained one."""
     from contextlib import ExitStack
 
@@ -326,17 +329,19 @@ def triton_step(view: View, weights: list[Any], thresholds: dict, sparsity: floa
 
     buffers = Buffers.of(view, "columns")
     assert view.final_norm is not None
+    blocks: list[Any] = []
     with ExitStack() as stack:
         stack.enter_context(decode_attention(view.model))
         for layer, block in enumerate(view.blocks):
             merged: dict[str, Any] = {name: (weight, None) for name, weight in weights[layer].items()}
             own = FusedBlock(view, layer, merged, buffers, "columns", thresholds, sparsity)
+            blocks.append(own)
             stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
         stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
 
         head = view.model.get_output_embeddings()
         stack.enter_context(_forward(head, _head_forward(head)))
-        yield
+        yield blocks
 
 
 @torch.no_grad()
@@ -358,7 +363,13 @@ def kernel_times(loop: DecodeLoop) -> list[dict[str, Any]]:
             by_name.setdefault(event.name[:60], []).append(event.device_time)
             spans.append((event.time_range.start, event.time_range.end))
     busy = [
-        {"kernel": name, "launches": len(t) / steps, "us": round(sum(t) / steps, 1), "median_us": round(median(t), 2)}
+        {
+            "kernel": name,
+            "launches": len(t) / steps,
+            "us": round(sum(t) / steps, 1),
+            "median_us": round(median(t), 2),
+            "each": [round(v, 1) for v in t[:8]],
+        }
         for name, t in by_name.items()
     ]
     total = (max(e for _, e in spans) - min(s for s, _ in spans)) / steps
@@ -371,7 +382,7 @@ def kernel_times(loop: DecodeLoop) -> list[dict[str, Any]]:
 def steps(
     report: Report, view: View, form: Format, variants: dict[str, Any], fits: dict, context: int, rounds: int
 ) -> None:
-    """Time variants that share weights, in turn. variants: name -> (share dropped, early), early None: Triton."""
+    """Time variants that share weights, in turn. variants: (share dropped, early or None: Triton, tile)."""
     tag = f"{form.bits} bits, {form.layout}"
     start = time.time()
     with step_weights(view, form) as weights:
@@ -385,10 +396,12 @@ def steps(
         x = torch.randn(1, 1, view.d_model, device="cuda").to(view.dtype)
         moved = (x.float() * (1 + torch.finfo(view.dtype).eps / 2 * torch.randn_like(x.float()))).to(view.dtype)
         loops: dict[str, DecodeLoop] = {}
+        held: list[Any] = []
         kept_of: dict[str, float] = {}
         wants: dict[float, Any] = {}
 
-        def prepare(name: str, sparsity: float, early: int | None) -> None:
+        def prepare(name: str, sparsity: float, early: int | None, *more: Any) -> None:
+            packed.default_tile = (lambda *_: Tile(*more[0])) if more else default_tile
             thresholds, kept = fits[sparsity]
             context_ = (
                 triton_step(view, weights.blocks, thresholds, sparsity)
@@ -401,7 +414,8 @@ def steps(
                     masked_outputs(view, layers, thresholds, moved),
                 )
             want, near = wants[sparsity]
-            with context_:
+            with context_ as blocks:
+                held.append(blocks)  # a graph reads their buffers and thresholds after the context has ended
                 got = block_outputs(view, layers, x)
                 wrong = max((got[i] - want[i]).norm().item() / want[i].norm().item() for i in layers)
                 rounding = max((near[i] - want[i]).norm().item() / want[i].norm().item() for i in layers)
@@ -415,8 +429,9 @@ def steps(
                 loops[name] = DecodeLoop(view, cache, token)
             kept_of[name] = 1 - dropped_share(view, kept) if kept else 1.0
 
-        for name, (sparsity, early) in variants.items():
-            report.attempt(f"{tag}: {name}", lambda: prepare(name, sparsity, early))
+        for name, how in variants.items():
+            report.attempt(f"{tag}: {name}", lambda: prepare(name, *how))
+        packed.default_tile = default_tile
         print(f"{tag}: ready after {time.time() - start:.1f} s", flush=True)
         times: dict[str, list[float]] = {name: [] for name in loops}
         for number in range(rounds + 1):
@@ -440,7 +455,7 @@ def steps(
                 spread=round((max(each) - min(each)) / ms, 4), kept=round(kept_of[name], 4),
             )  # fmt: skip
         report.save()
-        for name in list(loops)[:2] + list(loops)[-1:]:
+        for name in list(loops)[:4]:
             loop = loops[name]
             loop.rewind(context, token)
             key = f"{tag}: {name}"
@@ -474,14 +489,20 @@ def main() -> None:
         view = llama_2_7b(torch.bfloat16, args.layers)
         keep_all = {(name, layer): -1.0 for layer, block in enumerate(view.blocks) for name, _ in block.projections()}
         fits = {0.0: ({}, {}), 0.01: (keep_all, {}), 0.5: fit(view, 0.5)}
-        both = {f"dense, early {e}": (0.0, e) for e in (0, 1, 2)} | {f"50 %, early {e}": (0.5, e) for e in (0, 1, 2)}
+
+        def pair(early: int, *tile: Any) -> dict[str, Any]:
+            name = f"early {early}" + (f", {tile[0]}" if tile else "")
+            return {f"dense, {name}": (0.0, early, *tile), f"50 %, {name}": (0.5, early, *tile)}
+
         own = {"triton dense": (0.0, None), "triton 50 %": (0.5, None)}
+        wide = pair(1, (32, 8, 8, 2)) | pair(2, (32, 8, 8, 2)) | pair(1, (32, 4, 8, 5)) | pair(2, (32, 4, 8, 4))
+        int4 = pair(1, (32, 4, 8, 4)) | pair(1, (64, 4, 8, 4)) | pair(1, (64, 8, 8, 2)) | pair(1, (32, 16, 8, 1))
         for form, variants in (
-            (Format(16), own | both | {"0 % kept all, early 1": (0.01, 1)}),
-            (Format(4, 128), both),
-            (Format(4, 128, "rows"), {"dense, early 0": (0.0, 0), "dense, early 1": (0.0, 1)}),
-            (Format(8, 128), {n: v for n, v in both.items() if "early 1" in n}),
-            (Format(16, 0, "rows"), {"dense, early 0": (0.0, 0), "dense, early 1": (0.0, 1)}),
+            (Format(16), own | pair(0) | wide | {"0 % kept all, early 1": (0.01, 1)}),
+            (Format(4, 128), pair(0) | pair(1) | pair(2) | int4),
+            (Format(8, 128), pair(1) | pair(2) | pair(1, (32, 8, 8, 2))),
+            (Format(4, 128, "rows"), {"dense, early 1": (0.0, 1)}),
+            (Format(4, 32), pair(1)),
         ):
             report.attempt(f"steps {form}", lambda: steps(report, view, form, variants, fits, 512, args.rounds))
             torch.cuda.empty_cache()
@@ -489,8 +510,7 @@ def main() -> None:
     def column_tables() -> None:
         for bits, group in FORMATS:
             for n, k in SHAPES:
-                first = (n, k) in SHAPES[:2]
-                tiles = TILES if first and group != 32 else TILES[:2] + TILES[4:5]
+                tiles = TILES[bits][: 2 if group == 32 else None]
                 report.attempt(
                     f"columns {bits}/{group} {n}x{k}",
                     lambda: column_table(report, n, k, bits, group, tiles),

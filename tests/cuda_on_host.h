@@ -72,6 +72,35 @@ inline uint16_t narrow(float v) {
   std::memcpy(&u, &v, 4);
   return v != v ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
+inline float widen_f16(uint16_t h) { _Float16 f; std::memcpy(&f, &h, 2); return (float)f; }
+inline uint32_t halves(float low, float high) {
+  const _Float16 pair[2] = {(_Float16)low, (_Float16)high};
+  uint32_t word;
+  std::memcpy(&word, pair, 4);
+  return word;
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, unsigned how) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; i++) word |= (uint32_t)(both >> (how >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return word;
+}
+inline uint32_t operands_[64][32][6];
+inline void multiply(float* sums, const uint32_t* weights, const uint32_t* factors) {
+  const int lane = threadIdx.x % 32;
+  uint32_t(*all)[6] = operands_[threadIdx.x / 32];
+  for (int i = 0; i < 4; i++) all[lane][i] = weights[i];
+  for (int i = 0; i < 2; i++) all[lane][4 + i] = factors[i];
+  __syncwarp();
+  auto half = [](uint32_t word, int high) { return widen_f16((uint16_t)(word >> 16 * high)); };
+  for (int i = 0; i < 4; i++) {  // row lane / 4 (+ 8), column 2 * (lane % 4) (+ 1)
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++)
+      sums[i] += half(all[row * 4 + k % 8 / 2][i / 2 + k / 8 * 2], k % 2) *
+                 half(all[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+  }
+  __syncwarp();
+}
 template <class T> T read_once(const T* p) { return *p; }
 inline void wait_for_others() {}
 inline void let_others_start() {}

@@ -63,11 +63,13 @@ def on_host(monkeypatch: pytest.MonkeyPatch, built: dict[str, Any]) -> None:
     monkeypatch.setattr(nvrtc, "launch", launch)
 
 
-@pytest.mark.parametrize(("bits", "group", "lanes"), [(4, 32, 8), (4, 128, 8), (4, 128, 4), (8, 32, 8), (8, 128, None)])
-def test_codes_stand_for_the_weights(bits: int, group: int, lanes: int | None) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group", "by_rows"), [(4, 32, False), (4, 128, False), (4, 64, True), (8, 32, False), (8, 128, True)]
+)
+def test_codes_stand_for_the_weights(bits: int, group: int, by_rows: bool) -> None:
     w = normal(0, 5, 352) * torch.logspace(-4, 2, 5)[:, None]
     w[2] = 0
-    p = strips.pack(w, bits, group, lanes)
+    p = strips.pack(w, bits, group, by_rows)
     pad = torch.nn.functional.pad
     step = pad(w, (0, -352 % group)).unflatten(1, (-1, group)).abs().amax(-1) / (8 if bits == 4 else 127)
     off = pad((p.values() - w).abs(), (0, -352 % group)).unflatten(1, (-1, group)).amax(-1)
@@ -126,7 +128,7 @@ def test_listed_channels(on_host: None, bits: int) -> None:
 def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
     n, k = 20, 328
     gate, up = normal(8, n, k) * k**-0.5, normal(9, n, k) * k**-0.5
-    pair = [w.bfloat16() if bits == 16 else strips.pack(w, bits, group, lanes=None) for w in (gate, up)]
+    pair = [w.bfloat16() if bits == 16 else strips.pack(w, bits, group, by_rows=True) for w in (gate, up)]
     values = [w.float() if isinstance(w, Tensor) else w.values() for w in pair]
     x = normal(10, k).bfloat16()
     tile = RowTile(rows=2, warps=2, unroll=2, blocks=1)

@@ -152,10 +152,10 @@ def _replaced(module: nn.Linear, values: Tensor) -> Iterator[None]:
 
 def _packed(stack: ExitStack, module: nn.Linear, form: Format, columns: bool) -> Strips:
     """A module's weight in low bits; until the stack unwinds the module computes with the values of the codes."""
-    from kernels.cuda.strips import LANES, pack
+    from kernels.cuda.strips import pack
 
     own = module.weight.data
-    strips = pack(own.t() if columns else own, form.bits, form.group, LANES if columns else None)
+    strips = pack(own.t() if columns else own, form.bits, form.group, by_rows=not columns)
     values = strips.values().to(own.dtype)
     stack.enter_context(_replaced(module, values.t() if columns else values))
     return strips
@@ -194,22 +194,25 @@ def step_weights(view: View, form: Format) -> Iterator[Weights]:
 
 
 @contextmanager
-def chained(view: View, weights: Weights, thresholds: ThresholdOf, capacity: int, early: int = 1) -> Iterator[None]:
+def chained(
+    view: View, weights: Weights, thresholds: ThresholdOf, capacity: int, early: int = 1
+) -> Iterator[list[ChainedBlock]]:
     """While the context lasts, one-token steps with a `StaticCache` of up to `capacity` entries run chained.
 
-    early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns".
+    early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns". A captured graph that outlives the
+    context reads the memory of the blocks that this yields: keep them as long.
     """
     buffers = Buffers(view, weights.form, capacity)
     with ExitStack() as stack:
         stack.enter_context(decode_attention(view.model))
-        for layer, block in enumerate(view.blocks):
-            own = ChainedBlock(view, layer, weights, buffers, thresholds, early)
+        blocks = [ChainedBlock(view, layer, weights, buffers, thresholds, early) for layer in range(view.n_layers)]
+        for block, own in zip(view.blocks, blocks, strict=True):
             stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
         assert view.final_norm is not None
         stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
         head = view.model.get_output_embeddings()
         stack.enter_context(_forward(head, _head_forward(head, weights.head)))
-        yield
+        yield blocks
 
 
 def no_chained_step(view: View) -> str | None:

@@ -19,6 +19,8 @@ from torch import Tensor
 SOURCES = Path(__file__).parent / "csrc"
 _EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
+_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
 
 class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
@@ -51,6 +53,12 @@ def kernel(device: int, name: str, **macros: int) -> Any:
 
 
 @cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
@@ -76,6 +84,8 @@ def launch(
             values.append(ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int(arg))
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     attribute = _Attribute(_EARLY, 0, (1,))
+    if shared > 48 << 10:
+        _driver().cuFuncSetAttribute(function.func, _MAX_SHARED, shared)
     config = _Config((*grid, 1), (threads, 1, 1), shared, torch.cuda.current_stream().cuda_stream)
     if early:
         config.attributes, config.count = ctypes.pointer(attribute), 1

@@ -125,7 +125,9 @@ def _lanes(widest: int, segments: tuple[int, ...]) -> int:
 
 def default_tile(w: Tensor | Strips, sparse: bool) -> Tile:
     """By bench/gpu_lowbit.py on an H100."""
-    return Tile()
+    if isinstance(w, Strips):
+        return Tile(64, 4, 16, 3) if w.bits == 8 else Tile(32, 8, 8, 2)
+    return Tile(32, 4, 8, 5) if sparse else Tile(32, 8, 8, 2)
 
 
 def rows(
@@ -151,7 +153,7 @@ def rows(
     low = isinstance(w, Strips)
     n, k = (w.lines, w.width) if isinstance(w, Strips) else w.shape
     bits = w.bits if isinstance(w, Strips) else 16
-    tile = tile or RowTile()
+    tile = tile or (RowTile(1, 8, 4, 2) if w_up is not None else RowTile(2, 8, 4, 2))
     half = w.dtype if isinstance(w, Tensor) else half
     per = 128 // bits
     macros = {
@@ -162,11 +164,12 @@ def rows(
         "WIDE": y.dtype == torch.float32, "ADD": add,
     }  # fmt: skip
     chunks = cdiv(k, 32 * per)
-    floats = chunks * 32 * per + (chunks * 64 if low else 0) + tile.warps
+    floats = chunks * 32 * per + (chunks * 32 * (2 if bits == 4 else 1) if low else 0) + (tile.warps if norm else 0)
     m = n if idx is None else idx.numel()
     other = w if w_up is None else w_up
+    blocks = min(cdiv(m, tile.rows * tile.warps), nvrtc.processors(x.device) * tile.blocks)
     nvrtc.launch(
-        nvrtc.kernel(x.device.index or 0, "rows", **macros), (cdiv(m, tile.rows * tile.warps), 1), 32 * tile.warps,
+        nvrtc.kernel(x.device.index or 0, "rows", **macros), (blocks, 1), 32 * tile.warps,
         [
             x, norm.weight if norm else None, idx, count, w.codes if isinstance(w, Strips) else w,
             w.scales if isinstance(w, Strips) else None, other.codes if isinstance(other, Strips) else other,

@@ -7,12 +7,21 @@
 //   NORM     x is a residual stream (X32): its RMS norm is made here; BY_POSITION: the value of idx[j] is x[j]
 //   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when all its loads are made
 //   PARTIALS y: fp32 [splits, N], written
+// In int4 the products run on tensor cores: 16 outputs x 16 channels at a time. Where lanes agree in lane % 4 they hold the
+// same channels, where in lane / 4 the same outputs. Codes become the upper mantissas of float16s, a pair of channels a
+// word, without a conversion (see `mantissa`: 1 + code / 16 and 1 + code / 256); the factors x_i * scale go in as a sum of
+// two float16s, one in column 0 and one, times 2048, in column 1. Sums are float32.
 // Low-bit weights lie in strips of OUTPUTS outputs: codes [strip, channel, LANES * 16 bytes], scales bf16 [strip,
 // channel, GROUPS]. 16-bit weights are W^T [K, N].
 #include "common.cuh"
 
+#define TENSOR (BITS == 4)
+#if TENSOR
+static_assert(LANES == 8 && UNROLL % 4 == 0, "int4 strips are 128 bytes wide");
+#endif
 #define SUB (32 / LANES)  // channels that a warp reads at a time
 #define OUTPUTS (LANES * PER)
+#define PLACE(o) ((o) + (o) / PER * 4)
 #define PADDED (LANES * (PER + 4))
 #if BITS < 16
 #define GROUPS (OUTPUTS / GROUP)
@@ -49,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 #if NORM
   __shared__ float squares[WARPS];
 #endif
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = lane % LANES, sub = lane / LANES;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = TENSOR ? lane / SUB : lane % LANES,
+            sub = TENSOR ? lane % SUB : lane / LANES;
   const int n0 = blockIdx.x * OUTPUTS, first = (blockIdx.y * WARPS + warp) * CHANNELS;
 #if TEST == 2 || TEST == 3
   const int segment = (n0 >= seg1) + (n0 >= seg2);
@@ -186,6 +196,76 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
     }
   __syncwarp();
 
+#if TENSOR
+  float acc[16][4], ones[GROUPS];
+#pragma unroll
+  for (int i = 0; i < 16; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) acc[i][j] = 0.f;
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    ones[g] = 0.f;
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++)
+      if (at[r] >= 0) ones[g] += factors[warp][at[r] * GROUPS + g];
+#pragma unroll
+    for (int d = 16; d; d >>= 1) ones[g] += __shfl_xor_sync(~0u, ones[g], d);
+  }
+  for (int from = 0; from < n; from += UNROLL * SUB) {
+    if (from) fetch(from);
+#pragma unroll
+    for (int u = 0; u < UNROLL; u += 4)
+      if (from + u * SUB < n) {  // the same for the whole warp
+        u32 factor[GROUPS][2];
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+          float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int at = from + (u + i) * SUB + sub;
+            if (column < 2 && at < n) c[i] = factors[warp][at * GROUPS + g];
+          }
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const u32 high = halves(c[2 * i], c[2 * i + 1]);
+            factor[g][i] = column == 1 ? halves((c[2 * i] - widen_f16((u16)high)) * 2048.f,
+                                                (c[2 * i + 1] - widen_f16((u16)(high >> 16))) * 2048.f)
+                                       : high;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          // Outputs 0 to 7 of the lane's word i: two by two rows r and r + 8 of a product.
+          u32 codes[2][4];
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const u32 a = data[u + 2 * h].word[i], b = data[u + 2 * h + 1].word[i];
+            codes[h][0] = __byte_perm(a, b, 0x5410);
+            codes[h][1] = __byte_perm(a, b, 0x4501);
+            codes[h][2] = __byte_perm(a, b, 0x7632);
+            codes[h][3] = __byte_perm(a, b, 0x6723);
+          }
+#pragma unroll
+          for (int p = 0; p < 4; p++) {
+            const u32 w[4] = {(codes[0][p] & 0x003c003cu) | 0x3c003c00u, (codes[0][p] & 0x03c003c0u) | 0x3c003c00u,
+                              (codes[1][p] & 0x003c003cu) | 0x3c003c00u, (codes[1][p] & 0x03c003c0u) | 0x3c003c00u};
+            multiply(acc[4 * i + p], w, factor[(64 * i + 16 * p) / GROUP]);
+          }
+        }
+      }
+  }
+#if PDL == 2
+  let_others_start();
+#endif
+  if (sub == 0)
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float sum = acc[i][2 * h] + acc[i][2 * h + 1] * (1.f / 2048.f);
+        sums[warp][PLACE(16 * i + 8 * h + column)] = decoded(sum, ones[16 * i / GROUP], h);
+      }
+#else
   float acc[PER], ones = 0.f;
 #pragma unroll
   for (int i = 0; i < PER; i++) acc[i] = 0.f;
@@ -217,12 +297,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
   float* place = sums[warp] + column * (PER + 4) + start;
 #pragma unroll
   for (int i = 0; i < width; i++) place[i] = acc[i];
+#endif
   __syncthreads();
   for (int o = threadIdx.x; o < OUTPUTS; o += WARPS * 32)
     if (n0 + o < N) {
       float sum = has_bias && blockIdx.y == 0 ? widen(bias_ptr[n0 + o]) : 0.f;
 #pragma unroll
-      for (int i = 0; i < WARPS; i++) sum += sums[i][o + o / PER * 4];
+      for (int i = 0; i < WARPS; i++) sum += sums[i][PLACE(o)];
 #if PARTIALS
       y[(size_t)blockIdx.y * N + n0 + o] = sum;
 #else

@@ -8,13 +8,17 @@ struct __align__(16) Sixteen { u32 word[4]; };
 __device__ __forceinline__ float widen_bf16(u16 h) { return __uint_as_float(((u32)h) << 16); }
 
 #ifndef ON_HOST  // the tests run the kernels on a CPU, thread by thread
+__device__ __forceinline__ float widen_f16(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+
 __device__ __forceinline__ float widen(u16 h) {
 #if BF16
   return widen_bf16(h);
 #else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return f;
+  return widen_f16(h);
 #endif
 }
 
@@ -41,6 +45,20 @@ __device__ __forceinline__ void wait_for_others() {
 #if PDL
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// sums[16 outputs x 8] += weights[16 x 16 channels] x factors[16 x 8] on a tensor core; PTX: mma.m16n8k16.
+__device__ __forceinline__ void multiply(float* sums, const u32* weights, const u32* factors) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(factors[0]), "r"(factors[1]));
+}
+
+// Two floats as float16s in one word, `low` in its lower half.
+__device__ __forceinline__ u32 halves(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // The next kernel may start: its blocks take what room is left and wait.

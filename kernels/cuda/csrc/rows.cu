@@ -10,6 +10,7 @@
 #include "common.cuh"
 
 #define CHUNK (32 * PER)  // weights
+#define XS(chunk, i, lane) (((chunk) * (PER / 4) + (i)) * 32 + ((lane) ^ ((i) & 7)))
 #define LINES (ROWS * (GLU + 1))
 #if BITS == 4
 #define SUMS 2  // low and high nibbles have sums of their own
@@ -93,30 +94,37 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
   for (int i = 0; i < WARPS; i++) square += squares[i];
   const float inverse = rsqrtf(square / K + eps);
 #endif
-  for (int at = threadIdx.x; at < chunks * 32; at += WARPS * 32) {
-    const int chunk = at / 32, owner = at % 32;
-    float sum[2] = {0.f, 0.f};
+  // Lane `owner` of a warp multiplies weights owner * PER .. of a chunk; XS leaves no two of eight neighbours in a bank.
+  for (int quad = threadIdx.x; quad < chunks * CHUNK / 4; quad += WARPS * 32) {
+    const int chunk = quad / (CHUNK / 4), owner = quad / (PER / 4) % 32, i = quad % (PER / 4);
+    float v[4];
 #pragma unroll
-    for (int i = 0; i < PER; i += 4) {
-      float v[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int k = at * PER + i + j;
-        v[j] = 0.f;
+    for (int j = 0; j < 4; j++) {
+      const int k = quad * 4 + j;
+      v[j] = 0.f;
 #if NORM
-        if (k < K) v[j] = rounded(rounded(x_ptr[k] * inverse) * widen(norm_ptr[k]));
+      if (k < K) v[j] = rounded(rounded(x_ptr[k] * inverse) * widen(norm_ptr[k]));
 #else
-        if (k < K) v[j] = value(x_ptr, k);
+      if (k < K) v[j] = value(x_ptr, k);
 #endif
-        sum[j % SUMS] += v[j];
-      }
-      xs[(chunk * (PER / 4) + i / 4) * 32 + owner] = make_float4(v[0], v[1], v[2], v[3]);
     }
-    if (BITS < 16)
-#pragma unroll
-      for (int s = 0; s < SUMS; s++) ones[(chunk * SUMS + s) * 32 + owner] = sum[s];
+    xs[XS(chunk, i, owner)] = make_float4(v[0], v[1], v[2], v[3]);
   }
   __syncthreads();
+#if BITS < 16
+  for (int at = threadIdx.x; at < chunks * 32; at += WARPS * 32) {
+    float even = 0.f, odd = 0.f;
+#pragma unroll
+    for (int i = 0; i < PER / 4; i++) {
+      const float4 v = xs[XS(at / 32, i, at % 32)];
+      even += v.x + v.z;
+      odd += v.y + v.w;
+    }
+    ones[at / 32 * SUMS * 32 + at % 32] = SUMS == 1 ? even + odd : even;
+    if (SUMS == 2) ones[(at / 32 * SUMS + 1) * 32 + at % 32] = odd;
+  }
+  __syncthreads();
+#endif
 
   for (; tile * ROWS < count; tile += gridDim.x * WARPS) {
     float total[LINES];
@@ -136,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
           for (int l = 0; l < LINES; l++) sum[l][0] = sum[l][1] = 0.f;
 #pragma unroll
           for (int i = 0; i < PER; i += 4) {
-            const float4 x = xs[((chunk + u) * (PER / 4) + i / 4) * 32 + lane];
+            const float4 x = xs[XS(chunk + u, i / 4, lane)];
 #pragma unroll
             for (int l = 0; l < LINES; l++) {
               sum[l][0] += x.x * weight(data[l][u], i);
