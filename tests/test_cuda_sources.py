@@ -141,8 +141,10 @@ def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
     assert error(h, torch.nn.functional.silu(g) * u) < 1e-2
 
 
-@pytest.mark.parametrize(("heads", "groups", "d", "length"), [(2, 1, 32, 75), (1, 1, 128, 0)])
-def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, length: int) -> None:
+@pytest.mark.parametrize(("heads", "groups", "d", "length", "cut"), [(2, 1, 32, 75, (2, 3)), (1, 1, 128, 40, (2, 1))])
+def test_attention_of_a_step(
+    on_host: None, heads: int, groups: int, d: int, length: int, cut: tuple[int, int]
+) -> None:
     from kernels.cuda import chain
 
     qkv = normal(11, (heads + 2 * groups) * d)
@@ -150,7 +152,7 @@ def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, len
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     cache = [normal(seed, 1, groups, 96, d).bfloat16() for seed in (13, 14)]
     out = torch.empty(heads * d, dtype=torch.bfloat16)
-    scratch = chain.Scratch(heads, d, 300, torch.device("cpu"))
+    scratch = chain.Scratch(heads, d, 300, torch.device("cpu"), cut)
     own = [c.clone() for c in cache]
     counted = torch.tensor(length)
     parts = qkv.split((heads * d, groups * d, groups * d))

@@ -8,16 +8,19 @@ from torch import Tensor
 from kernels.cuda import nvrtc
 from kernels.cuda.common import cdiv
 
-WARPS = 4
+ONE_BLOCK = 1024  # entries of a cache up to which one block attends for a head: nothing is left to add up
 
 
 class Scratch:
     """What the blocks of `attend` hand to one another; one serves all layers of a step."""
 
-    def __init__(self, heads: int, width: int, capacity: int, device: torch.device) -> None:
-        """capacity: entries of the cache."""
-        tile = WARPS * 8 * (256 // width)
-        self.splits = max(1, min(32, cdiv(capacity, tile)))
+    def __init__(
+        self, heads: int, width: int, capacity: int, device: torch.device, cut: tuple[int, int] | None = None
+    ) -> None:
+        """capacity: entries of the cache. cut: (warps of a block, blocks of a head)."""
+        self.warps = 16 if capacity <= ONE_BLOCK else 4
+        self.splits = 1 if capacity <= ONE_BLOCK else min(32, cdiv(capacity, self.warps * 8 * (256 // width)))
+        self.warps, self.splits = cut or (self.warps, self.splits)
         self.parts = torch.empty(heads * self.splits * (width + 2), device=device)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
@@ -42,10 +45,10 @@ def attend(
     g, d = k_cache.shape[1], k_cache.shape[3]
     macros = {
         "BF16": k_cache.dtype == torch.bfloat16, "X32": q.dtype == torch.float32, "ACT": 0, "HAS_UP": 0,
-        "PDL": min(1, early), "D": d, "SPLITS": scratch.splits, "WARPS": WARPS, "R": n_heads // g,
+        "PDL": min(1, early), "D": d, "SPLITS": scratch.splits, "WARPS": scratch.warps, "R": n_heads // g,
     }  # fmt: skip
     nvrtc.launch(
-        nvrtc.kernel(out.device.index or 0, "attend", **macros), (n_heads, scratch.splits), 32 * WARPS,
+        nvrtc.kernel(out.device.index or 0, "attend", **macros), (n_heads, scratch.splits), 32 * scratch.warps,
         [
             q, k, v, cos, sin, k_cache, v_cache, length, scratch.parts, scratch.arrived, out,
             k_cache.stride(1), k_cache.stride(2), v_cache.stride(1), v_cache.stride(2), float(scale),

@@ -10,9 +10,13 @@
 #define LOADS 8
 #define TILE (WARPS * AT_ONCE * LOADS)
 
-__device__ __forceinline__ float rotated(const element* p, int d, const u16* cos_ptr, const u16* sin_ptr) {
-  const float other = d < D / 2 ? -value(p, d + D / 2) : value(p, d - D / 2);
-  return rounded(rounded(value(p, d) * widen(cos_ptr[d])) + rounded(other * widen(sin_ptr[d])));
+// Rotary embedding of the eight entries of a head from d on.
+__device__ __forceinline__ void rotate(const element* p, int d, const float* cosine, const float* sine, float* out) {
+  const int other = d < D / 2 ? d + D / 2 : d - D / 2;
+  const float sign = d < D / 2 ? -1.f : 1.f;
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+    out[j] = rounded(rounded(value(p, d + j) * cosine[j]) + rounded(sign * value(p, other + j) * sine[j]));
 }
 
 // parts: fp32 [heads, SPLITS, D + 2], a stretch's sum of values, its largest score (base 2) and its mass.
@@ -20,10 +24,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     const element* q_ptr, const element* k_ptr, const element* v_ptr, const u16* cos_ptr, const u16* sin_ptr,
     u16* k_cache, u16* v_cache, const long long* length_ptr, float* parts, int* arrived, u16* out, int k_head,
     int k_token, int v_head, int v_token, float scale) {
-  __shared__ __align__(16) float query[D];
   __shared__ float sums[WARPS][D];
   __shared__ float tops[WARPS], masses[WARPS];
-  __shared__ int last_one;
   const int head = blockIdx.x, split = blockIdx.y, kv = head / R;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = lane % SPAN, token = lane / SPAN;
   const int length = (int)*length_ptr, stretch = (length + SPLITS - 1) / SPLITS;
@@ -43,16 +45,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     }
   };
   fetch(first);
+  const bool newest = split == SPLITS - 1 && warp == 0;  // takes the new token, by the lanes of token 0
+  float cosine[8], sine[8];
+#pragma unroll
+  for (int j = 0; j < 8; j++) cosine[j] = widen(cos_ptr[part * 8 + j]), sine[j] = widen(sin_ptr[part * 8 + j]);
   wait_for_others();
 #if PDL
   let_others_start();
 #endif
   const float base = scale * 1.4426950408889634f;
-  for (int d = threadIdx.x; d < D; d += WARPS * 32) query[d] = rotated(q_ptr + head * D, d, cos_ptr, sin_ptr) * base;
-  __syncthreads();
-  float q[8], acc[8], top = -INF, mass = 0.f;
+  float q[8], new_k[8], new_v[8], acc[8], top = -INF, mass = 0.f;
+  rotate(q_ptr + head * D, part * 8, cosine, sine, q);
+  if (newest) {
+    rotate(k_ptr + kv * D, part * 8, cosine, sine, new_k);
 #pragma unroll
-  for (int j = 0; j < 8; j++) q[j] = query[part * 8 + j], acc[j] = 0.f;
+    for (int j = 0; j < 8; j++) new_v[j] = value(v_ptr + kv * D, part * 8 + j);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) q[j] *= base, acc[j] = 0.f;
   for (int from = first; from < last; from += TILE) {
     if (from != first) fetch(from);
     float score[LOADS], best = top;
@@ -81,18 +91,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
       top = best;
     }
   }
-  if (split == SPLITS - 1 && warp == 0) {  // the new token, by the lanes of token 0
-    const element* own_k = k_ptr + kv * D;
-    float s = 0.f, new_v[8];
+  if (newest) {
+    float s = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const int d = part * 8 + j;
-      const float new_k = rotated(own_k, d, cos_ptr, sin_ptr);
-      new_v[j] = value(v_ptr + kv * D, d);
-      s += q[j] * new_k;
+      s += q[j] * new_k[j];
       if (head % R == 0 && token == 0) {
-        k_cache[(size_t)kv * k_head + (size_t)length * k_token + d] = narrow(new_k);
-        v_cache[(size_t)kv * v_head + (size_t)length * v_token + d] = narrow(new_v[j]);
+        k_cache[(size_t)kv * k_head + (size_t)length * k_token + part * 8 + j] = narrow(new_k[j]);
+        v_cache[(size_t)kv * v_head + (size_t)length * v_token + part * 8 + j] = narrow(new_v[j]);
       }
     }
 #pragma unroll
@@ -125,10 +131,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
   }
   if (lane == 0) tops[warp] = top, masses[warp] = mass;
   __syncthreads();
-  float* own = parts + ((size_t)head * SPLITS + split) * (D + 2);
   float best = -INF;
 #pragma unroll
   for (int i = 0; i < WARPS; i++) best = fmaxf(best, tops[i]);
+#if SPLITS == 1
+  float whole = 0.f;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++)
+    if (tops[i] > -INF) whole += exp2f(tops[i] - best) * masses[i];
+  for (int d = threadIdx.x; d < D; d += WARPS * 32) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+      if (tops[i] > -INF) sum += exp2f(tops[i] - best) * sums[i][d];
+    out[head * D + d] = narrow(sum / whole);
+  }
+#else
+  __shared__ int last_one;
+  float* own = parts + ((size_t)head * SPLITS + split) * (D + 2);
   for (int d = threadIdx.x; d < D + 2; d += WARPS * 32) {
     float sum = 0.f;
 #pragma unroll
@@ -157,4 +177,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     out[head * D + d] = narrow(sum / total);
   }
   if (threadIdx.x == 0) arrived[head] = 0;
+#endif
 }

@@ -120,12 +120,45 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
   fetch(0);
 #endif
 
+  // What earlier kernels did not make is asked for before the wait.
+#if NORM || TEST == 2 || TEST == 3
+  float norm[ROUNDS], limit[ROUNDS];
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    const int k = KNOWN ? own[r] : first + r * 32 + lane;
+#if NORM
+    norm[r] = k < K ? widen(norm_ptr[k]) : 0.f;
+#endif
+#if TEST == 2
+    limit[r] = t_ptr[segment];
+#elif TEST == 3
+    limit[r] = k < K ? t_ptr[(size_t)segment * K + k] : 0.f;
+#endif
+  }
+#endif
+
   wait_for_others();
 #if PDL == 1
   let_others_start();
 #endif
-  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * (WARPS * 32) + threadIdx.x;
-  for (int z = thread; z < n_zero; z += gridDim.x * gridDim.y * WARPS * 32) zero[z] = 0.f;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    const int k = KNOWN ? own[r] : first + r * 32 + lane, from = BY_POSITION ? first + r * 32 + lane : k;
+    x[r] = 0.f;
+    if (KNOWN ? at[r] >= 0 : k < K) {
+#if NORM
+      x[r] = x_ptr[from];
+#else
+      x[r] = value(x_ptr, from);
+#endif
+#if ACT
+      x[r] = rounded(activate(x[r]));
+#if HAS_UP
+      x[r] = rounded(x[r] * value(up_ptr, from));
+#endif
+#endif
+    }
+  }
 #if NORM
   float square = 0.f;
   for (int i = threadIdx.x * 4; i < K; i += WARPS * 128) {
@@ -140,48 +173,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 #pragma unroll
   for (int i = 0; i < WARPS; i++) square += squares[i];
   const float inverse = rsqrtf(square / K + eps);
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) x[r] = rounded(rounded(x[r] * inverse) * norm[r]);
 #endif
-
+#if !KNOWN
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
-#if KNOWN
-    const int k = own[r];
-    const bool there = at[r] >= 0;
-    const int from = BY_POSITION ? first + r * 32 + lane : k;
-#else
-    const int k = first + r * 32 + lane, from = k;
-    const bool there = k < K;
-    own[r] = k;
-#endif
-    x[r] = 0.f;
-    if (there) {
-#if NORM
-      x[r] = rounded(rounded(x_ptr[from] * inverse) * widen(norm_ptr[from]));
-#else
-      x[r] = value(x_ptr, from);
-#endif
-#if ACT
-      x[r] = rounded(activate(x[r]));
-#if HAS_UP
-      x[r] = rounded(x[r] * value(up_ptr, from));
-#endif
-#endif
-    }
-#if !KNOWN
+    own[r] = first + r * 32 + lane;
     // NaN is kept, and so is a zero under a negative threshold: at 0 % everything is read.
 #if TEST == 1
-    list(r, there && !(x[r] == 0.f));
-#elif TEST == 2
-    list(r, there && !(fabsf(x[r]) <= t_ptr[segment]));
+    list(r, own[r] < K && !(x[r] == 0.f));
 #else
-    list(r, there && !(fabsf(x[r]) <= t_ptr[(size_t)segment * K + (there ? k : 0)]));
-#endif
+    list(r, own[r] < K && !(fabsf(x[r]) <= limit[r]));
 #endif
   }
-#if !KNOWN
   __syncwarp();
   fetch(0);
 #endif
+  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * (WARPS * 32) + threadIdx.x;
+  for (int z = thread; z < n_zero; z += gridDim.x * gridDim.y * WARPS * 32) zero[z] = 0.f;
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++)
     if (at[r] >= 0) {
