@@ -1,6 +1,6 @@
 """What the GPU benchmarks share: how a kernel is timed, on which shapes, with which inputs."""
 
-# ruff: noqa: B023, F821  (every lambda here runs before its loop goes on)
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path

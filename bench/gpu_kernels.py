@@ -15,10 +15,11 @@ Floor: bytes of the kept weights over the read bandwidth measured in the same ru
 float64, outputs filled with NaN before.
 """
 
-# ruff: noqa: B023, F821  (every lambda here runs before its loop goes on)
+# ruff: noqa: B023  (every lambda here runs before its loop goes on)
 from __future__ import annotations
 
-# ruff: noqa: B023, F821  (every lambda here runs before its loop goes on)
+import argparse
+import json
 import time
 import traceback
 from collections.abc import Callable

@@ -18,28 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import StaticCache
 
 import kernels.cuda as kc
 from bench.gpu_common import HIDDEN, NEURONS, error, timed
-from bench.gpu_decode import NEW_TOKENS, Masks, dropped_share, fit, llama_2_7b, prefilled
-from harness.execution.chained_step import Format, chained, step_weights
-from harness.execution.decode_loop import DecodeLoop
-from harness.execution.fused_step import FusedBlock, _block_forward, _forward
-from harness.model.view import View
-from harness.results.environment import environment
-from kernels.cuda import packed
-from kernels.cuda.packed import RowTile, Tile, columns, default_tile, rows
+from bench.gpu_decode import fit, llama_2_7b
+from bench.gpu_lowbit_step import steps
+from bench.gpu_report import Report
+from harness.execution.chained_step import Format
+from kernels.cuda.packed import RowTile, Tile, columns, rows
 from kernels.cuda.strips import Strips
 
 SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # (outputs, inputs): q/k/v, o, gate/up, down
@@ -53,53 +46,6 @@ TILES = {
     ],
 }  # fmt: skip
 ROW_TILES = [RowTile(1, 8, 4, 2), RowTile(2, 8, 4, 2), RowTile(2, 8, 2, 3), RowTile(4, 8, 2, 2), RowTile(4, 4, 4, 3)]
-
-
-class Report:
-    """What is known so far, written after every addition."""
-
-    def __init__(self, out: Path, seconds: float) -> None:
-        self.out, self.started, self.seconds = out, time.time(), seconds
-        self.rate = kc.read_bandwidth("cuda", 0.3)
-        self.rows: list[dict[str, Any]] = []
-        self.failed: list[dict[str, str]] = []
-        self.facts: dict[str, Any] = {}
-
-    def left(self) -> float:
-        return self.seconds - (time.time() - self.started)
-
-    def add(self, table: str, us: float, floor_bytes: float, **facts: Any) -> None:
-        floor = floor_bytes / self.rate * 1e6
-        figures = {"us": us, "floor_us": floor, "added_us": us - floor, "share_of_floor": floor / us}
-        self.rows.append({"table": table, **facts, **{k: round(v, 3) for k, v in figures.items()}})
-
-    def attempt(self, what: str, call: Callable[[], Any]) -> Any:
-        """Run one piece; a failure is kept with its traceback, and the rest goes on."""
-        if self.left() < 0:
-            self.failed.append({"what": what, "error": "no time left"})
-            return None
-        try:
-            return call()
-        except Exception:
-            self.failed.append({"what": what, "error": traceback.format_exc()[-1500:]})
-            print(f"FAILED {what}\n{self.failed[-1]['error']}", flush=True)
-        finally:
-            self.save()
-        return None
-
-    def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "what": __doc__,
-            "environment": environment() | {"command": "python -m bench.gpu_lowbit"},
-            "device": torch.cuda.get_device_name(),
-            "read_bytes_per_s": self.rate,
-            "seconds": round(time.time() - self.started, 1),
-            **self.facts,
-            "failed": self.failed,
-            "rows": self.rows,
-        }
-        self.out.write_text(json.dumps(record, indent=1))
 
 
 def random_strips(lines: int, width: int, bits: int, group: int, by_rows: bool = False) -> Strips:
@@ -289,183 +235,6 @@ def mlp_table(report: Report, bits: int, group: int) -> None:
             )
 
 
-# --- the whole step ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def block_outputs(view: View, layers: list[int], x: Tensor) -> dict[int, Tensor]:
-    """What single blocks add to the residual stream at a cache of 37 random tokens, float64."""
-    position = torch.tensor([[37]], device="cuda")
-    rotary = view.model.model.rotary_emb(x, position)
-    out = {}
-    for layer in layers:
-        torch.manual_seed(layer)
-        cache = StaticCache(config=view.model.config, max_cache_len=64)
-        filled = torch.randn(1, view.n_kv_heads, 37, view.head_dim, device="cuda").to(view.dtype)
-        cache.layers[layer].update(filled, filled.flip(-1))
-        arguments = {"attention_mask": None, "position_ids": position, "past_key_values": cache, "use_cache": True}
-        if view.model.config._attn_implementation == "sdpa":
-            arguments["attention_mask"] = (torch.arange(64, device="cuda") <= 37)[None, None, None]
-        y = view.blocks[layer].layer(x.clone(), position_embeddings=rotary, **arguments)
-        out[layer] = y.double() - x.double()
-    return out
-
-
-@torch.no_grad()
-def masked_outputs(view: View, layers: list[int], thresholds: dict, x: Tensor) -> dict[int, Tensor]:
-    with Masks(view, 0.0) as masks:
-        masks.fitting, masks.thresholds = False, thresholds
-        if not thresholds:
-            masks.thresholds = {(n, i): -1.0 for i, b in enumerate(view.blocks) for n, _ in b.projections()}
-        return block_outputs(view, layers, x)
-
-
-@contextmanager
-def triton_step(view: View, weights: list[Any], thresholds: dict, sparsity: float) -> Iterator[list[Any]]:
-    """The fused step of eight launches a block on the same W^T as the chained one."""
-    from contextlib import ExitStack
-
-    from harness.execution.fused_step import Buffers, _head_forward, _norm_forward, decode_attention
-
-    buffers = Buffers.of(view, "columns")
-    assert view.final_norm is not None
-    blocks: list[Any] = []
-    with ExitStack() as stack:
-        stack.enter_context(decode_attention(view.model))
-        for layer, block in enumerate(view.blocks):
-            merged: dict[str, Any] = {name: (weight, None) for name, weight in weights[layer].items()}
-            own = FusedBlock(view, layer, merged, buffers, "columns", thresholds, sparsity)
-            blocks.append(own)
-            stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
-        stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
-
-        head = view.model.get_output_embeddings()
-        stack.enter_context(_forward(head, _head_forward(head)))
-        yield blocks
-
-
-@torch.no_grad()
-def kernel_times(loop: DecodeLoop) -> list[dict[str, Any]]:
-    """Where a step's time goes: kernels by name, count and microseconds a step, and the step's length on the GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    steps = 6
-    loop.step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
-        for _ in range(steps):
-            loop.step()
-        torch.cuda.synchronize()
-    by_name: dict[str, list[float]] = {}
-    spans = []
-    for event in p.events():
-        if event.device_type.name == "CUDA" and event.device_time > 0:
-            by_name.setdefault(event.name[:60], []).append(event.device_time)
-            spans.append((event.time_range.start, event.time_range.end))
-    busy = [
-        {
-            "kernel": name,
-            "launches": len(t) / steps,
-            "us": round(sum(t) / steps, 1),
-            "median_us": round(median(t), 2),
-            "each": [round(v, 1) for v in t[:8]],
-        }
-        for name, t in by_name.items()
-    ]
-    total = (max(e for _, e in spans) - min(s for s, _ in spans)) / steps
-    return sorted(busy, key=lambda row: -float(str(row["us"])))[:14] + [
-        {"kernel": "from first to last", "us": round(total, 1)}
-    ]
-
-
-@torch.no_grad()
-def steps(
-    report: Report, view: View, form: Format, variants: dict[str, Any], fits: dict, context: int, rounds: int
-) -> None:
-    """Time variants that share weights, in turn. variants: (share dropped, early or None: Triton, tile)."""
-    tag = f"{form.bits} bits, {form.layout}"
-    start = time.time()
-    with step_weights(view, form) as weights:
-        twice = "gate_up" if "gate" in weights.blocks[0] else None  # the 16-bit rows of gate and up
-        stored = [w for block in weights.blocks for name, w in block.items() if name != twice]
-        sizes = [w.nbytes for w in stored]
-        head_bytes = weights.head.nbytes
-        cache, token = prefilled(view, context)
-        capacity = cache.layers[0].max_cache_len
-        layers = [0, view.n_layers - 1]
-        x = torch.randn(1, 1, view.d_model, device="cuda").to(view.dtype)
-        moved = (x.float() * (1 + torch.finfo(view.dtype).eps / 2 * torch.randn_like(x.float()))).to(view.dtype)
-        loops: dict[str, DecodeLoop] = {}
-        held: list[Any] = []
-        kept_of: dict[str, float] = {}
-        wants: dict[float, Any] = {}
-
-        def prepare(name: str, sparsity: float, early: int | None, *more: Any) -> None:
-            packed.default_tile = (lambda *_: Tile(*more[0])) if more else default_tile
-            thresholds, kept = fits[sparsity]
-            context_ = (
-                triton_step(view, weights.blocks, thresholds, sparsity)
-                if early is None
-                else chained(view, weights, thresholds, max(capacity, 64), early)
-            )
-            if sparsity not in wants:
-                wants[sparsity] = (
-                    masked_outputs(view, layers, thresholds, x),
-                    masked_outputs(view, layers, thresholds, moved),
-                )
-            want, near = wants[sparsity]
-            with context_ as blocks:
-                held.append(blocks)  # a graph reads their buffers and thresholds after the context has ended
-                got = block_outputs(view, layers, x)
-                wrong = max((got[i] - want[i]).norm().item() / want[i].norm().item() for i in layers)
-                rounding = max((near[i] - want[i]).norm().item() / want[i].norm().item() for i in layers)
-                report.facts.setdefault("block_errors", {})[f"{tag}: {name}"] = {
-                    "step": wrong,
-                    "one rounding": rounding,
-                }
-                assert wrong < max(3 * rounding, 0.02), (
-                    f"{name}: blocks are off by {wrong}, one rounding does {rounding}"
-                )
-                loops[name] = DecodeLoop(view, cache, token)
-            kept_of[name] = 1 - dropped_share(view, kept) if kept else 1.0
-
-        for name, how in variants.items():
-            report.attempt(f"{tag}: {name}", lambda: prepare(name, *how))
-        packed.default_tile = default_tile
-        print(f"{tag}: ready after {time.time() - start:.1f} s", flush=True)
-        times: dict[str, list[float]] = {name: [] for name in loops}
-        for number in range(rounds + 1):
-            for name, loop in loops.items():
-                loop.rewind(context, token)
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(NEW_TOKENS):
-                    loop.step()
-                end.record()
-                end.synchronize()
-                if number:
-                    times[name].append(begin.elapsed_time(end) / NEW_TOKENS)
-                assert loop.logits is not None and torch.isfinite(loop.logits).all()
-        cache_bytes = 2 * view.n_layers * view.n_kv_heads * view.head_dim * (context + NEW_TOKENS / 2) * 2
-        for name, each in times.items():
-            ms = median(each)
-            report.add(
-                "step", ms * 1e3, sum(sizes) * kept_of[name] + head_bytes + cache_bytes, variant=name, bits=form.bits,
-                group=form.group, layout=form.layout, context=context, tokens_per_s=round(1e3 / ms, 1),
-                spread=round((max(each) - min(each)) / ms, 4), kept=round(kept_of[name], 4),
-            )  # fmt: skip
-        report.save()
-        for name in list(loops)[:4]:
-            loop = loops[name]
-            loop.rewind(context, token)
-            key = f"{tag}: {name}"
-            report.attempt(
-                f"profile {key}", lambda: report.facts.setdefault("profiles", {}).update({key: kernel_times(loop)})
-            )
-        loops.clear()
-    print(f"{tag}: {time.time() - start:.1f} s", flush=True)
-
-
 def torchao_baseline(report: Report) -> None:
     import torchao  # noqa: F401  (only to know that it is there)
 
@@ -483,7 +252,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this benchmark needs an NVIDIA GPU")
     torch.manual_seed(0)
-    report = Report(args.out, args.seconds)
+    report = Report(args.out, args.seconds, __doc__ or "", "python -m bench.gpu_lowbit")
 
     def timed_steps() -> None:
         view = llama_2_7b(torch.bfloat16, args.layers)

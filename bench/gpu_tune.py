@@ -1,6 +1,6 @@
 """The tiles of the Triton kernels, tried one by one: `python -m bench.gpu_kernels --tune`."""
 
-# ruff: noqa: B023, F821  (every lambda here runs before its loop goes on)
+# ruff: noqa: B023  (every lambda here runs before its loop goes on)
 from collections.abc import Callable
 from typing import Any
 

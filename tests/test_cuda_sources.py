@@ -142,9 +142,7 @@ def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups", "d", "length", "cut"), [(2, 1, 32, 75, (2, 3)), (1, 1, 128, 40, (2, 1))])
-def test_attention_of_a_step(
-    on_host: None, heads: int, groups: int, d: int, length: int, cut: tuple[int, int]
-) -> None:
+def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, length: int, cut: tuple[int, int]) -> None:
     from kernels.cuda import chain
 
     qkv = normal(11, (heads + 2 * groups) * d)
