@@ -15,7 +15,7 @@ Floor: bytes of the kept weights over the read bandwidth measured in the same ru
 float64, outputs filled with NaN before.
 """
 
-# ruff: noqa: B023  (every lambda here runs before its loop goes on)
+# ruff: noqa: B023, F821  (every lambda here runs before its loop goes on)
 from __future__ import annotations
 
 import argparse

@@ -38,11 +38,11 @@ from kernels.cuda.strips import Strips
 SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # (outputs, inputs): q/k/v, o, gate/up, down
 FORMATS = [(16, 0), (8, 128), (4, 128), (4, 32)]
 TILES = {
-    16: [Tile(32, 8, 8, 2), Tile(32, 4, 8, 5), Tile(32, 4, 8, 4), Tile(64, 4, 8, 6), Tile(32, 16, 8, 1)],
-    8: [Tile(64, 4, 16, 3), Tile(64, 4, 16, 4), Tile(32, 4, 8, 5), Tile(64, 2, 16, 6)],
+    16: [Tile(32, 8, 8, 2), Tile(32, 4, 8, 5), Tile(64, 4, 8, 6), Tile(32, 8, 8, 2, True)],
+    8: [Tile(64, 4, 16, 4), Tile(64, 4, 16, 4, True), Tile(128, 4, 16, 4), Tile(64, 4, 8, 5), Tile(128, 4, 8, 5)],
     4: [
-        Tile(32, 8, 8, 2), Tile(32, 4, 8, 4), Tile(64, 4, 8, 4), Tile(64, 8, 8, 2), Tile(32, 4, 8, 5),
-        Tile(32, 4, 4, 5), Tile(32, 2, 8, 8), Tile(64, 2, 8, 8), Tile(128, 4, 8, 4),
+        Tile(64, 4, 8, 4), Tile(64, 4, 8, 4, True), Tile(128, 4, 8, 4), Tile(128, 4, 8, 4, True), Tile(32, 8, 8, 2),
+        Tile(32, 8, 8, 2, True), Tile(256, 4, 8, 4), Tile(128, 2, 8, 8),
     ],
 }  # fmt: skip
 ROW_TILES = [RowTile(1, 8, 4, 2), RowTile(2, 8, 4, 2), RowTile(2, 8, 2, 3), RowTile(4, 8, 2, 2), RowTile(4, 4, 4, 3)]
@@ -112,7 +112,7 @@ def column_table(report: Report, n: int, k: int, bits: int, group: int, tiles: l
         if bits == 16:
             report.attempt(f"triton {n}x{k} {zeros}", lambda: run("triton", base))
         for tile in tiles:
-            for early in (0, 1, 2) if tile == tiles[0] and group != 32 else (1,):
+            for early in (0, 1, 2) if tile in tiles[:2] and group != 32 else (1,):
                 report.attempt(
                     f"columns {bits} bits {n}x{k} at {zeros} % {tile} {early}",
                     lambda: run("columns", lambda i: own(i, tile, early), tile=list(tile), early=early),
@@ -223,11 +223,12 @@ def mlp_table(report: Report, bits: int, group: int) -> None:
 
         if bits == 16:
             report.attempt(f"mlp triton {inactive}", lambda: run("triton", base))
-        first = RowTile(1, 8, 4, 2), Tile(32, 8, 8, 2)
-        trials = [(*first, 0), (*first, 1), (*first, 2)]
-        trials += [(tile, first[1], 1) for tile in (RowTile(1, 8, 8, 1), RowTile(1, 8, 4, 3), RowTile(1, 4, 4, 4))]
-        trials += [(tile, first[1], 2) for tile in (RowTile(1, 8, 2, 3), RowTile(1, 16, 4, 1), RowTile(1, 8, 2, 4))]
-        trials += [(first[0], down, 2) for down in (Tile(32, 4, 8, 4), Tile(64, 4, 8, 4), Tile(32, 2, 8, 8))]
+        best = RowTile(1, 8, 2, 3), Tile(32, 8, 8, 2)
+        trials = [(*best, early) for early in (0, 1, 2)]
+        trials += [(tile, best[1], 2) for tile in (RowTile(1, 8, 2, 4), RowTile(1, 8, 4, 2), RowTile(1, 4, 2, 8))]
+        trials += [(tile, best[1], 2) for tile in (RowTile(1, 4, 4, 5), RowTile(2, 4, 2, 4), RowTile(1, 16, 2, 2))]
+        downs = (Tile(32, 4, 8, 5), Tile(32, 4, 8, 5, True), Tile(64, 4, 8, 6), Tile(64, 4, 8, 4), Tile(32, 2, 8, 10))
+        trials += [(best[0], down, early) for down in downs for early in (1, 2)]
         for tile, down, early in trials:
             more = {"tile": list(tile), "down": list(down), "early": early}
             report.attempt(
@@ -259,17 +260,17 @@ def main() -> None:
         keep_all = {(name, layer): -1.0 for layer, block in enumerate(view.blocks) for name, _ in block.projections()}
         fits = {0.0: ({}, {}), 0.01: (keep_all, {}), 0.5: fit(view, 0.5)}
 
-        def pair(early: int, *tile: Any) -> dict[str, Any]:
-            name = f"early {early}" + (f", {tile[0]}" if tile else "")
-            return {f"dense, {name}": (0.0, early, *tile), f"50 %, {name}": (0.5, early, *tile)}
+        def pair(early: int, *how: Any) -> dict[str, Any]:
+            name = f"early {early}" + "".join(f", {each}" for each in how if each)
+            return {f"dense, {name}": (0.0, early, *how), f"50 %, {name}": (0.5, early, *how)}
 
         own = {"triton dense": (0.0, None), "triton 50 %": (0.5, None)}
-        wide = pair(1, (32, 8, 8, 2)) | pair(2, (32, 8, 8, 2)) | pair(1, (32, 4, 8, 5)) | pair(2, (32, 4, 8, 4))
-        int4 = pair(1, (32, 4, 8, 4)) | pair(1, (64, 4, 8, 4)) | pair(1, (64, 8, 8, 2)) | pair(1, (32, 16, 8, 1))
+        cuts = pair(1, None, (4, 9)) | pair(1, None, (8, 5)) | pair(1, None, (12, 3))
+        int4 = pair(1, (64, 4, 8, 4)) | pair(1, (128, 4, 8, 4)) | pair(1, (32, 8, 8, 2)) | pair(1, (64, 4, 8, 4, True))
         for form, variants in (
-            (Format(16), own | pair(0) | wide | {"0 % kept all, early 1": (0.01, 1)}),
-            (Format(4, 128), pair(0) | pair(1) | pair(2) | int4),
-            (Format(8, 128), pair(1) | pair(2) | pair(1, (32, 8, 8, 2))),
+            (Format(16), own | pair(0) | pair(1) | pair(2) | cuts | {"0 % kept all, early 1": (0.01, 1)}),
+            (Format(4, 128), pair(0) | pair(1) | pair(2) | int4 | cuts),
+            (Format(8, 128), pair(0) | pair(1) | pair(2) | pair(1, (64, 4, 16, 4, True))),
             (Format(4, 128, "rows"), {"dense, early 1": (0.0, 1)}),
             (Format(4, 32), pair(1)),
         ):

@@ -117,7 +117,7 @@ def kernel_times(loop: DecodeLoop) -> list[dict[str, Any]]:
 def steps(
     report: Report, view: View, form: Format, variants: dict[str, Any], fits: dict, context: int, rounds: int
 ) -> None:
-    """Time variants that share weights, in turn. variants: (share dropped, early or None: Triton, tile)."""
+    """Time variants that share weights, in turn. variants: (share dropped, early or None: Triton, tile, cut)."""
     tag = f"{form.bits} bits, {form.layout}"
     start = time.time()
     with step_weights(view, form) as weights:
@@ -136,12 +136,12 @@ def steps(
         wants: dict[float, Any] = {}
 
         def prepare(name: str, sparsity: float, early: int | None, *more: Any) -> None:
-            packed.default_tile = (lambda *_: Tile(*more[0])) if more else default_tile
+            packed.default_tile = (lambda *_: Tile(*more[0])) if more and more[0] else default_tile
             thresholds, kept = fits[sparsity]
             context_ = (
                 triton_step(view, weights.blocks, thresholds, sparsity)
                 if early is None
-                else chained(view, weights, thresholds, max(capacity, 64), early)
+                else chained(view, weights, thresholds, max(capacity, 64), early, more[1] if len(more) > 1 else None)
             )
             if sparsity not in wants:
                 wants[sparsity] = (

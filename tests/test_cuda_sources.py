@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.cuda import nvrtc, packed, strips
-from kernels.cuda.packed import Norm, RowTile, Tile
+from kernels.cuda import chain, nvrtc, packed, strips
+from kernels.cuda.packed import RowTile, Tile
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 SMALL = Tile(channels=32, warps=2, unroll=4, blocks=1)
@@ -108,9 +108,11 @@ def test_columns_of_a_gated_product_and_a_norm(on_host: None) -> None:
     y = packed.columns(gate, w, torch.tensor(0.2), y=torch.zeros(n), up=up, act="silu", tile=SMALL)
     assert error(y, torch.where(x.abs() > 0.2, x, 0) @ values) < 3e-5
     h, weight = 3 * normal(5, k), normal(6, k).bfloat16()
-    x = (h * torch.rsqrt(h.square().mean() + 1e-5)).bfloat16().float() * weight.float()
-    y = packed.columns(h, w, None, y=torch.zeros(n), norm=Norm(weight, 1e-5), early=1, tile=SMALL)
-    assert error(y, x.bfloat16().float() @ values) < 3e-5
+    x = ((h * torch.rsqrt(h.square().mean() + 1e-5)).bfloat16().float() * weight.float()).bfloat16()
+    normed = chain.norm(h, weight, 1e-5, torch.empty_like(x), early=1)
+    assert error(normed, x) < 4e-3
+    y = packed.columns(normed, w, None, y=torch.zeros(n), early=1, tile=SMALL._replace(along=True))
+    assert error(y, normed.float() @ values) < 3e-5
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -143,8 +145,6 @@ def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
 
 @pytest.mark.parametrize(("heads", "groups", "d", "length", "cut"), [(2, 1, 32, 75, (2, 3)), (1, 1, 128, 40, (2, 1))])
 def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, length: int, cut: tuple[int, int]) -> None:
-    from kernels.cuda import chain
-
     qkv = normal(11, (heads + 2 * groups) * d)
     angle = normal(12, d // 2).repeat(2)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()

@@ -1,9 +1,9 @@
-"""A decode step of five launches a block, each started while the one before it ends; 16-bit, int8 or int4 weights.
+"""A decode step of seven launches a block, each started while the one before it ends; 16-bit, int8 or int4 weights.
 
-q/k/v with the norm inside, attention with rotary embedding and cache write, o, gate/up with the norm inside, down with
-the gated product inside. Weights of the projections lie by input channel (`columns`, for thresholds, and dense) or by
-output (`rows`, dense only). In low bits the head is quantised too, and while the context lasts the module computes with
-the values that the codes stand for, so that masked execution is the definition of what the kernels do.
+Norm, q/k/v, attention with rotary embedding and cache write, o, norm, gate/up, down with the gated product inside.
+Weights of the projections lie by input channel (`columns`, for thresholds, and dense) or by output (`rows`, dense
+only). In low bits the head is quantised too, and while the context lasts the module computes with the values that the
+codes stand for, so that masked execution is the definition of what the kernels do.
 """
 
 from __future__ import annotations
@@ -66,18 +66,19 @@ class Weights:
 class Buffers:
     """What the launches of a step hand to one another, and what their blocks do."""
 
-    def __init__(self, view: View, form: Format, capacity: int) -> None:
-        """capacity: entries of the cache."""
+    def __init__(self, view: View, form: Format, capacity: int, cut: tuple[int, int] | None = None) -> None:
+        """capacity: entries of the cache. cut: of attention, see `Scratch`."""
         from kernels.cuda.chain import Scratch
 
         sums = torch.float32 if form.layout == "columns" else view.dtype
         width = view.n_heads * view.head_dim
         self.sizes = [form.width(width)] + 2 * [form.width(view.n_kv_heads * view.head_dim)]
         self.qkv = torch.zeros(sum(self.sizes), dtype=sums, device=view.device)
+        self.x = torch.zeros(view.d_model, dtype=view.dtype, device=view.device)
         self.heads = torch.zeros(width, dtype=view.dtype, device=view.device)
         self.gate_up = torch.zeros(2 * form.width(view.d_ff), dtype=torch.float32, device=view.device)
         self.hidden = torch.zeros(view.d_ff, dtype=view.dtype, device=view.device)
-        self.scratch = Scratch(view.n_heads, view.head_dim, capacity, view.device)
+        self.scratch = Scratch(view.n_heads, view.head_dim, capacity, view.device, cut)
 
 
 class ChainedBlock:
@@ -86,12 +87,10 @@ class ChainedBlock:
     def __init__(
         self, view: View, layer: int, weights: Weights, buffers: Buffers, thresholds: ThresholdOf, early: int = 1
     ) -> None:
-        from kernels.cuda.packed import Norm
-
         self.view, self.layer, self.buffers, self.early = view, layer, buffers, early
         self.form, self.weights = weights.form, weights.blocks[layer]
         self.block = view.blocks[layer]
-        self.norms = [Norm(cast(Tensor, norm.weight), cast(float, norm.variance_epsilon)) for norm in view.norms[layer]]
+        self.norms = [(cast(Tensor, n.weight), cast(float, n.variance_epsilon)) for n in view.norms[layer]]
         self.act = ACTIVATIONS[view.activation]
         self.thresholds = {
             name: merged_thresholds(view, layer, members, thresholds) for name, members in MERGED.items()
@@ -103,15 +102,13 @@ class ChainedBlock:
 
     def __call__(self, residual: Tensor, cos: Tensor, sin: Tensor, cache: Any, length: Tensor) -> Tensor:
         """Add what the block computes to the residual stream, and the token to its cache layer."""
-        from kernels.cuda.chain import attend
+        from kernels.cuda.chain import attend, norm
 
         b, h = self.buffers, residual.view(-1)
         first, second = self.norms
         columns = self.form.layout == "columns"
-        if columns:
-            self._columns("qkv", h, b.qkv, norm=first)
-        else:
-            self._rows("qkv", h, b.qkv, norm=first)
+        norm(h, *first, b.x, early=self.early)
+        (self._columns if columns else self._rows)("qkv", b.x, b.qkv)
         q, k, v = b.qkv.split(b.sizes)
         attend(
             q, k, v, cos.view(-1), sin.view(-1), cache.keys, cache.values, length, b.heads, b.scratch,
@@ -119,12 +116,14 @@ class ChainedBlock:
         )  # fmt: skip
         if columns:
             self._columns("o", b.heads, h, zero=b.gate_up)
-            self._columns("gate_up", h, b.gate_up, norm=second)
+            norm(h, *second, b.x, early=self.early)
+            self._columns("gate_up", b.x, b.gate_up)
             gate, up = b.gate_up.chunk(2)
             self._columns("down", gate, h, up=up, act=self.act, zero=b.qkv)
         else:
             self._rows("o", b.heads, h, add=True)
-            self._rows("gate", h, b.hidden, w_up=self.weights["up"], act=self.act, norm=second)
+            norm(h, *second, b.x, early=self.early)
+            self._rows("gate", b.x, b.hidden, w_up=self.weights["up"], act=self.act)
             self._rows("down", b.hidden, h, add=True)
         return residual
 
@@ -195,14 +194,19 @@ def step_weights(view: View, form: Format) -> Iterator[Weights]:
 
 @contextmanager
 def chained(
-    view: View, weights: Weights, thresholds: ThresholdOf, capacity: int, early: int = 1
+    view: View,
+    weights: Weights,
+    thresholds: ThresholdOf,
+    capacity: int,
+    early: int = 1,
+    cut: tuple[int, int] | None = None,
 ) -> Iterator[list[ChainedBlock]]:
     """While the context lasts, one-token steps with a `StaticCache` of up to `capacity` entries run chained.
 
     early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns". A captured graph that outlives the
     context reads the memory of the blocks that this yields: keep them as long.
     """
-    buffers = Buffers(view, weights.form, capacity)
+    buffers = Buffers(view, weights.form, capacity, cut)
     with ExitStack() as stack:
         stack.enter_context(decode_attention(view.model))
         blocks = [ChainedBlock(view, layer, weights, buffers, thresholds, early) for layer in range(view.n_layers)]

@@ -1,4 +1,4 @@
-"""A decoder step's attention in one launch that can start early (csrc/attend.cu), for the chained decode step."""
+"""What lies between the projections of a chained decode step: the norm, and attention in one launch (csrc)."""
 
 from __future__ import annotations
 
@@ -56,3 +56,11 @@ def attend(
         early=early > 0,
     )  # fmt: skip
     return out
+
+
+def norm(h: Tensor, weight: Tensor, eps: float, y: Tensor, *, early: int = 0) -> Tensor:
+    """RMS norm of the residual stream h, fp32 [n], rounded before the weight; returns y [n]."""
+    macros = {"BF16": y.dtype == torch.bfloat16, "X32": 1, "ACT": 0, "HAS_UP": 0, "PDL": min(1, early), "WARPS": 32}
+    function = nvrtc.kernel(y.device.index or 0, "rms_norm", **macros)
+    nvrtc.launch(function, (1, 1), 1024, [h, weight, y, h.numel(), float(eps)], early=early > 0)
+    return y

@@ -1,10 +1,9 @@
 """Products of one row with 16-bit, int8 and int4 weights that read only the lines kept (csrc/columns.cu, rows.cu).
 
 `columns` skips input channels: a warp packs the channels that it keeps, then reads their weights. `rows` computes the
-listed rows or neurons. Both take the RMS norm of a residual stream, or the product of a gated MLP, into their prologue,
-and both can be launched early (kernels/cuda/nvrtc.py). Without thresholds or a list, `columns` and `rows` are the tuned
-dense products of the same formats; what they read then does not depend on the kernel before, so that early launches
-hide more of it.
+listed rows or neurons. Both can be launched early (kernels/cuda/nvrtc.py). Without thresholds or a list they are the
+tuned dense products of the same formats; what they read then does not depend on the kernel before, so that early
+launches hide more of it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Tile(NamedTuple):
     warps: int = 8
     unroll: int = 8
     blocks: int = 2
-    lanes: int = LANES  # that read one channel, of 16-bit weights; low-bit ones have theirs in their format
+    along: bool = False  # blocks that start together share outputs, not channels
 
 
 class RowTile(NamedTuple):
@@ -38,13 +37,6 @@ class RowTile(NamedTuple):
     warps: int = 8
     unroll: int = 4
     blocks: int = 2
-
-
-class Norm(NamedTuple):
-    """The RMS norm that makes x of the residual stream. weight: [K]."""
-
-    weight: Tensor
-    eps: float
 
 
 def _test(t: Tensor | float | None, channels: int, parts: int) -> int:
@@ -63,7 +55,6 @@ def columns(
     y: Tensor,
     up: Tensor | None = None,
     act: str | None = None,
-    norm: Norm | None = None,
     idx: Tensor | None = None,
     count: Tensor | None = None,
     by_position: bool = False,
@@ -78,7 +69,7 @@ def columns(
     """Add the product of x [K] with the kept channels to y, fp32 [N]; returns y.
 
     x: 16-bit or fp32, then rounded to w's dtype or, for low-bit weights, to `half`. w: W^T [K, N] or its strips.
-    t, up, act, segments, zero: as in `column.column`; segments are whole strips. norm: x is the residual stream, fp32.
+    t, up, act, segments, zero: as in `column.column`; segments are whole strips.
     idx: int32 [m], the channels that take part, count of them (0-d int32) or all; by_position: x[j] belongs to idx[j].
     With `early` idx must be older than the kernel before this one. partials: y is fp32 [splits, N] and written.
     early: 0, or when the next kernel may start: 1, once this one no longer waits, 2, once its loads are made.
@@ -88,7 +79,7 @@ def columns(
     parts = max(1, len(segments))
     edges = [sum(segments[: i + 1]) if i + 1 < parts else 1 << 30 for i in range(2)]
     bits = w.bits if isinstance(w, Strips) else 16
-    lanes = w.codes.shape[2] // 16 if isinstance(w, Strips) else _lanes(tile.lanes, segments)
+    lanes = LANES if isinstance(w, Strips) else _lanes(LANES, segments)
     test = LISTED if idx is not None else _test(t, k, parts)
     half = w.dtype if isinstance(w, Tensor) else half
     outputs = lanes * (128 // bits)
@@ -98,17 +89,18 @@ def columns(
         "BITS": bits, "BF16": half == torch.bfloat16, "X32": x.dtype == torch.float32, "ACT": act_code(act),
         "HAS_UP": up is not None, "TEST": test, "LANES": lanes, "CHANNELS": tile.channels, "WARPS": tile.warps,
         "BLOCKS": tile.blocks, "UNROLL": min(tile.unroll, tile.channels * lanes // 32),
-        "GROUP": w.group if isinstance(w, Strips) else 0, "NORM": norm is not None, "BY_POSITION": by_position,
+        "GROUP": w.group if isinstance(w, Strips) else 0, "BY_POSITION": by_position, "ALONG": tile.along,
         "PDL": early, "PARTIALS": partials,
     }  # fmt: skip
     m = k if idx is None else idx.numel()
     grid = cdiv(n, outputs), cdiv(m, tile.channels * tile.warps)
+    grid = grid[::-1] if tile.along else grid
     nvrtc.launch(
         nvrtc.kernel(x.device.index or 0, "columns", **macros), grid, 32 * tile.warps,
         [
-            x, up, t if isinstance(t, Tensor) else None, norm.weight if norm else None, idx, count,
+            x, up, t if isinstance(t, Tensor) else None, idx, count,
             w.codes if isinstance(w, Strips) else w, w.scales if isinstance(w, Strips) else None, bias, y, zero,
-            0 if zero is None else zero.numel(), n, k, m, *edges, int(bias is not None), norm.eps if norm else 0.0,
+            0 if zero is None else zero.numel(), n, k, m, *edges, int(bias is not None),
         ],
         early=early > 0,
     )  # fmt: skip
@@ -125,9 +117,13 @@ def _lanes(widest: int, segments: tuple[int, ...]) -> int:
 
 def default_tile(w: Tensor | Strips, sparse: bool) -> Tile:
     """By bench/gpu_lowbit.py on an H100."""
-    if isinstance(w, Strips):
-        return Tile(64, 4, 16, 3) if w.bits == 8 else Tile(32, 8, 8, 2)
-    return Tile(32, 4, 8, 5) if sparse else Tile(32, 8, 8, 2)
+    if not isinstance(w, Strips):
+        return Tile(32, 4, 8, 5) if sparse else Tile(32, 8, 8, 2)
+    if w.bits == 8:
+        return Tile(64, 4, 16, 4)
+    if w.lines * w.width < 1 << 25:
+        return Tile(32, 8, 8, 2)
+    return Tile(128, 4, 8, 4) if sparse else Tile(64, 4, 8, 4)
 
 
 def rows(
@@ -137,7 +133,6 @@ def rows(
     y: Tensor,
     w_up: Tensor | Strips | None = None,
     act: str | None = None,
-    norm: Norm | None = None,
     idx: Tensor | None = None,
     count: Tensor | None = None,
     add: bool = False,
@@ -160,21 +155,21 @@ def rows(
         "BITS": bits, "BF16": half == torch.bfloat16, "X32": x.dtype == torch.float32, "ACT": act_code(act),
         "HAS_UP": 0, "GLU": w_up is not None, "LISTED": idx is not None, "ROWS": tile.rows, "WARPS": tile.warps,
         "BLOCKS": tile.blocks, "UNROLL": tile.unroll, "GROUP": w.group if isinstance(w, Strips) else 0,
-        "NORM": norm is not None, "BY_POSITION": idx is not None and w_up is not None, "PDL": early,
+        "BY_POSITION": idx is not None and w_up is not None, "PDL": early,
         "WIDE": y.dtype == torch.float32, "ADD": add,
     }  # fmt: skip
     chunks = cdiv(k, 32 * per)
-    floats = chunks * 32 * per + (chunks * 32 * (2 if bits == 4 else 1) if low else 0) + (tile.warps if norm else 0)
+    floats = chunks * 32 * per + (chunks * 32 * (2 if bits == 4 else 1) if low else 0)
     m = n if idx is None else idx.numel()
     other = w if w_up is None else w_up
     blocks = min(cdiv(m, tile.rows * tile.warps), nvrtc.processors(x.device) * tile.blocks)
     nvrtc.launch(
         nvrtc.kernel(x.device.index or 0, "rows", **macros), (blocks, 1), 32 * tile.warps,
         [
-            x, norm.weight if norm else None, idx, count, w.codes if isinstance(w, Strips) else w,
+            x, idx, count, w.codes if isinstance(w, Strips) else w,
             w.scales if isinstance(w, Strips) else None, other.codes if isinstance(other, Strips) else other,
             other.scales if isinstance(other, Strips) else None, y, m, k,
-            w.codes.shape[2] // 16 if isinstance(w, Strips) else k // 8, norm.eps if norm else 0.0,
+            w.codes.shape[2] // 16 if isinstance(w, Strips) else k // 8,
         ],
         shared=4 * floats, early=early > 0,
     )  # fmt: skip

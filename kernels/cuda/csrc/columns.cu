@@ -4,7 +4,7 @@
 //   LANES    lanes that read one channel, sixteen bytes each; CHANNELS of a warp, WARPS of a block, BLOCKS resident
 //   UNROLL   loads in flight a lane
 //   GROUP    weights that share a scale (BITS below 16)
-//   NORM     x is a residual stream (X32): its RMS norm is made here; BY_POSITION: the value of idx[j] is x[j]
+//   BY_POSITION: the value of idx[j] is x[j]; ALONG: neighbouring blocks share outputs, not channels
 //   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when all its loads are made
 //   PARTIALS y: fp32 [splits, N], written
 // In int4 the products run on tensor cores: 16 outputs x 16 channels at a time. Where lanes agree in lane % 4 they hold the
@@ -28,6 +28,11 @@ static_assert(LANES == 8 && UNROLL % 4 == 0, "int4 strips are 128 bytes wide");
 #else
 #define GROUPS 1
 #endif
+#if TENSOR
+#define FACTOR u32  // two float16s
+#else
+#define FACTOR float
+#endif
 #define KNOWN (TEST == 0 || TEST == 4)
 #define ROUNDS (CHANNELS / 32)
 
@@ -49,25 +54,23 @@ __device__ __forceinline__ int fold(float* sums, int lane) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
-    const element* x_ptr, const element* up_ptr, const float* t_ptr, const u16* norm_ptr, const int* idx_ptr,
+    const element* x_ptr, const element* up_ptr, const float* t_ptr, const int* idx_ptr,
     const int* m_ptr, const Sixteen* w_ptr, const u16* scale_ptr, const u16* bias_ptr, float* y, float* zero,
-    int n_zero, int N, int K, int m, int seg1, int seg2, int has_bias, float eps) {
+    int n_zero, int N, int K, int m, int seg1, int seg2, int has_bias) {
   __shared__ int channels[WARPS][CHANNELS];
-  __shared__ float factors[WARPS][CHANNELS * GROUPS];
+  __shared__ FACTOR factors[WARPS][CHANNELS * GROUPS];
   __shared__ __align__(16) float sums[WARPS][PADDED];
-#if NORM
-  __shared__ float squares[WARPS];
-#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = TENSOR ? lane / SUB : lane % LANES,
             sub = TENSOR ? lane % SUB : lane / LANES;
-  const int n0 = blockIdx.x * OUTPUTS, first = (blockIdx.y * WARPS + warp) * CHANNELS;
+  const int strip = ALONG ? blockIdx.y : blockIdx.x, split = ALONG ? blockIdx.x : blockIdx.y;
+  const int n0 = strip * OUTPUTS, first = (split * WARPS + warp) * CHANNELS;
 #if TEST == 2 || TEST == 3
   const int segment = (n0 >= seg1) + (n0 >= seg2);
 #endif
 #if BITS < 16
   const size_t pitch = LANES;
-  const Sixteen* w = w_ptr + (size_t)blockIdx.x * K * LANES + column;
-  const u16* scales = scale_ptr + (size_t)blockIdx.x * K * GROUPS;
+  const Sixteen* w = w_ptr + (size_t)strip * K * LANES + column;
+  const u16* scales = scale_ptr + (size_t)strip * K * GROUPS;
   const bool live = true;
   u16 scale[ROUNDS][GROUPS];
 #else
@@ -121,17 +124,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 #endif
 
   // What earlier kernels did not make is asked for before the wait.
-#if NORM || TEST == 2 || TEST == 3
-  float norm[ROUNDS], limit[ROUNDS];
+#if TEST == 2 || TEST == 3
+  float limit[ROUNDS];
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
-    const int k = KNOWN ? own[r] : first + r * 32 + lane;
-#if NORM
-    norm[r] = k < K ? widen(norm_ptr[k]) : 0.f;
-#endif
+    const int k = first + r * 32 + lane;
 #if TEST == 2
     limit[r] = t_ptr[segment];
-#elif TEST == 3
+#else
     limit[r] = k < K ? t_ptr[(size_t)segment * K + k] : 0.f;
 #endif
   }
@@ -146,11 +146,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
     const int k = KNOWN ? own[r] : first + r * 32 + lane, from = BY_POSITION ? first + r * 32 + lane : k;
     x[r] = 0.f;
     if (KNOWN ? at[r] >= 0 : k < K) {
-#if NORM
-      x[r] = x_ptr[from];
-#else
       x[r] = value(x_ptr, from);
-#endif
 #if ACT
       x[r] = rounded(activate(x[r]));
 #if HAS_UP
@@ -159,23 +155,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 #endif
     }
   }
-#if NORM
-  float square = 0.f;
-  for (int i = threadIdx.x * 4; i < K; i += WARPS * 128) {
-    const float4 h = *(const float4*)(x_ptr + i);
-    square += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
-  }
-#pragma unroll
-  for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-  if (lane == 0) squares[warp] = square;
-  __syncthreads();
-  square = 0.f;
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) square += squares[i];
-  const float inverse = rsqrtf(square / K + eps);
-#pragma unroll
-  for (int r = 0; r < ROUNDS; r++) x[r] = rounded(rounded(x[r] * inverse) * norm[r]);
-#endif
 #if !KNOWN
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
@@ -192,12 +171,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 #endif
   const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * (WARPS * 32) + threadIdx.x;
   for (int z = thread; z < n_zero; z += gridDim.x * gridDim.y * WARPS * 32) zero[z] = 0.f;
+#if TENSOR
+  float ones[GROUPS];
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) ones[g] = 0.f;
+#endif
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++)
     if (at[r] >= 0) {
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
-#if BITS < 16
+#if TENSOR
+        const float c = x[r] * widen_bf16(scale[r][g]);
+        const u32 high = halves(c, 0.f);
+        ones[g] += c;
+        factors[warp][at[r] * GROUPS + g] = high | halves((c - widen_f16((u16)high)) * 2048.f, 0.f) << 16;
+#elif BITS < 16
         factors[warp][at[r] * GROUPS + g] = x[r] * widen_bf16(scale[r][g]);
 #else
         factors[warp][at[r]] = x[r];
@@ -207,20 +196,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
   __syncwarp();
 
 #if TENSOR
-  float acc[16][4], ones[GROUPS];
+  float acc[16][4];
 #pragma unroll
   for (int i = 0; i < 16; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) acc[i][j] = 0.f;
 #pragma unroll
-  for (int g = 0; g < GROUPS; g++) {
-    ones[g] = 0.f;
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++)
-      if (at[r] >= 0) ones[g] += factors[warp][at[r] * GROUPS + g];
+  for (int g = 0; g < GROUPS; g++)
 #pragma unroll
     for (int d = 16; d; d >>= 1) ones[g] += __shfl_xor_sync(~0u, ones[g], d);
-  }
   for (int from = 0; from < n; from += UNROLL * SUB) {
     if (from) fetch(from);
 #pragma unroll
@@ -229,19 +213,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
         u32 factor[GROUPS][2];
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-          float c[4] = {0.f, 0.f, 0.f, 0.f};
+          u32 c[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const int at = from + (u + i) * SUB + sub;
             if (column < 2 && at < n) c[i] = factors[warp][at * GROUPS + g];
           }
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const u32 high = halves(c[2 * i], c[2 * i + 1]);
-            factor[g][i] = column == 1 ? halves((c[2 * i] - widen_f16((u16)high)) * 2048.f,
-                                                (c[2 * i + 1] - widen_f16((u16)(high >> 16))) * 2048.f)
-                                       : high;
-          }
+          factor[g][0] = __byte_perm(c[0], c[1], column == 1 ? 0x7632 : 0x5410);
+          factor[g][1] = __byte_perm(c[2], c[3], column == 1 ? 0x7632 : 0x5410);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -311,11 +290,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
   __syncthreads();
   for (int o = threadIdx.x; o < OUTPUTS; o += WARPS * 32)
     if (n0 + o < N) {
-      float sum = has_bias && blockIdx.y == 0 ? widen(bias_ptr[n0 + o]) : 0.f;
+      float sum = has_bias && split == 0 ? widen(bias_ptr[n0 + o]) : 0.f;
 #pragma unroll
       for (int i = 0; i < WARPS; i++) sum += sums[i][PLACE(o)];
 #if PARTIALS
-      y[(size_t)blockIdx.y * N + n0 + o] = sum;
+      y[(size_t)split * N + n0 + o] = sum;
 #else
       atomicAdd(y + n0 + o, sum);
 #endif

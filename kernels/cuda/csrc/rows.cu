@@ -3,7 +3,6 @@
 // chunk is sixteen bytes a lane. Macros beside those of common.cuh:
 //   LISTED   rows are idx[0..m); ROWS of a warp, WARPS of a block, BLOCKS resident, UNROLL
 //   GROUP    weights that share a scale (BITS below 16)
-//   NORM     x is a residual stream (X32): its RMS norm is made here
 //   BY_POSITION  the result of idx[j] goes to y[j]; WIDE  y is fp32, else 16-bit; ADD  it is added to
 //   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when its loads are made
 // Low-bit lines: codes [rows, CHUNK bytes each], scales bf16 [rows, groups]. 16-bit weights are [rows, K].
@@ -19,18 +18,14 @@
 #endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
-    const element* x_ptr, const u16* norm_ptr, const int* idx_ptr, const int* m_ptr, const Sixteen* w_ptr,
-    const u16* scale_ptr, const Sixteen* up_ptr, const u16* up_scale_ptr, void* y_ptr, int m, int K, int pitch,
-    float eps) {
+    const element* x_ptr, const int* idx_ptr, const int* m_ptr, const Sixteen* w_ptr,
+    const u16* scale_ptr, const Sixteen* up_ptr, const u16* up_scale_ptr, void* y_ptr, int m, int K, int pitch) {
 #ifndef ON_HOST
   extern __shared__ __align__(16) float shared[];
 #endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (K + CHUNK - 1) / CHUNK;
   float4* xs = (float4*)shared;             // [chunks, PER / 4, 32 lanes]
   float* ones = shared + chunks * CHUNK;    // [chunks, SUMS, 32 lanes], sums of x
-#if NORM
-  float* squares = ones + (BITS < 16 ? chunks * SUMS * 32 : 0);
-#endif
 #if LISTED
   const int count = m_ptr ? *m_ptr : m;
 #else
@@ -79,21 +74,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
 #if PDL == 1
   let_others_start();
 #endif
-#if NORM
-  float square = 0.f;
-  for (int i = threadIdx.x * 4; i < K; i += WARPS * 128) {
-    const float4 h = *(const float4*)(x_ptr + i);
-    square += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
-  }
-#pragma unroll
-  for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-  if (lane == 0) squares[warp] = square;
-  __syncthreads();
-  square = 0.f;
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) square += squares[i];
-  const float inverse = rsqrtf(square / K + eps);
-#endif
   // Lane `owner` of a warp multiplies weights owner * PER .. of a chunk; XS leaves no two of eight neighbours in a bank.
   for (int quad = threadIdx.x; quad < chunks * CHUNK / 4; quad += WARPS * 32) {
     const int chunk = quad / (CHUNK / 4), owner = quad / (PER / 4) % 32, i = quad % (PER / 4);
@@ -102,11 +82,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
     for (int j = 0; j < 4; j++) {
       const int k = quad * 4 + j;
       v[j] = 0.f;
-#if NORM
-      if (k < K) v[j] = rounded(rounded(x_ptr[k] * inverse) * widen(norm_ptr[k]));
-#else
       if (k < K) v[j] = value(x_ptr, k);
-#endif
     }
     xs[XS(chunk, i, owner)] = make_float4(v[0], v[1], v[2], v[3]);
   }
