@@ -1,4 +1,7 @@
-"""The CUDA C++ kernels of kernels/cuda/csrc, compiled for the CPU (tests/cuda_on_host.h): bf16, tiny shapes."""
+"""The CUDA C++ kernels of kernels/cuda/csrc, compiled for the CPU (tests/cuda_on_host.h): bf16, tiny shapes.
+
+Each variant is a compilation and some hundred threads: seconds, so that all but one are slow tests.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,12 @@ def weights(bits: int, k: int, n: int, group: int) -> tuple[Any, Tensor]:
     return p, p.values()
 
 
-@pytest.mark.parametrize(("bits", "group"), [(16, 0), (8, 32), (4, 128)])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("bits", "group"), [pytest.param(16, 0, marks=slow), pytest.param(8, 32, marks=slow), (4, 128)]
+)
 def test_columns_skip_what_a_threshold_drops(on_host: None, bits: int, group: int) -> None:
     k, n = 150, 328
     w, values = weights(bits, k, n, group)
@@ -100,6 +108,7 @@ def test_columns_skip_what_a_threshold_drops(on_host: None, bits: int, group: in
     assert not clear.any()
 
 
+@slow
 def test_columns_of_a_gated_product_and_a_norm(on_host: None) -> None:
     k, n = 100, 256
     w, values = weights(4, k, n, 128)
@@ -115,6 +124,7 @@ def test_columns_of_a_gated_product_and_a_norm(on_host: None) -> None:
     assert error(y, normed.float() @ values) < 3e-5
 
 
+@slow
 @pytest.mark.parametrize("bits", [16, 4])
 def test_listed_channels(on_host: None, bits: int) -> None:
     k, n = 90, 256
@@ -126,6 +136,7 @@ def test_listed_channels(on_host: None, bits: int) -> None:
     assert error(y, h[:41].float() @ values[idx[:41].long()]) < 3e-5
 
 
+@slow
 @pytest.mark.parametrize(("bits", "group"), [(16, 0), (8, 128), (4, 32)])
 def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
     n, k = 20, 328
@@ -143,6 +154,7 @@ def test_neurons_and_rows(on_host: None, bits: int, group: int) -> None:
     assert error(h, torch.nn.functional.silu(g) * u) < 1e-2
 
 
+@slow
 @pytest.mark.parametrize(("heads", "groups", "d", "length", "cut"), [(2, 1, 32, 75, (2, 3)), (1, 1, 128, 40, (2, 1))])
 def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, length: int, cut: tuple[int, int]) -> None:
     qkv = normal(11, (heads + 2 * groups) * d)
@@ -168,3 +180,51 @@ def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, len
     )
     assert error(out, want.flatten()) < 5e-3
     assert not scratch.arrived.any()
+
+
+@slow
+@pytest.mark.parametrize(("bits", "layout"), [(16, "columns"), (4, "columns"), (4, "rows")])
+def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layout: str) -> None:
+    """On the values that the codes stand for, at a cache of 37 tokens; afterwards the module is as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    from harness.execution.chained_step import Format, chained, step_weights
+    from harness.model.families import view_of
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().bfloat16()
+    for weight in model.parameters():
+        weight.data *= 5  # what a block adds is to be larger than the rounding of the residual stream
+    view = view_of(model)
+    x, position, block = normal(20, 1, 1, 128).bfloat16(), torch.tensor([[37]]), view.blocks[0]
+    limits = {} if layout == "rows" else {(name, 0): 0.3 for name, _ in block.projections()}
+
+    def added() -> Tensor:
+        cache = StaticCache(config=config, max_cache_len=64)
+        cache.layers[0].update(*(normal(seed, 1, 2, 37, 32).bfloat16() for seed in (21, 22)))
+        seen = (torch.arange(64) <= 37)[None, None, None]
+        rotary = view.model.model.rotary_emb(x, position)
+        arguments = {"attention_mask": seen, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        return block.layer(x.clone(), position_embeddings=rotary, **arguments).double() - x.double()
+
+    def drop(module: Any, args: tuple, t: float) -> tuple[Tensor]:
+        return (torch.where(args[0].float().abs() <= t, 0, args[0]),)
+
+    with torch.no_grad():
+        before = view.model(torch.arange(5)[None]).logits
+        with step_weights(view, Format(bits, 128 if bits < 16 else 0, layout)) as weights:  # type: ignore[arg-type]
+            hooks = [
+                getattr(block, name).register_forward_pre_hook(lambda m, a, t=t: drop(m, a, t))
+                for (name, _), t in limits.items()
+            ]
+            want = added()
+            for hook in hooks:
+                hook.remove()
+            with chained(view, weights, limits, 64, cut=(2, 2)):
+                got = added()
+        assert error(got, want) < 5e-2  # roundings, and what they carry past a threshold
+        assert torch.equal(view.model(torch.arange(5)[None]).logits, before)
