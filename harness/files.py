@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from harness.errors import ConfigError
 
 # Errors of the place we write to. They are the user's to mend, so they end as one sentence.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -30,6 +33,34 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def remove_drafts(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files that they were writing here. The caller holds what guards them."""
+    for draft in folder.glob(f".{name}-{'[0-9a-f]' * 32}"):
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Hold the kernel's lock on a file, which is made if need be and stays: freed however this process ends.
+
+    Raises `ConfigError` where the file system has no locks. Without them two processes could both take a cell.
+    """
+    guard = FileLock(path, fallback_to_soft=False)
+    try:
+        guard.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
+            raise ConfigError(
+                f"results can't be stored in {path.parent}: its file system has no locks (flock), without which two "
+                "processes could do one cell"
+            ) from error
+        raise
+    try:
+        yield
+    finally:
+        guard.release()
 
 
 def sync(path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from methods.random import Random
@@ -32,4 +34,17 @@ class Exits(Random):
         """Go politely."""
         if self.sparsity > DEADLY:
             sys.exit(3)
+        return super().select(*given)
+
+
+@dataclass(frozen=True)
+class Waits(Random):
+    """Its first decision waits for what a test does to its process, where a file `hold-<sparsity>` asks for it."""
+
+    def select(self, *given: Any) -> Any:
+        """Go on at once in the next life."""
+        hold = Path(os.environ.get("DYNACT_TEST_HOLDS", "/nowhere")) / f"hold-{self.sparsity}"
+        if hold.exists():
+            hold.rename(hold.with_name(f"held-{self.sparsity}"))
+            time.sleep(600)
         return super().select(*given)

@@ -141,7 +141,7 @@ BAD = {
     "perplexity": (["probe.perplexity.windows=1000000"], "perplexity asks for"),
     "key": (["sparsty=0.4"], "sparsty"),
     "workers": (["workers=0"], "workers must be a whole number of at least 1, not 0"),
-    "workers-and-launcher": (["workers=2", "hydra/launcher=basic"], "give either workers or hydra/launcher"),
+    "workers-and-launcher": (["workers=2", "hydra/launcher=basic"], "give either them or hydra/launcher"),
     "on-error": (["on_error=halt"], "on_error must be one of go_on, stop"),
     "switch": (["force=yes please"], "force must be true or false, not 'yes please'"),
     "archived": (["archived=/no/such/study"], "archived names a folder without an archived study: /no/such/study"),

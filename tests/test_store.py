@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pandas as pd
@@ -339,6 +340,113 @@ def test_one_of_many_claimants_wins(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert won == [1]
+
+
+# ---- clocks, other machines, file systems
+
+
+def _beating(path: Path, at: float) -> tuple[threading.Event, threading.Thread]:
+    """The heartbeat of an owner elsewhere, whose clock says `at` (seconds from ours)."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.005):
+            os.utime(path, (time.time() + at,) * 2)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    return stop, thread
+
+
+@pytest.mark.parametrize("jump_s", [-3600, 3600], ids=["an hour ahead of theirs", "an hour behind theirs"])
+def test_a_clock_that_jumps_takes_no_cell_from_a_live_owner(tmp_path: Path, jump_s: int) -> None:
+    store = Store(tmp_path, heartbeat_s=0.1)
+    path = _plant_lock(store, "another boot pid:[1]", 2**22, -jump_s)
+    stop, thread = _beating(path, jump_s)
+    with pytest.raises(LockedError, match=str(2**22)), claim(store):
+        pass
+    stop.set()
+    thread.join()
+    with claim(store) as cell:  # nobody beats: it is dead, whatever the clocks say
+        assert json.loads((cell.path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_jump_of_our_own_clock_does_not_lose_our_own_cell(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    with claim(store) as cell:
+        for jump in (3600, -7200):
+            monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+            assert store.state("c", VERSIONS) == "locked"
+            cell.commit("quality", [ROW])
+        cell.finish()
+    assert store.state("c", VERSIONS) == "skip"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "life", "state"),
+    [("tiny 7", 0, "run"), ("tiny 7", 1, "locked"), ("tiny 8", 0, "locked"), (None, 0, "locked")],
+    ids=["our job's last life", "our job's other task", "another job", "no job"],
+)
+def test_a_job_that_is_queued_again_knows_that_its_last_life_is_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch, theirs: str | None, life: int, state: str
+) -> None:
+    path = _plant_lock(store, "another boot pid:[1]", 2**22, age_s=10)
+    job = {"id": theirs, "life": life} if theirs else None
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": job}))
+    os.utime(path)
+    for name, value in (("JOB_ID", "7"), ("CLUSTER_NAME", "tiny"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert store.state("c", VERSIONS) == state
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_sentence(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for use in (lambda: claim(store).__enter__(), lambda: store.fits.get("k", dict)):
+        with pytest.raises(ConfigError, match="has no locks") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert not list(store.root.rglob("*.json")), "no cell is begun that two could do"
+
+
+def test_what_killed_processes_were_writing_is_removed(store: Store) -> None:
+    with claim(store) as cell:
+        cell.finish()
+    store.fits.get("k", dict)
+    draft = uuid.uuid4().hex
+    left = [cell.path / f".status.json-{draft}", cell.path / f".lock.json-{draft}"]
+    left.append(store.root / f"fits/.k.safetensors-{draft}")
+    others = store.root / f"fits/.other.safetensors-{draft}"  # whose guard nobody here holds
+    for path in (*left, others):
+        path.write_text("half")
+    with claim(store):
+        pass
+    store.fits.get("k", lambda: pytest.fail("made twice"))
+    assert not [path for path in left if path.exists()] and others.exists()
+
+
+HOLDER = """
+import sys, time
+from harness.results.store import Store
+def make():
+    print("making", flush=True)
+    time.sleep(600)
+Store(sys.argv[1]).fits.get("k", make)
+"""
+
+
+def test_a_process_that_dies_while_it_makes_a_fit_holds_nobody_up(store: Store) -> None:
+    command = [sys.executable, "-c", HOLDER, str(store.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"making\n"
+        holder.kill()
+    assert store.fits.get("k", lambda: {"w": torch.ones(1)})["w"] == 1
+    assert store.fits.made() == ["k"]
 
 
 # ---- killed

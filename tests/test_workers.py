@@ -15,13 +15,20 @@ from harness.results.store import Store
 from harness.run import execute, workers
 from harness.run.cell import state_of, versions
 from harness.run.config import CellConfig, check
+from harness.run.engines import local
 from harness.run.nest import build_methods
 from harness.run.overrides import composed, expand, rewrite
+from harness.run.sweep import Sweep
 
 
 def cells(*overrides: str) -> list[CellConfig]:
     """Every cell of a sweep, checked."""
     return [check(composed(combination)) for combination in expand(rewrite(list(overrides), True))]
+
+
+def sweep(store: Store, many: int, **settings: object) -> Sweep:
+    """What holds for all cells of a command."""
+    return Sweep(store, {"name": "none"}, execute.GO_ON, many, {"name": "local"} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -44,32 +51,39 @@ def test_dense_cells_come_first_and_cells_of_one_fit_apart(asked: list[CellConfi
     assert [method for _, method in rest[:4]] == ["teal", "cats", "teal", "cats"]
 
 
+@pytest.mark.parametrize("gpus", [0, 2, 8])
 def test_timed_cells_run_alone_and_what_lacked_memory_runs_again(
-    asked: list[CellConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: list[CellConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
 ) -> None:
     timed = cells("method=teal", "sparsity=0.5", "tasks=none", "probe=latency")
     store, runs = Store(tmp_path), []
     unlucky = asked[0].id
 
-    def side_by_side(part: list[CellConfig], *facts: object) -> None:
-        runs.append(([cell.id for cell in part], facts[2], facts[3]))
+    def run(part: list[CellConfig], sweep: Sweep, share: str, tally: workers.Tally) -> None:
+        runs.append(([cell.id for cell in part], share, sweep.again))
         for cell in part:
             if cell.id == unlucky and len(runs) == 1:
-                with pytest.raises(torch.OutOfMemoryError), store.claim(unlucky, cell.plain, {}):
+                known = versions(build_methods(cell["method"]))
+                with pytest.raises(torch.OutOfMemoryError), store.claim(unlucky, cell.plain, known):
                     raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(workers, "_side_by_side", side_by_side)
-    workers.run_cells([*asked, *timed], store, {"name": "none"}, 8, execute.GO_ON, Console(quiet=True))
-    (first, many, _), (alone, one, _), (again, few, retry) = runs
-    assert unlucky in first and many == 8 and timed[0].id not in first
-    assert alone == [timed[0].id] and one == 1
-    assert again == [unlucky] and few == max(1, torch.cuda.device_count()) and retry.failed
+    monkeypatch.setattr(local, "run", run)
+    monkeypatch.setattr(local, "gpu_count", lambda: gpus)
+    workers.run_cells([*asked, *timed], sweep(store, 8), Console(quiet=True))
+    (first, share, _), (alone, machine, _), *more = runs
+    assert unlucky in first and share == "shared" and timed[0].id not in first
+    assert alone == [timed[0].id] and machine == "machine"
+    assert more == ([([unlucky], "gpu", execute.Rules(failed=True))] if gpus < 8 else []), "8 had a GPU each"
 
 
-def test_a_sweep_of_which_nothing_is_missing_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_of_which_nothing_is_missing_starts_no_process(
+    asked: list[CellConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # cores are shared out where the user has not done it
-    monkeypatch.setattr(workers.mp, "get_context", None)
-    workers.run_cells([], Store(tmp_path), {"name": "none"}, 8, execute.GO_ON, Console(quiet=True))
+    monkeypatch.setattr(local, "Child", None)
+    done(asked[0], store := Store(tmp_path))
+    done(asked[0].dense_cell(), store)
+    workers.run_cells([asked[0]], sweep(store, 8), Console(quiet=True))
 
 
 # ------------------------------------------------------------------------------- a cell and its dense cell

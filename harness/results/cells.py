@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from harness.errors import ConfigError, UnsupportedError
-from harness.files import json_bytes, now, place_errors, read_json, sync, write_atomic
+from harness.files import json_bytes, now, place_errors, read_json, remove_drafts, sync, write_atomic
 from harness.results.environment import environment
 from harness.results.fits import owned
 from harness.results.lock import Lock
@@ -165,6 +165,7 @@ class Cell(CellView):
         with place_errors(self.path):
             for draft in (self.path / "probes").glob(".*"):
                 shutil.rmtree(draft, ignore_errors=True)
+            remove_drafts(self.path)
             if afresh or self.status.get("versions", versions) != versions:
                 for probe in self.probes():
                     _remove(self.path / "probes" / probe)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import ConfigError
-from harness.files import place_errors, write_atomic
+from harness.files import guarded, place_errors, remove_drafts, write_atomic
 from harness.results.cells import STATUS_PROBE, SchemaError
 from harness.results.identity import content_key, measured
 from harness.results.rows import COLUMNS, to_frame, up_to_date
@@ -100,12 +100,16 @@ def collect(root: Path | str) -> pd.DataFrame:
     `SchemaError` if a cell was written with other columns and `ConfigError` if there are no rows.
     """
     root = Path(root)
-    table = relate(*read_rows(Store(root)))
-    if table.empty:
+    if not Store(root).cells():
         raise ConfigError(f"there are no results in {root}: run a cell first")
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    with place_errors(root):
+    # Read and written in one go: of several commands on one folder, the last to collect has seen every cell.
+    with place_errors(root), guarded(root / ".guard"):
+        table = relate(*read_rows(Store(root)))
+        if table.empty:
+            raise ConfigError(f"there are no results in {root}: run a cell first")
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        remove_drafts(root, "table.*")
         write_atomic(root / "table.parquet", buffer.getvalue())
         write_atomic(root / "table.csv", table.to_csv(index=False).encode())
     return table

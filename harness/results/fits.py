@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from harness.files import place_errors, write_atomic
+from harness.files import guarded, place_errors, remove_drafts, write_atomic
 
 
 class Learnt(dict[str, Tensor]):
@@ -40,11 +40,11 @@ class Fits:
         is a fit too.
         """
         path = self.folder / f"{key}.safetensors"
-        with place_errors(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            guard = FileLock(path.with_suffix(".lock"))
-            guard.acquire()  # the kernel frees it if this process is killed
-        try:
+        with ExitStack() as stack:
+            with place_errors(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(guarded(path.with_suffix(".lock")))
+                remove_drafts(self.folder, path.name)
             stored = _load(path)
             if stored is not None:
                 return stored
@@ -54,8 +54,6 @@ class Fits:
                 with open(self.folder / "made.log", "a") as log:
                     log.write(f"{key}\n")
             return state
-        finally:
-            guard.release()
 
     def made(self) -> list[str]:
         """Keys of all fits ever made here, in order, a key once for each time that it was made."""

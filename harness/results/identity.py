@@ -21,6 +21,7 @@ RUN_KEYS = frozenset(
         "force",
         "on_error",
         "workers",
+        "engine",
         "archived",
         "sweeps",
         "experiment",

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
-from harness.files import json_bytes, now, read_json, write_atomic
+from harness.errors import ConfigError
+from harness.files import guarded, json_bytes, now, read_json, write_atomic
+
+LISTEN = 3  # heartbeats that another machine's owner must miss
 
 
 class LockedError(RuntimeError):
@@ -35,8 +37,8 @@ class Lock:
         self._heartbeat_s = heartbeat_s
         self._token = uuid.uuid4().hex
         self._stop = threading.Event()
-        with FileLock(self._guard):
-            owner = live_owner(self.path, stale_s)
+        with guarded(self._guard):
+            owner = live_owner(self.path, stale_s) or _silent_owner(self.path, LISTEN * heartbeat_s)
             if owner is not None:
                 raise LockedError(
                     f"cell {folder.name} is being run by process {owner['pid']} on {owner['host']} "
@@ -47,6 +49,7 @@ class Lock:
                 "machine": machine(),
                 "pid": os.getpid(),
                 "process_started": _process_start(os.getpid()),
+                "job": _job(),
             }
             write_atomic(self.path, json_bytes(me | {"since": now(), "token": self._token}))
         self._thread = threading.Thread(target=self._beat, name="cell-heartbeat", daemon=True)
@@ -58,7 +61,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(OSError), FileLock(self._guard):
+        with contextlib.suppress(OSError, ConfigError), guarded(self._guard):
             if self._mine():
                 self.path.unlink()
 
@@ -78,22 +81,59 @@ class Lock:
 
 
 def live_owner(lock: Path, stale_s: float) -> dict[str, Any] | None:
-    """The lock's content while its owner lives, else None.
+    """The lock's content while its owner lives by all that can be told at a glance, else None.
 
     A process of this machine is looked at; of any other only the heartbeat is known. Whose it is a host's name does not
-    say: containers and clones share names.
+    say: containers and clones share names. A heartbeat as far ahead of this machine's clock as it may be behind says
+    that one of the two clocks is wrong.
     """
     owner = read_json(lock)
     try:
         age = time.time() - lock.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not owner:
+    if not owner or _dead(owner):
         return None
-    if owner.get("machine") == machine():
-        # Start times tell a dead process from another that was given its number.
-        return owner if _process_start(owner["pid"]) == owner["process_started"] else None
-    return owner if age <= stale_s else None
+    return owner if _here(owner) or abs(age) <= stale_s else None
+
+
+def _silent_owner(lock: Path, seconds: float) -> dict[str, Any] | None:
+    """The content of another machine's lock that looks stale, if it beats while this process listens; else None.
+
+    Clocks of machines differ and jump: a lock is taken over because no heartbeat came while somebody listened.
+    """
+    owner = read_json(lock)
+    if not owner or _dead(owner):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        before, end = lock.stat().st_mtime_ns, time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(seconds / 20)
+            if lock.stat().st_mtime_ns != before:
+                return read_json(lock)
+    return None
+
+
+def _here(owner: dict[str, Any]) -> bool:
+    return owner.get("machine") == machine()
+
+
+def _dead(owner: dict[str, Any]) -> bool:
+    """Whether it is certain that the owner is no more."""
+    if _here(owner):  # start times tell a dead process from another that was given its number
+        return _process_start(owner["pid"]) != owner["process_started"]
+    theirs, mine = owner.get("job"), _job()
+    # A batch system never begins a job's next life before the last has ended, and may do it on another machine.
+    return theirs is not None and mine is not None and theirs["id"] == mine["id"] and theirs["life"] < mine["life"]
+
+
+def _job() -> dict[str, Any] | None:
+    """The Slurm job that this process is part of, and how often that was queued again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    return {"id": f"{cluster} {job}", "life": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 
 @cache

@@ -6,6 +6,7 @@ The steps are beside it: overrides and plan say what is asked for, execute and w
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ FATAL: list[ConfigError | AssetError] = []
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns 0: every cell has results; 1: a cell failed; 2: bad input; 130: interrupted."""
     flags = [a for a in arguments if a.startswith("-") and a not in ("-m", "--multirun")]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and containers end a process by it
     try:
         if flags:
             sys.argv = [sys.argv[0], *arguments]
@@ -101,7 +103,7 @@ def followed(settings: dict[str, Any], cells: dict[str, CellConfig]) -> dict[str
 
 
 def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store, logger: dict[str, Any]) -> None:
-    """Run the cells: in this process, in several, or through one of Hydra's launchers."""
+    """Run the cells: in this process, by an engine, or through one of Hydra's launchers."""
     from harness.run.execute import rules, run_all
 
     settings, group = command.settings, logger["group"]
@@ -109,12 +111,14 @@ def execute(command: plan.Command, cells: dict[str, CellConfig], store: Store, l
         for overrides, many in command.sweeps:
             sys.argv = [sys.argv[0], *(["-m"] if many else []), *overrides, f"logger.group={group or 'null'}"]
             do_job()
-    elif settings["workers"] > 1:
+    elif settings["engine"]["name"] == "local" and settings["workers"] == 1:
+        run_all(cells.values(), store, logger, stderr(), rules(settings))
+    else:
+        from harness.run.sweep import Sweep
         from harness.run.workers import run_cells
 
-        run_cells(list(cells.values()), store, logger, settings["workers"], rules(settings), stderr())
-    else:
-        run_all(cells.values(), store, logger, stderr(), rules(settings))
+        sweep = Sweep(store, logger, rules(settings), settings["workers"], settings["engine"])
+        run_cells(list(cells.values()), sweep, stderr())
 
 
 def report(store: Store, names: list[str], logger: dict[str, Any] | None) -> int:

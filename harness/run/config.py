@@ -11,7 +11,7 @@ from harness.results.identity import RUN_KEYS, cell_id
 from harness.run import probing
 from harness.run.canonical import DENSE, canonical
 from harness.run.checks import check_values
-from harness.run.machine import pick_device
+from harness.run.machine import pick_device, pick_dtype
 from harness.run.nest import build_methods, incomplete
 
 if TYPE_CHECKING:
@@ -78,12 +78,20 @@ def check(plain: Mapping[str, Any]) -> CellConfig:
     """Check one composed config (plain types). Raises `ConfigError` with one sentence."""
     cfg = {key: value for key, value in plain.items() if key not in RUN_KEYS}
     check_values(cfg)
+    far = (plain.get("engine") or {}).get("processor")
+    if far is not None and cfg["device"] != "cpu":  # that of other machines: this one may have none, or another
+        cfg |= {"device": "cuda", "dtype": pick_dtype(cfg["dtype"], "cuda"), "processor": str(far).replace("_", " ")}
+        return _checked(cfg, None)
+    return _checked(cfg, pick_device(str(cfg["device"]))[1])
+
+
+def _checked(cfg: dict[str, Any], index: int | None) -> CellConfig:
     methods = build_methods(cfg["method"])
     _check_probes_of(methods, cfg)
     for name, options in cfg["method"].items():
         if options.get("sparsity", cfg["sparsity"]) != cfg["sparsity"]:
             raise ConfigError(f"a cell has one requested sparsity: give sparsity=, not method.{name}.sparsity=")
-    return CellConfig(canonical(cfg), pick_device(str(cfg["device"]))[1])
+    return CellConfig(canonical(cfg), index)
 
 
 def _check_probes_of(methods: Sequence[Method], cfg: Mapping[str, Any]) -> None:

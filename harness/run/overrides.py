@@ -23,7 +23,7 @@ from harness.places import CONF
 from harness.run.checks import options
 from harness.values import did_you_mean
 
-GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment")
+GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment", "engine")
 OF_ANY_MODEL = (
     "model.weight_format",
     "model.weight_group",

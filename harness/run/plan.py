@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,10 @@ def read(overrides: list[str], multirun: bool) -> Command:
         sweeps = [(overrides + [str(o) for o in sweep], True) for sweep in settings["sweeps"]]
     combinations = [c for given, many in sweeps for c in (expand(given) if many else [given])]
     command = Command(settings, sweeps, [check(composed(c)) for c in combinations])
-    if settings["workers"] > 1 and command.launcher:
-        raise ConfigError("workers=N starts processes of its own: give either workers or hydra/launcher")
+    engine = settings["engine"]
+    if command.launcher and (settings["workers"] > 1 or engine["name"] != "local"):
+        raise ConfigError("workers=N and engine= start processes of their own: give either them or hydra/launcher")
+    importlib.import_module(f"harness.run.engines.{engine['name']}").check(engine, settings["workers"])
     return command
 
 

@@ -1,0 +1,1 @@
+"""Who carries cells: one file an engine, one YAML of its name in conf/engine (see `harness.run.workers.Engine`)."""
