@@ -175,7 +175,7 @@ class Chaos:
             home.mkdir(exist_ok=True)
             os.chdir(home)
             if self.engine == "processes":
-                child.subprocess = types.SimpleNamespace(Popen=Forked, PIPE=-1, TimeoutExpired=subprocess.TimeoutExpired)
+                child.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Forked})
             return app.main(arguments)
 
         return forked(run, results.with_suffix(".log"))

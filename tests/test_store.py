@@ -430,6 +430,15 @@ def test_what_killed_processes_were_writing_is_removed(store: Store) -> None:
     assert not [path for path in left if path.exists()] and others.exists()
 
 
+def test_the_lock_of_a_process_that_died_after_its_cell_was_done_is_removed(store: Store) -> None:
+    path = _plant_lock(store, lock.machine(), os.getpid(), age_s=0, started=1.0)  # our number, another process
+    store.free("c")
+    assert not path.exists()
+    with claim(store) as cell:
+        store.free("c")
+        assert (cell.path / "lock.json").exists(), "its owner lives"
+
+
 HOLDER = """
 import sys, time
 from harness.results.store import Store

@@ -103,7 +103,7 @@ def collect(root: Path | str) -> pd.DataFrame:
     if not Store(root).cells():
         raise ConfigError(f"there are no results in {root}: run a cell first")
     # Read and written in one go: of several commands on one folder, the last to collect has seen every cell.
-    with place_errors(root), guarded(root / ".guard"):
+    with place_errors(root), guarded(root / "cells" / ".guard"):
         table = relate(*read_rows(Store(root)))
         if table.empty:
             raise ConfigError(f"there are no results in {root}: run a cell first")

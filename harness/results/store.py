@@ -108,6 +108,13 @@ class Store:
                         cell.fail(error)
                 raise
 
+    def free(self, cell_id: str) -> None:
+        """Remove the lock of a process that was killed after it had finished the cell and before it let go of it."""
+        path = self._path(cell_id)
+        if (path / "lock.json").exists() and live_owner(path / "lock.json", self.stale_s) is None:
+            with contextlib.suppress(LockedError, ConfigError), Lock(path, self.heartbeat_s, self.stale_s):
+                pass
+
     def _path(self, cell_id: str) -> Path:
         return self.root / "cells" / cell_id
 

@@ -75,6 +75,8 @@ def run(overrides: list[str], multirun: bool) -> int:
     print_plan(states, stderr(), seconds(todo, store))
     if settings["plan"] or settings["dry"]:
         return 0
+    for name in cells.keys() - todo.keys():
+        store.free(name)
     logger = followed(settings, cells)
     if follow([cell.id for cell in asked], logger["name"]) and states[asked[0].id] == "skip" and not todo:
         tell_again(store.view(asked[0].id), root=store.root, logger=logger["name"])

@@ -112,7 +112,7 @@ def _check_processor(cell: CellConfig) -> None:
     if cell["device"] == "cuda" and not gpu_count():
         raise ConfigError(f"{cell.id} is a cell of {cell['processor']}, but the machine that it was sent to has no GPU")
     found = processor(cell["device"], None, cell.timed)
-    if found != cell["processor"]:
+    if found is not None and found != cell["processor"]:
         raise ConfigError(
             f"{cell.id} is a cell of {cell['processor']}, but it was sent to {found}: say "
             f"engine.processor={found.replace(' ', '_')}"
