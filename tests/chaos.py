@@ -362,7 +362,13 @@ def write(out: Path, engine: str, counts: dict[str, int], first: bool) -> None:
     facts = environment()
     where = {name: facts[name] for name in ("cpu", "cores", "python", "packages", "git") if name in facts}
     out.parent.mkdir(parents=True, exist_ok=True)
-    held = {"what": __doc__, "total": total, "engines": engines, "environment": where | {"system": platform.platform()}}
+    held = {
+        "what": __doc__.splitlines()[0],
+        "command": "python -m tests.chaos --runs ENGINE=COUNT,... --out FILE",
+        "total": total,
+        "engines": engines,
+        "environment": where | {"system": platform.platform()},
+    }
     out.write_text(json.dumps(held, indent=1) + "\n")
 
 

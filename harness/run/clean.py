@@ -6,8 +6,8 @@
     unfinished   cells and fits that were interrupted: the same command goes on from them
     stale        cells of another version of their method or of the rows: whole, and run again when they are asked for
 
-The last two are listed and kept unless asked for, and a finished cell unless it is named. What a live process works on is
-never touched, and links are never followed.
+The last two are listed and kept unless asked for, and a finished cell unless it is named. What a live process works on
+is never touched, and links are never followed.
 """
 
 from __future__ import annotations
