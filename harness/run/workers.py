@@ -58,9 +58,9 @@ def run_cells(cells: Sequence[CellConfig], sweep: Sweep, console: Console) -> No
     """
     carrier = engine(sweep.engine)
     cells = ordered([replace(cell, index=None) for cell in cells])  # each process sees its own GPU only
-    timed = [cell for cell in cells if cell.timed]
-    others = [cell for cell in cells if not cell.timed]
-    for part, share in ((others, "shared"), (timed, "machine")):
+    alone = [cell for cell in cells if cell.timed or cell["model"].get("device_map")]  # a model over all GPUs
+    others = [cell for cell in cells if cell not in alone]
+    for part, share in ((others, "shared"), (alone, "machine")):
         if _side_by_side(carrier, part, sweep, cast(Share, share), console) and sweep.again.stop:
             return
     short = [cell for cell in others if sweep.store.view(cell.id).status.get("status") == "oom"]

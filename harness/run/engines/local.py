@@ -45,7 +45,9 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
     queue, seats = Queue(list(cells), sweep.store), []
     try:
         for rank in range(many):
-            changes = _threads(many) | ({"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {})
+            changes = _threads(many)
+            if gpus:
+                changes["CUDA_VISIBLE_DEVICES"] = ",".join(gpus) if share == "machine" else gpus[rank % len(gpus)]
             seats.append(Seat(Child(changes), changes))
         while True:
             for seat in seats:

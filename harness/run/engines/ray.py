@@ -104,7 +104,8 @@ def _needs(cell: CellConfig, settings: Mapping[str, Any], share: Share) -> tuple
         gpus = max(1, gpus)
     if share == "machine":  # no other task fits beside it
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = max(node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= gpus)
+        cpus, most = max((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes if node.get("GPU", 0) >= gpus)
+        gpus = most if gpus else 0
     return {"num_cpus": cpus, "num_gpus": gpus}, 1 / gpus if 0 < gpus < 1 else 1
 
 
