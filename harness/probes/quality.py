@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from harness.data import tasks
+from harness.data.own_tasks import source_of
 from harness.execution.attach import Fitted, attached, overhead
 from harness.model.step import Policy
 from harness.probes import perplexity
@@ -56,7 +57,7 @@ def run(bench: Bench) -> None:
                 bench.fitted,
                 bench.policy,
                 name,
-                config["data"]["source"],
+                source_of(config),
                 asked["num_fewshot"],
                 asked["limit"],
                 config["seed"],
@@ -124,7 +125,7 @@ def _items(task_name: str, counts: Mapping[str, Mapping[str, int]]) -> tuple[int
 
 def _answer_length(lm: HarnessLM, task_name: str, by_task: dict[str, list[dict[str, Any]]], data: str) -> list[Row]:
     """Mean length of generated answers, up to their stop string: schemes that ramble are slow at any speed a token."""
-    if not tasks.generates(task_name):
+    if not tasks.generates(task_name, data):
         return []
     items = {(part, item["doc_id"]): item["resps"][0][0] for part, listed in by_task.items() for item in listed}
     lengths = np.array([len(lm.tok_encode(answer, add_special_tokens=False)) for answer in items.values()], dtype=float)

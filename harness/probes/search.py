@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
+from harness.data.own_tasks import source_of
 from harness.data.text import Windows
 from harness.errors import ConfigError
 from harness.execution.attach import Fitted
@@ -77,7 +78,7 @@ def run(bench: Bench) -> None:
         if lm is None:
             rows, items = on_text(view, tried, policy, windows, bench.longest)
         else:
-            facts = (config["data"]["source"], tasks["num_fewshot"], tasks["limit"], config["seed"])
+            facts = (source_of(config), tasks["num_fewshot"], tasks["limit"], config["seed"])
             rows, items = on_tasks(lm, tried, policy, tasks["names"], *facts)
         rows += marked(achieved(view, tried, policy, counted.tokens), little_text(counted))
         here = {"sparsity_requested": level} if knob == "sparsity" else {"variant": f"{knob}={level:g}"}

@@ -31,7 +31,13 @@ RUN_KEYS = frozenset(
     }
 )
 # A path whose content has a hash beside it: where it lies makes no difference.
-HASHED_PATHS = (("model", "fingerprint"), ("calibration", "sha256"), ("probe.perplexity", "sha256"))
+HASHED_PATHS = (
+    ("model", "fingerprint"),
+    ("calibration", "sha256"),
+    ("probe.perplexity", "sha256"),
+    ("tasks", "sha256"),
+)
+PATHS = ("path", "include_path")
 
 
 def measured(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +55,9 @@ def _without_path(config: dict[str, Any], place: str, digest: str) -> dict[str, 
         return config
     if rest:
         return config | {head: _without_path(dict(part), rest, digest)}
-    return config | {head: {key: value for key, value in part.items() if key != "path"}} if digest in part else config
+    return (
+        config | {head: {key: value for key, value in part.items() if key not in PATHS}} if digest in part else config
+    )
 
 
 def cell_id(config: Mapping[str, Any], asked: str | None = None) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import model_fingerprint
+from harness.data.own_tasks import digest
 from harness.errors import ConfigError
 from harness.model.formats import BITS, GROUPS, Format
 from harness.places import CHECKPOINTS
@@ -59,6 +60,7 @@ def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
         cfg |= {"device": device, "dtype": machine.pick_dtype(cfg["dtype"], device)}
         cfg["processor"] = machine.processor(device, index, probing.timed(cfg["probe"]))
     cfg["model"] = _model(cfg["model"])
+    cfg["tasks"] = _tasks(cfg["tasks"])
     if cfg["calibration"] is not None:
         drawn = cfg["calibration"].get("seed") is not None
         cfg["calibration"] = _with_hash({k: v for k, v in cfg["calibration"].items() if drawn or k != "seed"})
@@ -104,6 +106,15 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
         record = record if record.is_file() else Path(model["adapter"]) / "adapter.json"
         model["fingerprint"] = hashlib.sha256(record.read_bytes()).hexdigest()
     return model
+
+
+def _tasks(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Where own tasks lie makes no difference, what lies there does."""
+    tasks = dict(tasks)
+    if tasks.get("include_path") is None:
+        tasks.pop("include_path", None)
+        return tasks
+    return tasks | {"sha256": digest(tasks["include_path"])}
 
 
 def _format(model: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.data import embedded, tasks
 from harness.data.assets import EMBEDDED_MODEL
+from harness.data.own_tasks import source_of
 from harness.errors import ConfigError
 from harness.model.formats import BITS, GROUPS
 from harness.places import CHECKPOINTS, CONF, INSTALLED
@@ -53,7 +54,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     whole(calibration["window"], "calibration.window", at_least=2)
     if calibration["window"] > calibration["tokens"]:
         raise ConfigError("calibration.window is longer than calibration.tokens")
-    tasks.check_tasks(cfg["tasks"]["names"] or [])
+    tasks.check_tasks(cfg["tasks"]["names"] or [], source_of(cfg))
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

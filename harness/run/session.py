@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from harness.data import tasks, text
+from harness.data.own_tasks import source_of
 from harness.data.token_bytes import tokens_and_bytes
 from harness.errors import ConfigError
 from harness.execution.attach import Fitted
@@ -64,7 +65,7 @@ def _check_special(config: CellConfig) -> None:
             f"the tokenizer of {config.model_name} has no token for the beginning or the end of a text, which tasks "
             "need: name one in its tokenizer_config.json (eos_token)"
         )
-    generated = [name for name in names if tasks.generates(name)]
+    generated = [name for name in names if tasks.generates(name, source_of(config))]
     if not generated:
         return
     if tokenizer.eos_token_id is None:
