@@ -117,6 +117,15 @@ def test_a_cell_stands_where_it_was_counted_whatever_it_was_asked_for(lines):
     assert at(lines, "spon+teal")["level"] == 0.25 and at(lines, "spon+teal")["needs"] == "calibration"
 
 
+def test_what_was_given_is_read_from_the_rows_where_they_say_it(found):
+    rows, samples = found
+    told = rows.assign(needs=rows["needs"].mask(rows["method"] == "teal", "training"))
+    told["needs_tokens"] = told["needs_tokens"].mask(rows["method"] == "teal", 16384)
+    lines = leaderboard.standings(told, samples)
+    assert (at(lines, "teal")["needs"], at(lines, "teal")["needs_tokens"]) == ("training", 16384)
+    assert at(lines, "wina")["needs"] == "calibration" and "training, 16k tokens" in leaderboard.markdown(lines, "m")
+
+
 def test_a_missing_cell_says_why(lines):
     assert at(lines, "kv_skip")["missing"] == "can skip at most 0.19" and pd.isna(at(lines, "kv_skip")["text"])
 
@@ -186,9 +195,9 @@ def test_the_readme_shows_the_committed_rows():
 
 
 def test_the_levels_are_those_of_the_experiment():
-    from harness.run.overrides import composed, rewrite
+    from harness.run.overrides import opening, rewrite
 
-    grid = composed(rewrite(["experiment=leaderboard", "size=full"], False))["grid"]
+    grid = opening(rewrite(["experiment=leaderboard", "size=full"], False))["grid"]
     assert tuple(float(level) for level in grid["levels"].split(",")) == field.LEVELS
 
 

@@ -158,7 +158,7 @@ def test_python_blocks_beside_results_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"<!-- results -->\n```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     exec(compile(code, "index.md", "exec"), {})
-    assert "perplexity" in capsys.readouterr().out
+    assert "speedup" in capsys.readouterr().out
 
 
 def test_commands_name_keys_that_exist():

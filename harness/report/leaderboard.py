@@ -35,14 +35,20 @@ NOTE = (
 
 
 def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> pd.DataFrame:
-    """`field.board` with `scheme` (its name), `needs` and a column `speedup:<device>, <dtype>` for each that was timed.
+    """`field.board` with what else is known of each scheme, one line each.
+
+    scheme: its name. needs, needs_tokens: what it was given, and tokens of text. `speedup:<device>, <dtype>`: a column
+    for each that one was timed on.
 
     Speed is the kernel's against the strongest dense step, at the smallest batch and context timed, of the same scheme
     at the same request, wherever it was timed.
     """
     lines = field.board(rows, samples, limited)
     facts = {entry.name: entry.cls.needs for entry in entries(CONF)}
-    lines["needs"] = [_needs(str(method), facts) for method in lines["method"]]
+    declared = pd.Series([_needs(str(method), facts) for method in lines["method"]], lines.index, dtype="string")
+    told = rows.drop_duplicates("cell_id").set_index("cell_id")
+    lines["needs"] = lines["cell_id"].map(told["needs"]).astype("string").fillna(declared)
+    lines["needs_tokens"] = lines["cell_id"].map(told["needs_tokens"]).astype("Int64")
     variants = lines["variant"].fillna("")
     lines["scheme"] = lines["method"].str.cat(variants, sep=" ").str.strip()
     measured = rows[(rows["source"] == "measured") & (rows["status"] == "ok")]
@@ -96,7 +102,7 @@ def show(lines: pd.DataFrame) -> None:
         for line in seen.to_dict("records"):
             cells = [
                 _named(line),
-                line["needs"],
+                _given(line),
                 _form(line["achieved_model"], ".1%"),
                 _ratio(line),
                 _group(line, "text"),
@@ -112,6 +118,12 @@ def show(lines: pd.DataFrame) -> None:
 
 def _named(line: dict[str, Any]) -> str:
     return str(line["scheme"]) + (" (oracle)" if line["oracle"] is True else "")
+
+
+def _given(line: dict[str, Any]) -> str:
+    """What it needs, with thousands of tokens where they are known."""
+    tokens = line["needs_tokens"]
+    return str(line["needs"]) + ("" if pd.isna(tokens) else f", {tokens / 1000:.0f}k tokens")
 
 
 def _form(value: Any, form: str, times: float = 1) -> str:
@@ -173,7 +185,7 @@ def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
     yield tables.number(line["level"], f"{line['level']:.0%}")
     yield text(PHASES.get(line["phase"], line["phase"]))
     yield text(_named(line))
-    yield text(line["needs"])
+    yield text(_given(line))
     yield tables.number(line["achieved_model"], _form(line["achieved_model"], ".1%"))
     yield between("text", _ratio(line))
     yield text(_group(line, "text"))
@@ -206,7 +218,7 @@ def markdown(lines: pd.DataFrame, model: str) -> str:
     own = own.sort_values(["level", "text"], kind="stable")
     for (phase, scheme), cells in own.groupby(["phase", "scheme"], sort=False):
         at = cells.set_index("level")
-        shown = [f"`{scheme}`" + ("" if phase == "all" else " (prompt dense)"), str(cells["needs"].iloc[0])]
+        shown = [f"`{scheme}`" + ("" if phase == "all" else " (prompt dense)"), _given(cells.iloc[0].to_dict())]
         shown += [_brief(at.loc[level]) if level in at.index else "" for level in levels]
         shown += [_form(cells[name].max(), ".2f") + ("x" if cells[name].notna().any() else "") for name in speeds]
         found.append(f"| {' | '.join(shown)} |")

@@ -82,7 +82,9 @@ def _page(entry: Entry, own: pd.DataFrame) -> str:
         ("families", ", ".join(entry.cls.families) or "all that have its sites"),
     ]
     parts = [f"# {entry.name}", _plain(module), _plain(inspect.getdoc(entry.cls) or "")]
-    parts.append("\n".join(["| fact | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)]))
+    parts.append(
+        "\n".join(["| fact | what it is |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)])
+    )
     parts.append(f"## Options\n\n```yaml\n{entry.options.strip()}\n```\n\n`method.{entry.name}.<option>=` sets one.")
     parts.append(f"## Results\n\n{_results(entry.name, own)}")
     return "\n\n".join(parts) + "\n"
