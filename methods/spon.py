@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
@@ -17,7 +15,7 @@ from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.model.step import Policy
 from harness.model.view import View
-from harness.progress import track
+from methods.distillation import distil
 
 Constants = Mapping[tuple[str, int], Tensor]  # (projection, layer) -> float32 [outputs]
 
@@ -58,7 +56,10 @@ class Spon(Method):
     def fit(self, view: View, calibration: Calibration) -> State:
         """By projection float32 [layers, outputs]; and `kl` [steps], the loss before each step, in nats a token."""
         constants = dropped_means(view, calibration)
-        kl = distil(view, calibration, constants, self.epochs, self.learning_rate) if self.epochs else []
+        windows = [row[None] for batch in calibration.batches for row in batch]
+        with added(view, constants):
+            groups = [{"params": list(constants.values()), "lr": self.learning_rate}]
+            kl = distil(view, windows * self.epochs, groups) if self.epochs else []
         layers = range(view.n_layers)
         state = {p: torch.stack([constants[p, layer].cpu() for layer in layers]) for p in view.projection_names()}
         return state | {"kl": torch.tensor(kl)}
@@ -143,44 +144,3 @@ def dropped_means(view: View, calibration: Calibration) -> dict[tuple[str, int],
         for layer, block in enumerate(view.blocks)
         for name, module in block.projections()
     }
-
-
-def distil(
-    view: View, calibration: Calibration, constants: dict[tuple[str, int], Tensor], epochs: int, learning_rate: float
-) -> list[float]:
-    """Train constants in place, one AdamW step a window, towards the dense model. Returns the loss before each step."""
-    windows = [row[None] for batch in calibration.batches for row in batch]
-    parameters = [constant.requires_grad_() for constant in constants.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    total, losses = epochs * len(windows), []
-    try:
-        with added(view, constants):
-            for step in track(range(total), "learning constants"):
-                window = windows[step % len(windows)]
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
-                with torch.no_grad():
-                    target = F.log_softmax(log_odds(view, window, dense=True), dim=-1)
-                with torch.enable_grad():
-                    found = F.log_softmax(log_odds(view, window, dense=False), dim=-1)
-                    loss = F.kl_div(found, target, log_target=True, reduction="sum") / window.numel()
-                    optimizer.zero_grad()
-                    loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-    finally:
-        for constant in constants.values():
-            constant.requires_grad_(False)
-    return losses
-
-
-def log_odds(view: View, window: Tensor, dense: bool) -> Tensor:
-    """Logits float32 [1, length, vocabulary] of the patched model with every token sparse, or with none.
-
-    A method touches no token that the step calls dense, so the dense model is there without detaching anything.
-    """
-    valid = torch.ones_like(window, dtype=torch.bool)
-    policy = Policy("decode") if dense else Policy()
-    tracker: Any = view.tracker
-    with tracker.tracking(policy), tracker.hint(valid, decode=~valid):
-        return view.model(window, use_cache=False).logits.float()

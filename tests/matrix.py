@@ -18,6 +18,7 @@ from methods.attribution import Attribution
 from methods.cats import Cats
 from methods.cett import Cett
 from methods.chess import Chess
+from methods.combined import Combined
 from methods.dejavu import DejaVu
 from methods.dense import Dense
 from methods.dense_slice import DenseSlice
@@ -158,5 +159,6 @@ CASES: dict[str, Case] = {
     "chess": Case(lambda s: Chess(s), site="neurons", tolerance=0.05, families=GATED),
     "chess_mlp": Case(lambda s: Chess(s, attention=False), site="neurons", tolerance=0.05, families=GATED),
     "meangate": Case(lambda s: MeanGate(s, rank=8), site=None, families=GATED),
+    "combined": Case(lambda s: Combined(s, steps=4), tolerance=0.04),
     "spon": Case(lambda s: RandomConstants(s), site=None),
 }

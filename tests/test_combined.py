@@ -1,0 +1,138 @@
+"""Combined: thresholds and constants learnt together at a budget of reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from harness.errors import ConfigError
+from harness.execution.attach import attached
+from harness.execution.kernel import kernel_execution
+from harness.model.step import Policy
+from harness.run.config import check
+from harness.run.overrides import composed
+from methods.combined import WIDTH, Combined, Cut, Cuts, drawn
+from methods.teal import Teal
+from tests import tiny
+
+
+def divergence(view, method, state) -> tuple[float, float]:
+    """KL of the dense model's distribution to the patched one's, and the share of block weights dropped."""
+    ids = tiny.calibration(view).batches[0]
+    dropped, handles = [], []
+    with torch.no_grad():
+        dense = F.log_softmax(view.model(ids, use_cache=False).logits, -1)
+        with attached(view, [(method, state)], Policy()):
+            for block in view.blocks:
+                for _, module in block.projections():
+                    hook = module.register_forward_pre_hook(
+                        lambda m, args: dropped.append((m.weight.numel(), (args[0] == 0).float().mean().item()))
+                    )
+                    handles.append(hook)
+            sparse = F.log_softmax(view.model(ids, use_cache=False).logits, -1)
+    for handle in handles:
+        handle.remove()
+    share = sum(n * zeros for n, zeros in dropped) / sum(n for n, _ in dropped)
+    return F.kl_div(sparse, dense, log_target=True, reduction="sum").item() / ids.numel(), share
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.6])
+def test_learning_brings_the_model_nearer_at_the_same_share(sparsity):
+    view = tiny.view("llama")
+    calibration = tiny.calibration(view)
+    learnt, plain = Combined(sparsity, steps=40), Teal(sparsity)
+    kl, share = divergence(view, learnt, learnt.fit(view, calibration))
+    before, dropped = divergence(view, plain, plain.fit(view, calibration))
+    assert share == pytest.approx(sparsity, abs=0.01) and dropped == pytest.approx(sparsity, abs=0.02)
+    assert kl < 0.75 * before
+
+
+def test_without_a_step_the_budget_is_met_by_one_level_everywhere():
+    view = tiny.view("llama")
+    method = Combined(0.5, steps=0)
+    state = method.fit(view, tiny.calibration(view))
+    assert divergence(view, method, state)[1] == pytest.approx(0.5, abs=0.005)
+    assert all((state[f"cut.{p}"] == state[f"cut.{p}"][:, :1]).all() for p in view.projection_names())
+    assert all((state[p] == 0).all() for p in view.projection_names()) and not method.trains
+
+
+def test_a_fit_leaves_no_trace_and_repeats():
+    view = tiny.view("llama")
+    ids = tiny.tokens(1, 8)
+    with torch.no_grad():
+        before = view.model(ids).logits
+        first, second = (Combined(0.5, steps=2).fit(view, tiny.calibration(view)) for _ in range(2))
+        assert torch.equal(view.model(ids).logits, before)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(module.bias is None for block in view.blocks for _, module in block.projections())
+
+
+def test_the_slope_that_stands_in_for_a_thresholds_jump():
+    x = torch.tensor([[[0.5, -2.0, 1.0]]], requires_grad=True)
+    log_cut = torch.tensor([0.0, 0.0, 0.2], requires_grad=True)
+
+    class Priced:
+        price, seen = 3.0, None
+
+        def saw(self, kept):
+            self.seen = kept
+
+    cuts = Priced()
+    out = Cut.apply(x, log_cut, cuts, 0.25)
+    out.backward(torch.tensor([[[1.0, 10.0, 100.0]]]))
+    assert torch.equal(out.detach(), torch.tensor([[[0.0, -2.0, 0.0]]]))
+    assert cuts.seen == pytest.approx(0.25 / 3)
+    assert torch.equal(x.grad, torch.tensor([[[0.0, 10.0, 0.0]]]))
+    # Raising log t by d drops slope * d of the channel, and with it its pull on the loss and its price.
+    step = torch.sigmoid((x.detach().abs().log()[0, 0] - log_cut.detach()) / WIDTH)
+    slope = step * (1 - step) / WIDTH
+    expected = -slope * torch.tensor([0.5, -20.0, 100.0]) - 3.0 * 0.25 / 3 * slope
+    torch.testing.assert_close(log_cut.grad, expected)
+
+
+def test_the_price_rises_while_too_much_is_read_and_falls_to_nothing():
+    view = tiny.view("llama")
+    cuts = Cuts(view, tiny.calibration(view), 0.5)
+    prices = []
+    for read in (0.6, 0.6, 0.3):
+        cuts.saw(torch.tensor(read))
+        cuts.settle(loss=0.1)
+        prices.append(cuts.price)
+    assert prices[0] < prices[1] and prices[2] == 0
+    assert cuts.read == pytest.approx([0.6, 0.6, 0.3])
+
+
+def test_each_window_is_drawn_once_a_pass():
+    calibration = tiny.calibration(tiny.view("llama"))
+    windows = torch.cat(calibration.batches)
+    batches = drawn(calibration, len(windows), 2)
+    for half in (batches[: len(windows) // 2], batches[len(windows) // 2 :]):
+        assert sorted(torch.cat(half).tolist()) == sorted(windows.tolist())
+
+
+def test_it_runs_through_the_column_kernels():
+    view = tiny.view("llama")
+    method = Combined(0.5, steps=2)
+    fitted, ids = [(method, method.fit(view, tiny.calibration(view)))], tiny.tokens(1, 9)
+    with torch.no_grad(), attached(view, fitted, Policy()):
+        out = view.model(ids, use_cache=True)
+        expected = view.model(ids[:, :1], past_key_values=out.past_key_values).logits
+    with torch.no_grad(), kernel_execution(view, fitted, Policy()) as (installation,):
+        out = view.model(ids, use_cache=True)
+        found = view.model(ids[:, :1], past_key_values=out.past_key_values).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert installation.called == {"q", "k", "v", "o", "gate", "up", "down"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.combined.steps=-1"], "method.combined.steps"),
+        (["method.combined.batch=0"], "method.combined.batch"),
+        (["method.combined.level_rate=0"], "method.combined.level_rate"),
+    ],
+)
+def test_bad_options_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check(composed(["method=combined", *overrides]))
