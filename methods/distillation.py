@@ -1,4 +1,4 @@
-"""Distillation into what a sparse method may learn: the dense model teaches, its weights and the sparse one's frozen."""
+"""Distillation into what a sparse method may learn: the dense model teaches, all weights are frozen."""
 
 from __future__ import annotations
 

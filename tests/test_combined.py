@@ -13,7 +13,6 @@ from harness.model.step import Policy
 from harness.run.config import check
 from harness.run.overrides import composed
 from methods.combined import WIDTH, Combined, Cut, Cuts, drawn
-from methods.teal import Teal
 from tests import tiny
 
 
@@ -41,10 +40,10 @@ def divergence(view, method, state) -> tuple[float, float]:
 def test_learning_brings_the_model_nearer_at_the_same_share(sparsity):
     view = tiny.view("llama")
     calibration = tiny.calibration(view)
-    learnt, plain = Combined(sparsity, steps=40), Teal(sparsity)
+    learnt, plain = Combined(sparsity, steps=40), Combined(sparsity, steps=0)
     kl, share = divergence(view, learnt, learnt.fit(view, calibration))
     before, dropped = divergence(view, plain, plain.fit(view, calibration))
-    assert share == pytest.approx(sparsity, abs=0.01) and dropped == pytest.approx(sparsity, abs=0.02)
+    assert share == pytest.approx(sparsity, abs=0.01) and dropped == pytest.approx(sparsity, abs=0.01)
     assert kl < 0.75 * before
 
 

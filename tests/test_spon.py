@@ -13,8 +13,8 @@ from harness.model.step import Policy
 from harness.run.config import check
 from harness.run.overrides import composed
 from methods.cats import Cats
-from methods.rsparse import RSparse
 from methods.distillation import log_odds
+from methods.rsparse import RSparse
 from methods.spon import Spon, dropped_means
 from methods.teal import Teal
 from tests import tiny
