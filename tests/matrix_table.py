@@ -14,6 +14,10 @@ In a mixture of experts (Mixtral, Qwen3-MoE, OLMoE) the MLP of a token is that o
 their inner neurons are the sites, and their weights, with attention's, are all that a share is taken of. Experts that a
 token is not routed to are neither touched nor skipped: they are no part of the denominator, so routing is never sold as
 activation sparsity. The router's own weights are not counted.
+
+What transformers has and this table has not: Gemma 3n has no view: its later blocks make no K and V of their own, its
+residual stream is several streams, and each block reads projections beside the seven (AltUp, LAuReL, per-layer inputs)
+that a share would leave out. Its statistical top-k is here as the method `statistical_topk`, for any gated model.
 """
 
 

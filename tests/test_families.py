@@ -181,6 +181,12 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
     assert "## Add a family" in Path("CONTRIBUTING.md").read_text()
 
 
+def test_gemma_3n_is_refused_with_what_a_view_lacks_for_it() -> None:
+    config = SimpleNamespace(model_type="gemma3n_text")
+    with pytest.raises(UnsupportedError, match="no K and V of their own"):
+        view_of(SimpleNamespace(config=config))
+
+
 def test_a_mixture_with_blocks_that_have_no_experts_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="blocks without experts"):
         tiny.view("qwen3_moe", mlp_only_layers=[1])

@@ -12,8 +12,9 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.data import embedded
 from harness.data.tasks import load_tasks, task_manager
 from harness.data.text import Windows
 from harness.errors import MeasurementError
@@ -101,6 +102,18 @@ def test_embedded_model_equals_plain_hflm_item_by_item(embedded_dir, tokenizer):
     ours, _ = evaluate(HarnessLM(view_of(model), tokenizer, batch_size=8), TASKS, limit=50)
     theirs, _ = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), TASKS, limit=50)
     same_scores(ours, theirs, 1e-3)
+
+
+@pytest.mark.slow
+def test_the_half_billion_model_equals_plain_hflm_item_by_item():
+    """Biases in q, k and v, two KV groups, 151,936 tokens; in float32, since bfloat16 rounds a batch by its shape."""
+    folder = embedded.embedded_dir("qwen2.5-coder-0.5b")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours, _ = evaluate(HarnessLM(view_of(model), tokenizer, batch_size=4), TASKS, limit=8)
+    theirs, _ = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), TASKS, limit=8)
+    assert len(list(scores(ours))) >= 4 * 8
+    same_scores(ours, theirs, 2e-3)
 
 
 def test_scoring_tasks_exercise_decode_only_methods(tiny_lm):

@@ -15,6 +15,14 @@ from harness.model.view import Block, View
 
 __all__ = ["Block", "View", "adapters", "config_of", "view_of"]
 
+# Model types that transformers has and a view does not hold, and why.
+RULED_OUT = {
+    "gemma3n_text": (
+        "Gemma 3n has no view: its later blocks make no K and V of their own, its residual stream is several streams, and "
+        "each block reads projections beside the seven (AltUp, LAuReL, per-layer inputs) that a share would leave out"
+    )
+}
+
 
 @cache
 def adapters() -> Mapping[str, ModuleType]:
@@ -42,9 +50,11 @@ def config_of(source: str, revision: str | None) -> Any:
 def view_of(model: Any, name: str = "model", fingerprint: str = "") -> View:
     """The view of a transformers causal language model.
 
-    Raises `UnsupportedError` where no adapter knows the model type.
+    Raises `UnsupportedError` where no adapter knows the model type, or where it is ruled out.
     """
     model_type = model.config.model_type
+    if model_type in RULED_OUT:
+        raise UnsupportedError(RULED_OUT[model_type])
     if model_type not in adapters():
         raise UnsupportedError(
             f"no family adapter for model type {model_type!r} (known: {', '.join(sorted(adapters()))}); "
