@@ -32,7 +32,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels.cuda as kc
-from bench.gpu_batch_step import LIBRARY, SHAPES, Fused, check_blocks, model_of, routers_of, sdpa, single_steps, steps
+from bench.gpu_batch_step import (
+    LIBRARY,
+    SHAPES,
+    Fused,
+    against_single,
+    check_blocks,
+    model_of,
+    routers_of,
+    sdpa,
+    single_steps,
+    steps,
+)
 from bench.gpu_pairs import DEVICE, DTYPE, HEAD_DIM, Bench, Cache, captured
 from harness.execution.fused_batch import batch_decode
 from kernels import reference
@@ -184,6 +195,7 @@ def main() -> None:
                     bench.part(f"tiles, {shape}", partial(tiles, bench, memory, heads, groups, 16, 8192))
         if not place:
             bench.part("step of one sequence", partial(single_steps, bench, memory, view, CONTEXTS))
+            against_single(bench.record["rows"])
         del view, blocks, routers, fused
         gc.collect()
         torch.cuda.empty_cache()

@@ -247,3 +247,17 @@ def single_steps(bench: Bench, memory: Cache, view: View, contexts: tuple[int, .
             floor = {"dense columns": step_bytes(view, 1, context, 1.0)}
             calls = {"dense columns": looped(loop, context, tokens, 4)}
             bench.compare("step", calls, floor, ["dense columns"], shape=view.name, batch=1, context=context)
+
+
+def against_single(rows: list[dict[str, Any]]) -> None:
+    """Give the batch's steps at batch 1 their ratio to the tuned step of one sequence, of medians, where it is faster.
+
+    The two run on copies of the weights in other layouts, never at once, so their rounds are not paired.
+    """
+    steps = [row for row in rows if row["table"] == "step" and row["batch"] == 1]
+    single = {(row["shape"], row["context"]): row["us"] for row in steps if row["variant"] == "dense columns"}
+    for row in steps:
+        best = single.get((row["shape"], row["context"]))
+        if best is not None and row["variant"] != "dense columns":
+            row["over dense columns"] = best / row["us"]
+            row["over tuned dense"] = min(row["over tuned dense"], best / row["us"])

@@ -32,6 +32,7 @@ from methods.lte import Lte
 from methods.meangate import MeanGate
 from methods.moefication import MoEfication
 from methods.oracle import Oracle
+from methods.polar import Polar
 from methods.prosparse import ProSparse
 from methods.prox import Dip, Prox
 from methods.random import Random
@@ -40,6 +41,7 @@ from methods.relu2 import Relu2
 from methods.relu_stage2 import ReluStage2
 from methods.rsparse import RSparse
 from methods.scap import Scap
+from methods.skip_softmax import SkipSoftmax
 from methods.spon import Spon
 from methods.statistical_topk import StatisticalTopK
 from methods.tda import Tda
@@ -123,6 +125,9 @@ CASES: dict[str, Case] = {
         lambda s: KvSkip(s, select_by="lookahead", unit="group", kv="recompute", rank=2), site="heads"
     ),
     "kv_mask_output": Case(lambda s: KvSkip(s, select_by="random", kv="mask_output"), site="heads"),
+    "polar": Case(lambda s: Polar(s, dense_layers=0, epochs=1), site="heads"),
+    "polar_norm": Case(lambda s: Polar(s, select_by="norm"), site=None),
+    "skip_softmax": Case(lambda s: SkipSoftmax(s, block=4, tile=4), site=None),
     "lte": Case(lambda s: RandomRouters(s), site=None),
     "relu": Case(lambda s: Relu(s), **SWAP),
     "relu2": Case(lambda s: Relu2(s), **SWAP),

@@ -35,8 +35,8 @@ class NoKernelRanError(UnsupportedError):
 class Check:
     """What a comparison of kernels with masked execution came to.
 
-    error: largest relative L2 error. ran: the projections that a kernel computed in every layer. masked: those that
-    have a kernel, but where none ran for this batch, dtype or machine.
+    error: largest relative L2 error. ran: the projections that a kernel computed in every layer, "attention" too.
+    masked: those that have a kernel, but where none ran for this batch, dtype or machine.
     """
 
     error: float
@@ -98,7 +98,7 @@ def record(view: View, methods: Fitted, prompt: Tensor) -> Recorded:
     recorded = Recorded()
     with attached(view, methods, POLICY):
         out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
-        with _recording(view, recorded, attentions="heads" in _sites(methods)):
+        with _recording(view, recorded, attentions=not {"heads", "kv"}.isdisjoint(_sites(methods))):
             view.model(prompt[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         recorded.step = view.tracker.step
     return recorded
@@ -153,7 +153,10 @@ def replay(view: View, methods: Fitted, prompt: Tensor, recorded: Recorded) -> R
                 view.blocks[layer].act(projections[-1])  # methods that decide from the gate decide here
         for block, (args, kwargs, _) in zip(view.blocks, recorded.attentions, strict=False):
             cache = {key: out.past_key_values for key in ("past_key_values", "layer_past") if key in kwargs}
+            before = kernels.calls_by_torch()
             attentions.append(block.attn(*args, **(kwargs | cache))[0])
+            if kernels.calls_by_torch() > before:  # of its projections too: then no kernel is said to have run
+                by_torch.add("attention")
         with_kernel, called = (
             frozenset[str]().union(*(getattr(installation, of) for installation in installations))
             for of in ("with_kernel", "called")

@@ -72,7 +72,10 @@ def unfit_methods(methods: Fitted) -> str | None:
     selecting = [method for method, _ in methods if method.sites]
     for method in selecting:
         if method.own_kernels:
-            return f"{method.name} leaves holes in the cache, which the fused CPU step does not know"
+            return (
+                f"{method.name} leaves holes in the cache or in what is read of it, which the fused CPU step does not "
+                f"know"
+            )
         if not has_kernels(method):
             return f"{method.name} has no kernel: only masked execution"
     sites = [site for method in selecting for site in method.sites]

@@ -30,7 +30,8 @@ from harness.model.selection import PROJECTIONS, Mask, Selection, Thresholds
 from harness.model.step import Policy
 from harness.model.view import View
 
-ATTENTION = frozenset({"attn_in", "attn_out", "heads"})  # sites whose weights are those of q, k, v and o
+# Sites whose weights are those of q, k, v and o, or whose method attends in their place.
+ATTENTION = frozenset({"attn_in", "attn_out", "heads", "kv"})
 
 
 def has_kernels(method: Method) -> bool:

@@ -1,10 +1,14 @@
-"""Kernel execution of KV skipping: one token of one sequence through kernels, with masked execution for the rest.
+"""Kernel execution of KV skipping: one token a sequence through kernels, with masked execution for the rest.
 
 Heads are decided before q, k and v run. Then q makes the rows of kept heads, k and v those of groups with a kept head
 (all rows where every K and V must exist), attention reads the entries of those groups that exist, and o reads the
 columns of kept heads. What is not made stays zero in the cache.
 
-With `recompute`, entries of a used group that are missing are made from the kept inputs and written into the cache.
+One token each of several sequences of one length takes the library's projections and the attention kernel, where each
+sequence reads the entries of its own groups: unlike weights, the cache is not shared.
+
+With `recompute`, entries of a used group that are missing are made from the kept inputs and written into the cache, for
+one sequence.
 """
 
 from __future__ import annotations
@@ -90,6 +94,12 @@ class KernelHeads(Heads):
         alone = x.numel() == x.shape[-1] and step.sparse is None and step.past > 0
         return alone and self.partly_blind.get(layer) is not step
 
+    def _batch(self, layer: int) -> bool:
+        """One decode token each of several sequences that see all the others, which the method may touch."""
+        step = self._step()
+        tokens = step.valid.shape[1] == 1 and len(step.valid) > 1 and step.sparse is None and step.past > 0
+        return tokens and self.kv != "recompute" and self.partly_blind.get(layer) is not step
+
     def _choose(self, layer: int, x: Tensor) -> tuple[Step, Tensor, Tensor, Tensor]:
         step = self._step()
         chosen = self.chosen.get(layer)
@@ -130,11 +140,15 @@ class KernelHeads(Heads):
         step, keys = self._step(), key.shape[2]
         chosen = self.chosen.get(layer)
         masked = self.partly_blind.get(layer) is step or kwargs.get("softcap") is not None
-        if masked or chosen is None or chosen[0] is not step:
+        if not masked and chosen is not None and chosen[0] is step:
+            keep = chosen[1]
+        elif not masked and self._batch(layer):
+            keep = self._decide(layer, None, step)
+        else:
             return super().attend(layer, query, key, value, attention_mask, **kwargs)
-        keep = chosen[1]
+        self.called.add("attention")
         used = self._used(keep)
-        read = used.transpose(1, 2).expand(-1, -1, keys)
+        read = used.transpose(1, 2)  # one flag for all entries of a group
         if self.kv != "mask_output":
             exists = self._remember(layer, used, step)
             if self.kv == "recompute":

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.errors import UnsupportedError
 from harness.model.families import attention
 from harness.model.sees import INPUT, OUTPUT, Sees
 from harness.model.step import Step
@@ -46,6 +47,15 @@ def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 attention.register(NAME, _attention, _explicit_mask)
 
 
+def attends(view: View, attend: Callable[..., Tensor] | None) -> None:
+    """Let `attend`, which is told the layer first, attend in the place of every layer's own attention; None ends it."""
+    for layer, block in enumerate(view.blocks):
+        if attend is None:
+            _ACTIVE.pop(block.attn, None)
+        else:
+            _ACTIVE[block.attn] = partial(attend, layer)
+
+
 @contextmanager
 def skipping(view: View, sees: Sees, decide: Decide, kv: str, dropped: str = "exclude") -> Iterator[None]:
     """Drop heads, and K and V with them, until the context ends.
@@ -63,14 +73,28 @@ def skipping(view: View, sees: Sees, decide: Decide, kv: str, dropped: str = "ex
 
 
 @contextmanager
-def installed(heads: Heads) -> Iterator[None]:
-    """The hooks and the attention of `heads` until the context ends."""
+def installed(heads: Attends) -> Iterator[None]:
+    """The hooks and the attention of `heads` until the context ends. Raises `UnsupportedError` inside of another."""
+    if any(block.attn in _ACTIVE for block in heads.view.blocks):
+        raise UnsupportedError("two methods that decide what attention reads of the KV cache can't act on one model")
     try:
         heads.install()
         with attention.using(heads.view.model, NAME):
             yield
     finally:
         heads.remove()
+
+
+class Attends(Protocol):
+    """What attends in the place of a model's own attention."""
+
+    view: View
+
+    def install(self) -> None:
+        """Register what it needs, in `_ACTIVE` too."""
+
+    def remove(self) -> None:
+        """Remove it."""
 
 
 class Heads:
@@ -98,14 +122,13 @@ class Heads:
             if self.kv == "recompute":
                 see = partial(self._see_rotary, layer)
                 self.handles.append(block.attn.register_forward_pre_hook(see, with_kwargs=True))
-            _ACTIVE[block.attn] = partial(self.attend, layer)
+        attends(self.view, self.attend)
 
     def remove(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
-        for block in self.view.blocks:
-            _ACTIVE.pop(block.attn, None)
+        attends(self.view, None)
 
     @staticmethod
     def _see(into: dict[Any, Tensor], key: Any, _: nn.Module, args: tuple, __: Any = None) -> None:

@@ -98,7 +98,7 @@ class Method:
                 skipped |= {"up", "down"} if sees == GATE else {"gate", "up", "down"}
             elif site == "heads":
                 skipped |= {"q", "o"}
-            else:
+            elif site != "kv":  # of the cache no weights are spared
                 skipped |= set(PROJECTIONS[site])
         return frozenset(skipped)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Site = Literal["attn_in", "heads", "attn_out", "mlp_in", "neurons", "mlp_hidden"]
+Site = Literal["attn_in", "heads", "kv", "attn_out", "mlp_in", "neurons", "mlp_hidden"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 # Input channels of which projections a channel site is about.

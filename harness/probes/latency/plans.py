@@ -30,6 +30,7 @@ from harness.probes.latency.variants import Attach, Row, Variant
 from harness.probes.sparsity import measure as sparsity_rows
 
 NO_BATCH = "no kernel above batch 1 on this machine"
+ANY_BATCH = 1 << 30  # attention reads a cache for each sequence, however many they are
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def module_plan(
         Variant(
             "kernel", lambda: kernel_execution(view, methods, policy), {"message": message}, 1 - known.skipped,
             known.cache, no_batch=known.no_batch, union=union,
+            most=ANY_BATCH if "attention" in known.ran else kernels.MAX_ROWS,
         ),
         Variant("dense_slice", lambda: sliced(view, shares), {}, 1 - weights / view.block_weights),
     ]  # fmt: skip
@@ -169,7 +171,11 @@ def checked(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> Ker
         for site in ("model", "kv")
     )
     thresholds = static_thresholds(view, methods)
-    return Kernels(thresholds, message, skipped, 1 - unread, nothing, nothing or left_masked(two), two.ran)
+    no_batch = nothing or left_masked(two)
+    if "attention" in two.ran:
+        message += "; in a batch only attention skips"
+        no_batch = None
+    return Kernels(thresholds, message, skipped, 1 - unread, nothing, no_batch, two.ran)
 
 
 def left_masked(check: Check) -> str | None:

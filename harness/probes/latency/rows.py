@@ -124,7 +124,7 @@ def described(point: Point, variant: Variant, union: tuple[float, int] | None) -
     reads, cache = variant.reads, variant.reads_cache
     if point.batch > 1 and variant.execution in ("kernel", "dense_slice"):
         reads = 1.0 if union is None else union[0]
-        too_many = f"no kernel above batch {kernels.MAX_ROWS}" if point.batch > kernels.MAX_ROWS else None
+        too_many = f"no kernel above batch {variant.most}" if point.batch > variant.most else None
         no_batch = variant.no_batch or too_many
         if no_batch is not None:
             cache, common["execution"] = 1.0, "masked"

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+import kernels
+
 Row = dict[str, Any]
 Engine = Literal["eager", "graph", "compiled", "fused"]
 Attach = Callable[[], AbstractContextManager[Any]]
@@ -22,7 +24,7 @@ class Variant:
     attach: a context in which the view's model decodes that way. attach_batch: the one above batch 1, where it differs.
     columns: row columns that set this variant apart from the others of the cell.
     reads: share of the block weights that a step reads. reads_cache: share of the KV cache that it reads.
-    no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to 16.
+    no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to `most`.
     union: of a prompt [batch, context], the share of the block weights that a step after it reads, and tokens counted.
     captured: the step runs in a CUDA graph. fused: it runs as one C++ operator, on a CPU, for one sequence.
     block_bytes: bytes that the blocks' weights are stored in; None: those of the module's dtype.
@@ -37,6 +39,7 @@ class Variant:
     reads_cache: float = 1.0
     attach_batch: Attach | None = None
     no_batch: str | None = "no kernel above batch 1"
+    most: int = kernels.MAX_ROWS
     union: Callable[[Tensor], tuple[float, int]] | None = None
     captured: bool = False
     fused: bool = False
