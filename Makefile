@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 # A shell that forbids it would have every process of the tests compile thousands of modules anew: 15 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-slow test-gpu lint written figures report docs study archive bench bench-gpu setup assets clean
+.PHONY: run test test-slow test-gpu lint written figures report docs study archive fuzz bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
@@ -35,6 +35,10 @@ test-slow: setup assets
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# 100,000 damaged and hostile files for everything that reads one; the count is committed.
+fuzz: setup assets
+	$(BIN)/python -m tests.fuzz --examples 100000 --out results/bench/fuzz.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,6 +27,10 @@ class ConfigError(ValueError):
     """Bad input: the run ends before any model is loaded, with exit code 2."""
 
 
+class DamagedError(ConfigError):
+    """A stored file that is cut short or altered. In a sweep, the cell that needs it fails and the others go on."""
+
+
 class AssetError(RuntimeError):
     """A pinned model or data file could not be had or does not match its hash."""
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from harness.errors import ConfigError
+from harness import reading
+from harness.errors import ConfigError, DamagedError
 
 # Errors of the place we write to. They are the user's to mend, so they end as one sentence.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -93,8 +94,8 @@ def place_errors(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty where there is none, or only part of one."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return reading.read_json(path)
+    except DamagedError:
         return {}
 
 

@@ -46,7 +46,22 @@ def listed(value: Any, key: str) -> list[Any]:
     return found
 
 
+def texts(value: Any, key: str) -> list[str]:
+    """The value, if it is a list of texts."""
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{key} must be a list of names, not {value!r}")
+    return list(value)
+
+
+def is_file(path: str) -> bool:
+    """Whether a file is there; what can't be the name of one is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
 def file_or_none(path: Any, key: str) -> None:
     """Nothing, if the path is None or a file's."""
-    if path is not None and not Path(path).is_file():
+    if path is not None and not (isinstance(path, str) and is_file(path)):
         raise ConfigError(f"{key} names a file that does not exist: {path}")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room may import from its own floor and from those below, never from above.
 FLOORS = (
-    ("errors", "files", "progress", "console", "arguments", "places", "values"),
+    ("errors", "files", "reading", "progress", "console", "arguments", "places", "values"),
     ("model", "data"),
     ("results", "fitting"),
     ("execution", "training"),

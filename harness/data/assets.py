@@ -25,6 +25,7 @@ from filelock import FileLock
 from harness.console import say, stderr, styled
 from harness.errors import AssetError, ConfigError
 from harness.files import write_atomic
+from harness.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,7 @@ def model_fingerprint(folder: Path | str) -> str:
         return note.read_text()
     if folder.is_file():
         return _noted(note, sha256_of(folder))
-    config = folder / "config.json"
-    facts = json.loads(config.read_text())
+    facts = read_json(folder / "config.json")
     for key in ("transformers_version", "_name_or_path"):
         facts.pop(key, None)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -279,7 +279,11 @@ def _weights(folder: Path) -> list[Path]:
     """The weights files of a model folder, or the GGUF file itself."""
     if folder.suffix == ".gguf" and folder.is_file():
         return [folder]
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and (pickled := sorted(folder.glob("*.bin"))):
+        raise ConfigError(
+            f"the weights in {folder} are pickled ({pickled[0].name}), which can carry code: write them as safetensors"
+        )
     if not (folder / "config.json").is_file() or not weights:
         raise ConfigError(f"there is no model in {folder}: a config.json and weights files are needed")
     return weights

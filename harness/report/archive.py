@@ -30,15 +30,15 @@ from harness import claims
 from harness.arguments import finish
 from harness.arguments import parser as arguments_of
 from harness.console import say, stdout
-from harness.errors import ConfigError
+from harness.errors import ConfigError, DamagedError
 from harness.files import place_errors, write_atomic
 from harness.results.collect import dense_key, read_rows, read_table, relate
 from harness.results.identity import content_key
+from harness.results.kept import CELLS, commit_of, config_of, read_cells, read_environments
 from harness.results.rows import COLUMNS, SCHEMA_VERSION
 from harness.results.samples import TEXTS, read_samples, stack
 from harness.results.store import Store
 
-CELLS = ["cell_id", "status", "message", "started", "ended", "environment", "config"]
 ENDED = ("done", "unsupported")  # what failed is no result: the next sitting runs it again
 LARGE = 5 << 20  # bytes from which on the CSV is compressed
 
@@ -72,8 +72,10 @@ def read(root: Path) -> Part:
         return Part(rows, read_samples(root), cells, environments)
     if not (root / "cells.parquet").exists():
         raise ConfigError(f"{root} holds neither cells nor an archived study")
-    cells = pd.read_parquet(root / "cells.parquet").astype("string")
-    environments = json.loads((root / "environment.json").read_text())
+    cells = read_cells(root)
+    environments = read_environments(root)
+    if lacking := sorted(set(cells["environment"].dropna()) - set(environments)):
+        raise DamagedError(f"{root / 'environment.json'} can't be read: it lacks {', '.join(lacking)}")
     return Part(read_table(root / "table.parquet")[list(COLUMNS)], read_samples(root), cells, environments)
 
 
@@ -104,7 +106,7 @@ def write(roots: Sequence[Path], to: Path) -> dict[str, Any]:
         raise ConfigError(f"no cell in {', '.join(map(str, roots))} is whole")
     configs = whole.cells.set_index("cell_id")["config"]
     rows = whole.rows.sort_values(["cell_id"], kind="stable", ignore_index=True)
-    table = relate(rows, {str(name): dense_key(json.loads(config)) for name, config in configs.items()})
+    table = relate(rows, {str(name): dense_key(config_of(config, to)) for name, config in configs.items()})
     texts = {name: whole.samples[name].cat for name in TEXTS}
     ordered = {name: text.reorder_categories(sorted(text.categories)) for name, text in texts.items()}
     samples = whole.samples.assign(**ordered).sort_values("cell_id", kind="stable", ignore_index=True)
@@ -121,7 +123,7 @@ def write(roots: Sequence[Path], to: Path) -> dict[str, Any]:
     }
     said = {
         "schema": SCHEMA_VERSION,
-        "commits": sorted({str((place.get("git") or {}).get("commit")) for place in whole.environments.values()}),
+        "commits": sorted({str(commit_of(place)) for place in whole.environments.values()}),
         "cells": {str(status): int(n) for status, n in whole.cells["status"].value_counts().sort_index().items()},
         "rows": len(table),
         "samples": len(samples),

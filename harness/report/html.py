@@ -35,6 +35,7 @@ from harness.report.tables import Column
 from harness.report.terminal import OUTCOMES, PHASES, truncated_note
 from harness.results import published
 from harness.results.collect import headline
+from harness.results.kept import config_of, read_cells
 from harness.results.rows import COLUMNS
 from harness.results.samples import read_samples
 from harness.results.store import Store
@@ -240,8 +241,8 @@ def _configs(found: Path, lines: pd.DataFrame) -> str:
     if names:
         texts = {name: (store.view(name).path / "config.yaml").read_text() for name in names}
     elif (found / "cells.parquet").exists():  # an archived study
-        cells = pd.read_parquet(found / "cells.parquet").set_index("cell_id")["config"]
-        texts = {str(name): yaml.safe_dump(json.loads(text), sort_keys=False) for name, text in cells.items()}
+        cells = read_cells(found).set_index("cell_id")["config"]
+        texts = {str(name): yaml.safe_dump(config_of(text, found), sort_keys=False) for name, text in cells.items()}
     else:  # a table alone: what its rows say of their cells
         identity = lines.set_index("cell_id")[list(COLUMNS)[1:10]].astype("string").fillna("")
         texts = {str(n): "\n".join(f"{k}: {v}" for k, v in cell.items() if v) for n, cell in identity.iterrows()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from harness.console import say, stdout, styled, table
 from harness.errors import ConfigError
 from harness.results.cells import STATUS_PROBE
 from harness.results.collect import dense_key, read_table, relate
+from harness.results.kept import commit_of, config_of, read_cells, read_environments
 from harness.results.rows import to_frame
 from harness.results.store import Store
 
@@ -47,7 +47,7 @@ def load(results: Path, asked: str) -> Shown:
     """
     store, study = Store(results), _study(results)
     live = store.cells()
-    kept = [] if study is None else list(pd.read_parquet(study / "cells.parquet", columns=["cell_id"])["cell_id"])
+    kept = [] if study is None else list(read_cells(study)["cell_id"])
     if not live and not kept:
         raise ConfigError(f"there are no cells in {results}: run one first, for example with `make run`")
     name = choose(Path(asked).name, [*live, *(name for name in kept if name not in live)], results)
@@ -95,13 +95,13 @@ def _live(store: Store, name: str, names: Sequence[str]) -> Shown:
 
 
 def _kept(study: Path, name: str) -> Shown:
-    cells = pd.read_parquet(study / "cells.parquet")
+    cells = read_cells(study)
     line = cells[cells["cell_id"] == name].iloc[0]
-    environments = json.loads((study / "environment.json").read_text())
+    environments = read_environments(study)
     whole = read_table(study / "table.parquet")
     rows = whole[whole["cell_id"] == name].reset_index(drop=True)
     status = {key: line[key] for key in ("status", "message", "started", "ended") if pd.notna(line[key])}
-    return Shown(name, study, status, json.loads(line["config"]), environments.get(line["environment"], {}), rows)
+    return Shown(name, study, status, config_of(line["config"], study), environments.get(line["environment"], {}), rows)
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _where(cell: Shown) -> str:
     told = f", on {facts.iloc[0]['device']} in {facts.iloc[0]['dtype']}" if len(facts) else ""
     stored = cell.rows["weight_format"].dropna()
     told += f", {stored.iloc[0]} weights" if len(stored) else ""
-    commit = (cell.environment.get("git") or {}).get("commit")
+    commit = commit_of(dict(cell.environment))
     return told + (f", at commit {commit[:10]}" if commit else "")
 
 

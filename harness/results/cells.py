@@ -20,17 +20,20 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from harness.errors import ConfigError, UnsupportedError
 from harness.files import json_bytes, now, place_errors, read_json, remove_drafts, sync, write_atomic
+from harness.reading import ends_well, read_parquet, read_tensors, read_yaml, typed
 from harness.results.environment import environment
 from harness.results.fits import owned
 from harness.results.lock import Lock
 from harness.results.rows import COLUMNS, make_row, to_frame, up_to_date
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+STORED = (".parquet", ".safetensors")  # of a probe
+STATUS: dict[str, type] = {"status": str, "versions": dict, "started": str, "ended": str, "message": str, "alike": list}
 STATUS_PROBE = "status"  # holds the one row that a failed, out-of-memory or unsupported cell leaves
 
 
@@ -48,7 +51,7 @@ class CellView:
     @property
     def config(self) -> dict[str, Any]:
         """The config that the cell was claimed with."""
-        return yaml.safe_load((self.path / "config.yaml").read_text())
+        return read_yaml(self.path / "config.yaml")
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -58,7 +61,12 @@ class CellView:
     @property
     def status(self) -> dict[str, Any]:
         """Status (running, done, failed, oom, unsupported), versions, started, ended, message."""
-        return read_json(self.path / "status.json")
+        found = read_json(self.path / "status.json")
+        if not all(isinstance(found.get(key, kind()), kind) for key, kind in STATUS.items()):
+            return {}
+        if not all(isinstance(key, str) for key in found.get("alike", ())):
+            return {}
+        return found if "status" in found else {}
 
     def probes(self) -> list[str]:
         """Names of the committed probes, sorted; `STATUS_PROBE` is not one of them."""
@@ -66,28 +74,29 @@ class CellView:
         return sorted(name for name in found if name != STATUS_PROBE)
 
     def done(self, probe: str) -> bool:
-        """Whether the probe is committed."""
-        return self._file(probe, "rows.parquet").exists()
+        """Whether the probe is committed, and none of its files has been cut short since."""
+        files = [path for path in (self.path / "probes" / probe).glob("[!.]*") if path.suffix in STORED]
+        return self._file(probe, "rows.parquet") in files and all(map(ends_well, files))
 
     def read(self, probe: str) -> pd.DataFrame:
         """Rows of a committed probe, typed as `harness.results.rows.COLUMNS`; `SchemaError` if they have drifted."""
         path = self._file(probe, "rows.parquet")
-        frame = up_to_date(pd.read_parquet(path))
+        frame = up_to_date(read_parquet(path))
         if list(frame.columns) != list(COLUMNS):
             differing = sorted(set(frame.columns) ^ set(COLUMNS)) or ["the order of the columns"]
             raise SchemaError(
                 f"{path} was written with another row schema ({', '.join(differing)}): "
                 "run its cell again or remove its folder"
             )
-        return frame.astype(COLUMNS)
+        return typed(frame, COLUMNS, path)
 
     def samples(self, probe: str) -> pd.DataFrame:
         """The per-item table that was committed with the probe."""
-        return pd.read_parquet(self._file(probe, "samples.parquet"))
+        return read_parquet(self._file(probe, "samples.parquet"))
 
     def tensors(self, probe: str) -> dict[str, Tensor]:
         """The tensors that were committed with the probe, on the CPU."""
-        return load_file(self._file(probe, "tensors.safetensors"))
+        return read_tensors(self._file(probe, "tensors.safetensors"))
 
     def _file(self, probe: str, name: str) -> Path:
         return self.path / "probes" / probe / name

@@ -11,6 +11,7 @@ import pandas as pd
 
 from harness.errors import ConfigError
 from harness.files import guarded, place_errors, remove_drafts, write_atomic
+from harness.reading import read_csv, read_parquet, typed
 from harness.results.cells import STATUS_PROBE, SchemaError
 from harness.results.identity import content_key, measured
 from harness.results.rows import COLUMNS, to_frame, up_to_date
@@ -120,12 +121,12 @@ def read_table(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"there is no table {path}: run a cell first")
-    frame = up_to_date(pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False))
+    frame = up_to_date(read_parquet(path) if path.suffix == ".parquet" else read_csv(path, low_memory=False))
     types = {str(name): str(kind) for name, kind in _empty().dtypes.items()}
     if list(frame.columns) != list(types):
         differing = sorted(set(frame.columns) ^ set(types)) or ["the order of the columns"]
         raise SchemaError(f"{path} has other columns than this version writes: {', '.join(differing)}")
-    return frame.astype(types)
+    return typed(frame, types, path)
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:

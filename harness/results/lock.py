@@ -19,6 +19,8 @@ from harness.files import guarded, json_bytes, now, read_json, write_atomic
 
 LISTEN = 3  # heartbeats that another machine's owner must miss
 
+OWNER = {"host": str, "pid": int, "since": str}
+
 
 class LockedError(RuntimeError):
     """Another live process holds the cell, or took it over from this one."""
@@ -92,7 +94,7 @@ def live_owner(lock: Path, stale_s: float) -> dict[str, Any] | None:
         age = time.time() - lock.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not owner or _dead(owner):
+    if not owner or _dead(owner) or not all(isinstance(owner.get(key), kind) for key, kind in OWNER.items()):
         return None
     return owner if _here(owner) or abs(age) <= stale_s else None
 
@@ -121,10 +123,12 @@ def _here(owner: dict[str, Any]) -> bool:
 def _dead(owner: dict[str, Any]) -> bool:
     """Whether it is certain that the owner is no more."""
     if _here(owner):  # start times tell a dead process from another that was given its number
-        return _process_start(owner["pid"]) != owner["process_started"]
+        return _process_start(owner.get("pid", 0)) != owner.get("process_started")
     theirs, mine = owner.get("job"), _job()
     # A batch system never begins a job's next life before the last has ended, and may do it on another machine.
-    return theirs is not None and mine is not None and theirs["id"] == mine["id"] and theirs["life"] < mine["life"]
+    if not isinstance(theirs, dict) or mine is None or not isinstance(theirs.get("life"), int):
+        return False
+    return theirs.get("id") == mine["id"] and theirs["life"] < mine["life"]
 
 
 def _job() -> dict[str, Any] | None:

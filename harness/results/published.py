@@ -18,6 +18,7 @@ import pandas as pd
 
 from harness.errors import ConfigError
 from harness.places import RESULTS
+from harness.reading import read_csv, typed
 from harness.results.collect import ACHIEVED, headline
 from harness.results.rows import COLUMNS, up_to_date
 
@@ -66,10 +67,10 @@ def load(path: Path | str = PUBLISHED) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"there are no published figures at {path}")
-    frame = up_to_date(pd.read_csv(path))
+    frame = up_to_date(read_csv(path))
     if list(frame.columns) != list(COLUMNS):
         raise ConfigError(f"{path} does not have the columns of harness.results.rows")
-    frame = frame.astype(COLUMNS)
+    frame = typed(frame, COLUMNS, path)
     said = frame["message"].str.split(";").str[0]
     if not ((frame["source"] == "published") & said.isin(("read", "recalled"))).all():
         raise ConfigError(f"{path} has a row that is not published, or does not say whether it was read or recalled")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import union_categoricals
+from pandas.api.types import is_numeric_dtype, is_string_dtype, union_categoricals
 
+from harness.errors import DamagedError
+from harness.reading import read_parquet, typed
+from harness.results.cells import CellView
 from harness.results.collect import ACCURACIES
 from harness.results.store import Store
 
@@ -34,21 +37,23 @@ def read_samples(root: Path | str) -> pd.DataFrame:
     root = Path(root)
     store = Store(root)
     if not store.cells() and (root / "samples.parquet").exists():
-        return pd.read_parquet(root / "samples.parquet")[list(SAMPLES)].astype(SAMPLES)
+        return read_parquet(root / "samples.parquet", kinds=SAMPLES)
     tables = []
     for cell in store.cells():
         view = store.view(cell)
         for probe in view.probes():
             if probe == "perplexity":
-                frame = view.samples(probe)
+                frame = _checked(view, probe, texts=(), numbers=("nll", "tokens", "window"))
                 value = frame["nll"] / frame["tokens"]
                 facts = {"task": "perplexity", "item": frame["window"].astype(str), "kind": "text", "chance": 0.0}
-                tables.append(frame.assign(cell_id=cell, value=value, **facts)[list(SAMPLES)].astype(SAMPLES))
+                tables.append(
+                    typed(frame.assign(cell_id=cell, value=value, **facts)[list(SAMPLES)], SAMPLES, view.path)
+                )
             elif probe.startswith("quality-"):
-                frame = answers(view.samples(probe))
+                frame = answers(_checked(view, probe, ("task", "metric"), ("doc_id", "choices", "value")))
                 item = frame["task"] + "/" + frame["doc_id"].astype(str)
                 facts = {"kind": "accuracy", "task": probe.removeprefix("quality-"), "tokens": 0, "item": item}
-                tables.append(frame.assign(cell_id=cell, **facts)[list(SAMPLES)].astype(SAMPLES))
+                tables.append(typed(frame.assign(cell_id=cell, **facts)[list(SAMPLES)], SAMPLES, view.path))
     return stack(tables)
 
 
@@ -60,6 +65,16 @@ def stack(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     texts = {name: union_categoricals([frame[name] for frame in frames]).remove_unused_categories() for name in TEXTS}
     numbers_ = {name: np.concatenate([frame[name] for frame in frames]) for name in SAMPLES if name not in TEXTS}
     return pd.DataFrame(texts | numbers_)[list(SAMPLES)]
+
+
+def _checked(cell: CellView, probe: str, texts: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """A probe's per-item table, if these columns are what they are to be. Raises `DamagedError`."""
+    frame = cell.samples(probe)
+    wrong = [name for name in texts if name not in frame or not is_string_dtype(frame[name])]
+    wrong += [name for name in numbers if name not in frame or not is_numeric_dtype(frame[name])]
+    if wrong:
+        raise DamagedError(f"the per-item table of {probe} in {cell.path} has no good {', '.join(wrong)}")
+    return frame
 
 
 def answers(frame: pd.DataFrame) -> pd.DataFrame:

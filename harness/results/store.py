@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import AssetError, ConfigError
-from harness.files import place_errors, read_json
+from harness.errors import AssetError, ConfigError, DamagedError
+from harness.files import place_errors
 from harness.results.cells import Cell, CellView
 from harness.results.fits import Fits
 from harness.results.lock import Lock, LockedError, live_owner
@@ -60,14 +60,15 @@ class Store:
         path = self._path(cell_id)
         if live_owner(path / "lock.json", self.stale_s) is not None:
             return "locked"
-        status = read_json(path / "status.json")
+        status = self.view(cell_id).status
         if not status:
             return "run"
         if status.get("versions") != _versions(versions):
             return "stale"
         ended = status.get("status")
         if ended == "done":
-            return "skip"
+            view = self.view(cell_id)
+            return "skip" if all(map(view.done, view.probes())) else "partial"
         if ended == "unsupported":
             return "unsupported"
         if ended in ("failed", "oom"):
@@ -99,6 +100,9 @@ class Store:
             cell._open(config, _versions(versions), afresh)
             try:
                 yield cell
+            except DamagedError as error:
+                cell.fail(error)
+                raise
             except (ConfigError, AssetError):
                 raise  # the user's to mend (a full disk, a model that can't be read): the same command then goes on
             except Exception as error:

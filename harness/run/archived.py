@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from harness.errors import ConfigError
+from harness.places import CHECKPOINTS
+from harness.reading import read_parquet
+from harness.results.kept import config_of, read_cells
+from harness.run import probing
 from harness.run.canonical import canonical
 from harness.run.config import CellConfig
+from harness.run.nest import own_target
+
+SHAPE: dict[str, Any] = {"model": dict, "method": dict, "probe": dict, "tasks": dict}
+SHAPE |= {"phase": str, "scope": str, "sparsity": (int, float), "seed": int, "batch_size": int, "dense_prefix": int}
+MODEL = ("source", "repo", "revision", "name", "path")
 
 
 @cache
@@ -24,15 +31,40 @@ def held(folder: str) -> frozenset[str]:
     cells, table = Path(folder) / "cells.parquet", Path(folder) / "table.parquet"
     if not cells.is_file() or not table.is_file():
         raise ConfigError(f"archived names a folder without an archived study: {folder}")
-    found = pd.read_parquet(cells, columns=["cell_id", "config"]).set_index("cell_id")["config"]
-    ran = pd.read_parquet(table, columns=["cell_id", "device", "dtype"])
+    found = read_cells(Path(folder)).set_index("cell_id")["config"]
+    ran = read_parquet(table, kinds=dict.fromkeys(("cell_id", "device", "dtype"), "string"))
     ran = ran.dropna().drop_duplicates("cell_id").set_index("cell_id")
     ids = set(found.index)
     for name, text in found.items():
-        config = json.loads(text)
-        if "processor" not in config and name in ran.index and config["model"]["path"] is None:
-            ids.add(_resolved(config, ran.loc[name, "device"], ran.loc[name, "dtype"]).id)
+        config = config_of(text, Path(folder))
+        if "processor" not in config and name in ran.index and _ours(config):
+            with suppress(ConfigError):  # it makes no sense any more: no cell of now is the same
+                ids.add(_resolved(config, ran.loc[name, "device"], ran.loc[name, "dtype"]).id)
     return frozenset(ids)
+
+
+def _ours(config: dict[str, Any]) -> bool:
+    """Whether it is a config of this project's methods, on a model that lies in no folder. Nothing else is imported."""
+    if not all(isinstance(config.get(key), kind) for key, kind in SHAPE.items()):
+        return False
+    model, methods, probe = config["model"], config["method"], config["probe"]
+    if model.get("path") is not None or not isinstance(model.get("name"), str) or not set(MODEL) <= model.keys():
+        return False
+    if not isinstance(probe.get("names"), list) or not all(name in probing.names() for name in probe["names"]):
+        return False
+    learnt_from = config.get("calibration", "nothing is said")
+    texts = [probe.get("perplexity"), *([] if learnt_from is None else [learnt_from])]
+    if not all(isinstance(text, dict) and text.get("path", "") is None for text in texts):
+        return False
+    if not all(isinstance(probe.get(name, {}), dict) for name in probing.names()):
+        return False
+    if "search" in probe["names"] and not {"knob", "high"} <= probe.get("search", {}).keys():
+        return False
+    adapter = model.get("adapter")
+    if adapter is not None and adapter not in {record.parent.name for record in CHECKPOINTS.glob("*/adapter.json")}:
+        return False
+    targets = [str(options.get("_target_")) for options in methods.values() if isinstance(options, dict)]
+    return len(targets) == len(methods) > 0 and all(own_target(target) for target in targets)
 
 
 def _resolved(config: dict[str, Any], device: str, dtype: str) -> CellConfig:

@@ -14,7 +14,7 @@ from harness.errors import ConfigError
 from harness.model.formats import BITS, GROUPS
 from harness.places import CHECKPOINTS, CONF, INSTALLED
 from harness.run import probing
-from harness.values import choice, file_or_none, number, whole
+from harness.values import choice, file_or_none, number, texts, whole
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's plans
 
@@ -54,11 +54,16 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     whole(calibration["window"], "calibration.window", at_least=2)
     if calibration["window"] > calibration["tokens"]:
         raise ConfigError("calibration.window is longer than calibration.tokens")
-    tasks.check_tasks(cfg["tasks"]["names"] or [], source_of(cfg))
+    tasks.check_tasks(texts(cfg["tasks"]["names"] or [], "tasks.names"), source_of(cfg))
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
     source = choice(model["source"], "model.source", ("embedded", "path", "hub", "shape"))
+    for key in ("name", "path", "repo", "revision", "adapter"):
+        if not isinstance(model.get(key), str | None):
+            raise ConfigError(f"model.{key} must be a text, not {model[key]!r}")
+    if source == "hub" and model["path"] is None and not (model["name"] and model["repo"]):
+        raise ConfigError("model.source=hub needs model.name and model.repo")
     adapter = model.get("adapter")
     if adapter is not None and not any((root / adapter / "adapter.json").is_file() for root in (CHECKPOINTS, Path())):
         if INSTALLED:
@@ -98,7 +103,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 
 def _check_probe(probe: Mapping[str, Any]) -> None:
-    for name in probe["names"]:
+    for name in texts(probe["names"], "probe.names"):
         choice(name, "probe.names", probing.names())
     if not probe["names"]:
         raise ConfigError("probe.names is empty: there is nothing to measure")
@@ -108,6 +113,8 @@ def _check_probe(probe: Mapping[str, Any]) -> None:
         whole(perplexity[key], f"probe.perplexity.{key}", low)
     whole(probe["sparsity"]["windows"], "probe.sparsity.windows")
     for key in ("batch", "context"):
+        if not isinstance(latency[key], list):
+            raise ConfigError(f"probe.latency.{key} must be a list, not {latency[key]!r}")
         for value in latency[key]:
             whole(value, f"probe.latency.{key}")
     whole(latency["new_tokens"], "probe.latency.new_tokens", at_least=2)

@@ -31,7 +31,7 @@ def seconds(cells: Mapping[str, CellConfig], store: Store) -> dict[str, float | 
     times: dict[str, list[float]] = {}
     for name in store.cells():
         status = store.view(name).status
-        if status.get("status") == "done" and "seconds" in status:
+        if status.get("status") == "done" and isinstance(status.get("seconds"), int | float):
             for key in status.get("alike", ()):
                 times.setdefault(key, []).append(status["seconds"])
     return {name: _median(times.get(key) for key in alike(cell)) for name, cell in cells.items()}

@@ -76,6 +76,7 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
             attn_implementation=_attention(source, revision),
             trust_remote_code=False,
             device_map=spread,
+            use_safetensors=True if revision is None else None,  # of the hub, pinned by its commit, some have no others
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(model_config, error) from error

@@ -24,8 +24,7 @@ def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     """
     methods = []
     for name, options in config.items():
-        module, _, cls = str(options["_target_"]).rpartition(".")
-        factory = getattr(importlib.import_module(module), cls)
+        factory = _class(name, str(options["_target_"]))
         known = [field.name for field in fields(factory)]
         given = {key: value for key, value in options.items() if key != "_target_"}
         for key in given:
@@ -38,6 +37,18 @@ def build_methods(config: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         except TypeError as error:
             raise ConfigError(f"method {name}: {error}") from error
     return settled(methods)
+
+
+def _class(name: str, target: str) -> Any:
+    """The method's class. Raises `ConfigError` where `_target_` names none."""
+    module, _, cls = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"method {name}: _target_={target} can't be imported: {error}") from error
+    if not isinstance(found, type) or not is_dataclass(found) or not hasattr(found, "batch_coupled"):
+        raise ConfigError(f"method {name}: _target_={target} is no method (see CONTRIBUTING.md, Add a method)")
+    return found
 
 
 def own_target(target: str) -> type[Method] | None:

@@ -100,12 +100,15 @@ def _parsed(override: str) -> Override:
 
 def expand(overrides: list[str]) -> list[list[str]]:
     """Every combination of a sweep, in Hydra's order."""
-    axes = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [str(o.input_line)]
-        for o in parse(overrides)
-    ]
+    try:
+        axes = [
+            [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+            if o.is_sweep_override()
+            else [str(o.input_line)]
+            for o in parse(overrides)
+        ]
+    except HydraException as error:
+        raise _one_sentence(error) from error
     return [list(combination) for combination in itertools.product(*axes)]
 
 
@@ -218,7 +221,10 @@ def _base(choices: tuple[str, ...], without: str | None = None) -> DictConfig:
         return cfg
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(choices))
+        try:
+            return compose("config", overrides=list(choices))
+        except ValueError as error:  # of a group that is given no name
+            raise _one_sentence(error) from error
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.results.store import State, Store
 
 NEEDS_RUN = ("run", "partial", "stale")
+OF_RUNS = ("workers", "on_error", "results", "archived", "sweeps", "logger", "plan", "dry", "retry", "force")
 SWITCHES = ("plan", "dry", "retry", "retry_failed", "force")
 
 
@@ -41,13 +42,18 @@ def read(overrides: list[str], multirun: bool) -> Command:
         _utf8(named)
     overrides = rewrite(overrides, multirun)
     settings = opening(overrides)
+    if lacking := [key for key in OF_RUNS if key not in settings]:
+        raise ConfigError(f"{lacking[0]} has no value: give {lacking[0]}=")
     whole(settings["workers"], "workers")
     choice(settings["on_error"], "on_error", ("go_on", "stop"))
     for key in SWITCHES:
         if not isinstance(settings[key], bool):
             raise ConfigError(f"{key} must be true or false, not {settings[key]!r}")
     sweeps = [(overrides, multirun)]
-    if settings["sweeps"]:
+    given = settings["sweeps"] or []
+    if not isinstance(given, list) or not all(isinstance(sweep, list) for sweep in given):
+        raise ConfigError(f"sweeps must be a list of lists of overrides, not {given!r}")
+    if given:
         sweeps = [(overrides + [str(o) for o in sweep], True) for sweep in settings["sweeps"]]
     combinations = [c for given, many in sweeps for c in (expand(given) if many else [given])]
     command = Command(settings, sweeps, [check(composed(c)) for c in combinations])

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, DamagedError
 from harness.model.activations import ACTIVATIONS, GateActivation
 from harness.places import CHECKPOINTS
+from harness.reading import read_json, tensors_of
 from harness.training.adapter import merge
 from harness.training.llama import LINEARS
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 15 * 2**20  # git hosts and reviewers like files under 16 MiB
 FORMAT = 1
+SHARD = re.compile(r"adapter-\d{5}-of-\d{5}\.safetensors")  # a name, so that no record leads out of its folder
+RECORD: dict[str, type | tuple[type, ...]] = {"name": str, "activation": str, "factor": (int, float), "sha256": dict}
 
 
 @dataclass(frozen=True)
@@ -110,18 +114,22 @@ def read_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     if not (folder / "adapter.json").exists():
         known = sorted(p.parent.name for p in CHECKPOINTS.glob("*/adapter.json"))
         raise ConfigError(f"no checkpoint {str(name_or_dir)!r}; there are: {', '.join(known) or 'none'}")
-    record = json.loads((folder / "adapter.json").read_text())
-    if record["format"] != FORMAT:
-        raise ConfigError(f"{folder} has format {record['format']}, this version reads format {FORMAT}")
+    record = read_json(folder / "adapter.json")
+    if record.get("format") != FORMAT:
+        raise ConfigError(f"{folder} has format {record.get('format')}, this version reads format {FORMAT}")
+    if lacking := [key for key, kind in RECORD.items() if not isinstance(record.get(key), kind)]:
+        raise DamagedError(f"{folder / 'adapter.json'} can't be read: it lacks {', '.join(lacking)}")
     packed: dict[str, Tensor] = {}
     for name, wanted in record["sha256"].items():
+        if not SHARD.fullmatch(name):
+            raise DamagedError(f"{folder / 'adapter.json'} can't be read: a shard is called {name!r}")
         try:
             content = (folder / name).read_bytes()
         except FileNotFoundError:
             raise ConfigError(f"{folder} lacks its shard {name}") from None
         if hashlib.sha256(content).hexdigest() != wanted:
             raise ConfigError(f"{folder / name} does not have the sha256 that adapter.json names")
-        packed |= load(content)
+        packed |= tensors_of(content, folder / name)
     return Checkpoint(record["name"], record["activation"], record["factor"], unpack(packed), record)
 
 
