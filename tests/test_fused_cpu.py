@@ -24,7 +24,7 @@ REFUSED = {  # by (part of) the sentence
     "kv_recompute": "holes in the cache",
     "kv_mask_output": "holes in the cache",
     "polar": "holes in the cache",
-    "polar_norm": "holes in the cache",
+    "polar_norm": "only masked execution",
     "skip_softmax": "holes in the cache",
     "wina_transform": "hooks of its own",
     "larosa": "hooks of its own",

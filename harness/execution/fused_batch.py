@@ -50,7 +50,8 @@ class BatchBlock:
         self, view: View, layer: int, weights: dict[str, tuple[Tensor, Tensor | None]], router: Router | None
     ) -> None:
         self.view, self.layer, self.weights, self.router = view, layer, weights, router
-        self.attention, self.norms = view.blocks[layer].attn, view.norms[layer]
+        self.attention: Any = view.blocks[layer].attn
+        self.norms: tuple[Any, Any] = view.norms[layer]
         self.act = ACTIVATIONS[view.activation]
         self.width = (view.n_heads + 2 * view.n_kv_heads) * view.head_dim
         self.attend: Callable[..., Tensor] | None = None
@@ -148,7 +149,7 @@ def _block_forward(layer: nn.Module, fused: BatchBlock) -> Callable[..., Any]:
     return forward
 
 
-def _norm_forward(norm: nn.Module) -> Callable[..., Any]:
+def _norm_forward(norm: Any) -> Callable[..., Any]:
     own = norm.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
