@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd", "munged")
@@ -123,6 +123,8 @@ def cluster(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         subprocess.run(["scancel", "--user=root"], env=environment, check=False, capture_output=True)
+        with contextlib.suppress(RuntimeError):  # else their processes would outlive the cluster
+            _until(lambda: _reply(environment, "squeue", "-h") == "", short, within_s=30.0)
         for process in reversed(running):
             process.terminate()
         for process in running:
@@ -151,16 +153,20 @@ def _ports(held: list[socket.socket]) -> tuple[int, int, int]:
 
 
 def _idle(environment: Mapping[str, str]) -> bool:
-    shown = subprocess.run(["sinfo", "-h", "-N", "-o", "%N %t"], env=environment, capture_output=True, text=True)
-    return sum(line.endswith(" idle") for line in shown.stdout.splitlines()) >= 2
+    shown = _reply(environment, "sinfo", "-h", "-N", "-o", "%N %t")
+    return sum(line.endswith(" idle") for line in shown.splitlines()) >= 2
 
 
-def _until(ready: object, folder: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while not ready():  # type: ignore[operator]
+def _reply(environment: Mapping[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+
+
+def _until(ready: Callable[[], bool], folder: Path, within_s: float = READY_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not ready():
         if time.monotonic() > deadline:
             logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
-            raise RuntimeError(f"the Slurm cluster did not come up in {READY_S:.0f} s:\n{logs}")
+            raise RuntimeError(f"the Slurm cluster did not get there in {within_s:.0f} s:\n{logs}")
         time.sleep(0.1)
 
 

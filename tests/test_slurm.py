@@ -35,7 +35,7 @@ SWEEP = [
     "tasks=none",
 ]
 SLURM = ["engine=slurm", "engine.sbatch.cpus_per_task=1", "engine.sbatch.time=10"]
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 
 def until(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
