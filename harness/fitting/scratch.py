@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from harness.files import place_errors, write_atomic
 
 
 class Scratch:
@@ -29,10 +30,9 @@ class Scratch:
             except (SafetensorError, OSError):
                 path.unlink(missing_ok=True)
         part = {key: value.detach().cpu().contiguous() for key, value in make().items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        save_file(part, unfinished)
-        os.replace(unfinished, path)
+        with place_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, save(part))
         return part
 
     def clear(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from harness.console import say, sentence
-from harness.errors import AssetError, ConfigError, UnsupportedError
+from harness.errors import AssetError, ConfigError, DamagedError, UnsupportedError
 from harness.progress import quiet_libraries
 from harness.results.cells import CellView
 from harness.results.lock import LockedError
@@ -77,6 +77,8 @@ def attempt(
     try:
         _dense_first(cell, store, logger, console)
         return run_cell(cell, store, logger, console, again.finished), None
+    except DamagedError as error:  # of a file of this cell or its dense one: the others need not end for it
+        state, style, message = "failed", "red", sentence(error)
     except (ConfigError, AssetError):
         raise
     except UnsupportedError as error:
