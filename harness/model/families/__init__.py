@@ -19,7 +19,7 @@ __all__ = ["Block", "View", "adapters", "config_of", "view_of"]
 RULED_OUT = {
     "gemma3n_text": (
         "Gemma 3n has no view: its later blocks make no K and V of their own, its residual stream is several streams, "
-        "and each block reads projections beside the seven (AltUp, LAuReL, per-layer inputs) that a share would leave out"
+        "and each block reads projections beside the seven (AltUp, LAuReL, per-layer inputs), which a share would omit"
     )
 }
 
