@@ -58,7 +58,7 @@ def test_skipped_heads_are_timed_through_kernels_and_an_oracle_says_why_not():
     view = tiny.view("llama")
     timed = planned(view, [(KvSkip(0.5, select_by="random", unit="group"), {})])
     assert [v.execution for v in timed] == ["dense", "dense", "kernel", "kernel", "dense_slice"]
-    assert timed[3].reads_cache == 0.0 and timed[3].reads < 1
+    assert 0.2 < timed[3].reads_cache < 0.35 and timed[3].reads < 1  # half of the groups, of which half have holes
     masked = planned(view, [(KvSkip(0.5, unit="group"), {})])
     assert [v.execution for v in masked] == ["dense", "dense", "masked"]
     assert "decides from outputs" in masked[2].columns["message"]
