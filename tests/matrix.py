@@ -7,7 +7,9 @@ model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +43,7 @@ from methods.relu2 import Relu2
 from methods.relu_stage2 import ReluStage2
 from methods.rsparse import RSparse
 from methods.scap import Scap
+from methods.sirius import Sirius
 from methods.skip_softmax import SkipSoftmax
 from methods.spon import Spon
 from methods.statistical_topk import StatisticalTopK
@@ -79,6 +82,19 @@ class RandomConstants(Spon):
         generator = torch.Generator().manual_seed(0)
         widths = {name: module.out_features for name, module in view.blocks[0].projections()}
         return {name: torch.randn(view.n_layers, n, generator=generator) for name, n in widths.items()}
+
+
+@dataclass(frozen=True)
+class CorrectedTeal(Teal):
+    """TEAL inside of Sirius: alone Sirius leaves the model as it is."""
+
+    phases: ClassVar[tuple[str, ...]] = ("decode",)
+
+    def unsupported(self, view: View) -> str | None:
+        return Sirius().unsupported(view)
+
+    def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:
+        return Sirius(self.sparsity, kernel_size=4).rewrite(view, state)
 
 
 @dataclass(frozen=True)
@@ -166,4 +182,5 @@ CASES: dict[str, Case] = {
     "meangate": Case(lambda s: MeanGate(s, rank=8), site=None, families=GATED),
     "combined": Case(lambda s: Combined(s, steps=4), tolerance=0.04),
     "spon": Case(lambda s: RandomConstants(s), site=None),
+    "sirius": Case(lambda s: CorrectedTeal(s), site=None, families=GATED),
 }

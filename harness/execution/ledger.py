@@ -62,6 +62,8 @@ class Ledger:
     view: View
     sites: frozenset[str]
     tokens: Tensor | None = None
+    paused: bool = False  # passes are not counted
+    wasted: int = 0  # decode tokens that were counted and thrown away: what they touched is charged to the others
     _noted: list[tuple[Note, Tensor | None]] = field(default_factory=list)  # of this pass: what, and its count
     # By what a pass noted: numerators float64 [counted, 2] and tokens [2] of all passes that noted the same.
     _sums: dict[tuple[tuple[Note, ...], tuple[Note, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Ledger:
         Of nested methods each notes its own: kept is what all of them keep. dense_gate: the decision needed every gate
         row. kv_keep: bool [batch, tokens, KV heads] where K and V of dropped heads are not made (None: they all are).
         """
+        if self.paused:
+            return
         self._starts_pass()
         self._dense_gate |= dense_gate
         for name, mask in ((site, keep), ("kv", kv_keep)):
@@ -96,8 +100,14 @@ class Ledger:
         For an attention that does not read both of every entry that a token sees. A group without a kept head reads
         nothing all the same.
         """
+        if self.paused:
+            return
         self._starts_pass()
         self._attended = vectors if self._attended is None else torch.minimum(self._attended, vectors)
+
+    def waste(self, tokens: int) -> None:
+        """So many of the decode tokens that were counted are no part of any answer."""
+        self.wasted += tokens
 
     @contextmanager
     def counting(self) -> Iterator[Ledger]:
@@ -120,6 +130,8 @@ class Ledger:
         last = layer == self.view.n_layers - 1 and projection == "down"
 
         def hook(_: nn.Module, args: tuple) -> None:
+            if self.paused:
+                return
             self._starts_pass()
             x = args[0]
             columns = groups = WHOLE
@@ -311,7 +323,8 @@ class Ledger:
         """(skipped, total) over all layers, of something of which there is one for `each` weights."""
         assert self.tokens is not None
         names = [p for p in self.view.projection_names() if p in projections]
-        total = self.tokens * float(sum(self.view.weights(p) for p in names) * self.view.n_layers // each)
+        given = self.tokens - self.tokens.new_tensor([0, self.wasted])
+        total = given * float(sum(self.view.weights(p) for p in names) * self.view.n_layers // each)
         touched = sum((v for (_, p), v in touched_of.items() if p in names), torch.zeros_like(total))
         return total - touched, total
 

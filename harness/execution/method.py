@@ -82,6 +82,11 @@ class Method:
         return 0
 
     @property
+    def dense_share(self) -> float:
+        """The share of the tokens it may touch that it has the dense model compute."""
+        return 0.0
+
+    @property
     def makes_experts(self) -> bool:
         """Whether it makes experts, whose use can be counted."""
         return type(self).usage is not Method.usage

@@ -106,6 +106,7 @@ class HarnessLM(HFLM):
                 stopping_criteria=StoppingCriteriaList([ends]),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
+                custom_generate=self.view.generator,
                 **generation_kwargs,
             )
         self._generated(len(context))

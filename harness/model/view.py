@@ -76,6 +76,7 @@ class View:
     stored: Format | None = None
     source: str | None = None
     ledger: Any = None  # the harness.execution.ledger.Ledger that counts at the moment
+    generator: Any = None  # what generates in place of transformers' own loop, called as its decoding methods are
 
     @cached_property
     def tracker(self) -> StepTracker:

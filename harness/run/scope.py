@@ -39,6 +39,8 @@ def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
     cost = sum(overhead(view, methods).values()) / (view.block_weights * view.n_layers)
     if requested == 0 or share == 0:
         return methods
+    for method, _ in methods:  # what the others skip in all must be skipped in the tokens that are left to them
+        share *= 1 - method.dense_share
     level = (requested + cost) / share
     if level >= 1:
         names = "+".join(method.name for method, _ in methods)
