@@ -81,6 +81,7 @@ bench: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_decode --dtype bfloat16 --no-compile --out results/bench/cpu_decode_bf16.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_step --out results/bench/cpu_step.json
 	$(BIN)/python -m bench.overhead --out results/bench/overhead.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.reuse --out results/bench/reuse.json
 
 bench-gpu: setup
 	$(BIN)/python -m bench.gpu_kernels --out results/bench/gpu_kernels.json

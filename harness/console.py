@@ -81,3 +81,10 @@ def table(title: str = "") -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+
+
+def duration(seconds: float) -> str:
+    """A rough time: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -20,7 +20,7 @@ from harness.results.collect import collect, headline
 from harness.results.store import Store
 from harness.run import plan
 from harness.run.config import CellConfig
-from harness.run.execute import run_all
+from harness.run.execute import Pace, run_all
 from methods.random import Random
 
 
@@ -129,3 +129,10 @@ def test_a_full_disk_under_the_layers_of_a_fit_is_one_sentence(tmp_path: Path, m
     with pytest.raises(ConfigError, match="the disk is full"):
         Scratch(tmp_path / "k.layers").part("p", lambda: {"w": torch.ones(3)})
     assert list((tmp_path / "k.layers").iterdir()) == []
+
+
+def test_a_sweep_says_how_far_it_has_come() -> None:
+    pace = Pace(3)
+    assert pace.line("done", 10.0) == "[1/3] done, 10 s, 2 left, about 20 s"
+    assert pace.line("failed", 200.0) == "[2/3] failed, 3 min, 1 left, about 2 min"
+    assert pace.line("done", 0.2) == "[3/3] done, 1 s"

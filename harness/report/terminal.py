@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.console import say, stdout, styled, table
+from harness.console import duration, say, stdout, styled, table
 from harness.results.collect import headline
 from harness.results.store import State
 
@@ -78,19 +78,12 @@ def print_plan(
         if name in expected and state in AGAIN:
             words, style = AGAIN[state], "green"
         took = expected.get(name)
-        listing.add_row(styled(name), styled(words + (f", about {_duration(took)}" if took else ""), style=style))
+        listing.add_row(styled(name), styled(words + (f", about {duration(took)}" if took else ""), style=style))
     console.print(listing)
     known = [took for took in expected.values() if took is not None]
     if known:
         rest = f", and {len(expected) - len(known)} of which nothing is known" if len(known) < len(expected) else ""
-        say(console, f"{len(known)} cells to run, about {_duration(sum(known))} one after the other{rest}")
-
-
-def _duration(seconds: float) -> str:
-    """A rough time: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        say(console, f"{len(known)} cells to run, about {duration(sum(known))} one after the other{rest}")
 
 
 def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from harness.console import say, sentence
+from harness.console import duration, say, sentence
 from harness.errors import AssetError, ConfigError, DamagedError, UnsupportedError
 from harness.progress import quiet_libraries
 from harness.results.cells import CellView
@@ -60,10 +60,32 @@ def run_all(
 
     What the user must mend (`ConfigError`, `AssetError`: a full disk, a model that can't be read) ends it.
     """
-    for cell in cells:
+    asked = list(cells)
+    left = [cell for cell in asked if not again.settled(state_of(cell, store))]
+    pace = Pace(len(left))
+    for cell in asked:
+        start, settled = time.perf_counter(), again.settled(state_of(cell, store))
         state, _ = attempt(cell, store, logger, console, again)
+        if not settled and len(left) > 1:
+            say(console, f"  {pace.line(state, time.perf_counter() - start)}", style="dim")
         if again.stop and state == "failed":
             return
+
+
+@dataclass
+class Pace:
+    """How far a sweep has come. total: cells that are to run."""
+
+    total: int
+    done: int = 0
+    spent: float = 0.0
+
+    def line(self, state: str, seconds: float) -> str:
+        """Count a cell that has ended: how, how many are left, and how long they take at the pace so far."""
+        self.done, self.spent = self.done + 1, self.spent + seconds
+        left = self.total - self.done
+        rest = f", {left} left, about {duration(left * self.spent / self.done)}" if left > 0 else ""
+        return f"[{self.done}/{self.total}] {state}, {duration(seconds)}{rest}"
 
 
 def attempt(
