@@ -156,7 +156,7 @@ def _lengths(line: dict[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- the page
 
-CHOICES = ("model", "level", "tokens")
+CHOICES = {"model": True, "level": False, "tokens": True}
 
 
 def section(lines: pd.DataFrame) -> str:
@@ -164,10 +164,10 @@ def section(lines: pd.DataFrame) -> str:
     if lines.empty:
         return "<p>No cell comes near 25, 40, 50 or 60 % of the block weights.</p>"
     speeds = timed_on(lines)
-    head = {"model": False, "level": True, "tokens": False, "scheme": False, "needs": False, "achieved": True}
-    head |= {"perplexity × dense": True, "group, text": False, "accuracy, points": True, "group, answers": False}
-    head |= {"generated, points": True, "answer tokens": True}
-    head |= {f"speed-up, {name.removeprefix('speedup:')}": True for name in speeds} | {"not placed because": False}
+    head = {"scheme": False, "level": True, "achieved": True, "perplexity × dense": True, "group, text": False}
+    head |= {"accuracy, points": True, "group, answers": False, "generated, points": True, "answer tokens": True}
+    head |= {f"speed-up, {name.removeprefix('speedup:')}": True for name in speeds}
+    head |= {"needs": False, "not placed because": False, "model": False, "tokens": False}
     body = [f"<tr>{''.join(_cells(line, speeds))}</tr>" for line in lines.to_dict("records")]
     return f"<p>{escape(NOTE)}</p>{tables.listing('leaderboard-table', head, body, choices=CHOICES)}"
 
@@ -181,11 +181,8 @@ def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
         interval = f' <span class="more">{interval}</span>' if interval else ""
         return tables.number(line[measure], value + interval)
 
-    yield text(line["model"])
-    yield tables.number(line["level"], f"{line['level']:.0%}")
-    yield text(PHASES.get(line["phase"], line["phase"]))
     yield text(_named(line))
-    yield text(_given(line))
+    yield tables.number(line["level"], f"{line['level']:.0%}")
     yield tables.number(line["achieved_model"], _form(line["achieved_model"], ".1%"))
     yield between("text", _ratio(line))
     yield text(_group(line, "text"))
@@ -195,7 +192,10 @@ def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
     yield tables.number(line["answer_tokens"], _lengths(line))
     for name in speeds:
         yield tables.number(line[name], _form(line[name], ".2f") + ("×" if not pd.isna(line[name]) else ""))
+    yield text(_given(line))
     yield text("" if pd.isna(line["missing"]) else line["missing"])
+    yield text(line["model"])
+    yield text(PHASES.get(line["phase"], line["phase"]))
 
 
 # --------------------------------------------------------------------------------------------------------- a README

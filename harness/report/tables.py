@@ -56,27 +56,27 @@ def number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
 
 
 def listing(
-    name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True, choices: Sequence[str] = ()
+    name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True, choices: Mapping[str, bool] = {}
 ) -> str:
-    """A table in a card. head: heading of each column -> whether it holds numbers. choices: columns to choose by."""
+    """A table in a card. head: heading of each column -> whether it holds numbers. choices: columns to choose by -> whether the first is chosen."""
     columns = "".join(
         f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
     )
     return (
-        f'<div class="card">{filter_box(name, [(list(head).index(c), c) for c in choices]) if filtered else ""}'
+        f'<div class="card">{filter_box(name, [(list(head).index(c), c, first) for c, first in choices.items()]) if filtered else ""}'
         f'<div class="scroll" role="region" aria-label="{name.replace("-", " ")}">'
         f'<table class="sortable" id="{name}">'
         f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
     )
 
 
-def filter_box(name: str, choices: Sequence[tuple[int, str]] = ()) -> str:
-    """What filters the lines of `name`: words, and for (column, heading) its values, which the script fills in."""
+def filter_box(name: str, choices: Sequence[tuple[int, str, bool]] = ()) -> str:
+    """What filters the lines of `name`: words, and for (column, heading, first) its values, which the script fills in."""
     about = name.replace("-", " ")
     selects = "".join(
-        f'<select data-column="{column}" aria-label="{escape(head)} in {about}">'
+        f'<select data-column="{column}"{" data-first" if first else ""} aria-label="{escape(head)} in {about}">'
         f'<option value="">any {escape(head)}</option></select>'
-        for column, head in choices
+        for column, head, first in choices
     )
     return (
         f'<div class="filter">{selects}<input type="search" data-of="{name}" '
