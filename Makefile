@@ -19,7 +19,16 @@ export TOKENIZERS_PARALLELISM = false
 # A shell that forbids it would have every process of the tests compile thousands of modules anew: 15 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-slow test-gpu lint written figures report docs study archive fuzz bench bench-gpu setup assets clean
+# In an unpacked bundle nothing is fetched: wheels and what `prefetch` makes lie beside this file.
+ifneq ($(wildcard bundled/wheels),)
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = $(CURDIR)/bundled/wheels
+export DYNACT_CACHE = $(CURDIR)/bundled/cache
+export HF_HUB_OFFLINE = 1
+export HF_DATASETS_OFFLINE = 1
+endif
+
+.PHONY: run test test-slow test-gpu lint written figures report docs study archive fuzz bundle bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
@@ -35,6 +44,18 @@ test-slow: setup assets
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# One tar for a machine without a network: this commit, wheels for a machine like this one, the data, and embedded models
+# (models="qwen2.5-coder-0.5b …" for more than the default one). There: tar -xf dynact-bundle.tar && cd dynact && make run
+models ?=
+bundle: setup
+	rm -rf build/bundle && mkdir -p build/bundle/dynact
+	git archive HEAD | tar -x -C build/bundle/dynact
+	$(BIN)/python -m pip download -q --disable-pip-version-check -d build/bundle/dynact/bundled/wheels \
+		-c $(VENV)/constraints.txt "$(TORCH)" "setuptools>=77" wheel ".[dev,notebooks]"
+	rm -f build/bundle/dynact/bundled/wheels/dynact-*
+	DYNACT_CACHE=$(CURDIR)/build/bundle/dynact/bundled/cache $(BIN)/python -m harness prefetch $(models)
+	tar -cf build/dynact-bundle.tar -C build/bundle dynact
 
 # 100,000 damaged and hostile files for everything that reads one; the count is committed.
 fuzz: setup assets

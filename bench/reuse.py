@@ -1,8 +1,8 @@
 """What a sweep adds to its own forward passes: 2 methods x 4 sparsities in one process, in eight, and as plain lm-eval.
 
-Three things are timed, each in fresh processes and a fresh results folder, round by round: the sweep by run.py; the same
-cells a process each (the dense cell is made in the first); and eight plain lm-eval runs (HFLM, dense) of the same tasks
-and items, a process each. The sweep's forward passes are the time inside of the model's own calls, masks and all;
+Three things are timed, in fresh processes and folders, round by round: the sweep by run.py; the same cells a process
+each (the dense cell is made in the first); and eight plain lm-eval runs (HFLM, dense) of the same tasks and items, a
+process each. The sweep's forward passes are the time inside of the model's own calls, masks and all;
 `over_forward` is what loading, fitting, scoring and storing add. Goals: at most 1.15, and 0.5 of either other way.
 
 Run: python -m bench.reuse --out results/bench/reuse.json

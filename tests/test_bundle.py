@@ -1,0 +1,46 @@
+"""`make bundle`: what goes into it, and that nothing is fetched where one was unpacked."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FETCHING = ("PIP_NO_INDEX", "PIP_FIND_LINKS", "DYNACT_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+def exported(folder: Path) -> dict[str, str]:
+    """The variables that make gives to its commands in this folder."""
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "constraints.txt").write_text("torch==2.11.0\n")
+    (folder / "show.mk").write_text("include Makefile\nshow:\n\t@env\n")
+    done = subprocess.run(
+        ["make", "-f", "show.mk", "show"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    return dict(line.partition("=")[::2] for line in done.stdout.splitlines() if "=" in line)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_in_an_unpacked_bundle_pip_and_prefetch_stay_in_it(tmp_path: Path) -> None:
+    assert not set(FETCHING) & set(exported(tmp_path))
+    (tmp_path / "bundled/wheels").mkdir(parents=True)
+    found = exported(tmp_path)
+    assert found["PIP_NO_INDEX"] == found["HF_HUB_OFFLINE"] == found["HF_DATASETS_OFFLINE"] == "1"
+    assert found["PIP_FIND_LINKS"] == str(tmp_path / "bundled/wheels")
+    assert found["DYNACT_CACHE"] == str(tmp_path / "bundled/cache")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_bundle_is_this_commit_with_wheels_data_and_the_models_that_are_named() -> None:
+    done = subprocess.run(["make", "-n", "bundle", "models=a b"], cwd=ROOT, capture_output=True, text=True, check=True)
+    steps = ("git archive HEAD", "pip download", "-m harness prefetch a b", "tar -cf build/dynact-bundle.tar")
+    places = [done.stdout.index(step) for step in steps]
+    assert places == sorted(places)
