@@ -58,12 +58,16 @@ def number(value: Any, text: str, label: str = "", kind: str = "number") -> str:
 def listing(
     name: str, head: Mapping[str, bool], body: Sequence[str], filtered: bool = True, choices: Mapping[str, bool] = {}
 ) -> str:
-    """A table in a card. head: heading of each column -> whether it holds numbers. choices: columns to choose by -> whether the first is chosen."""
+    """A table in a card.
+
+    head: heading of each column -> whether it holds numbers. choices: columns to choose by -> whether the first value is.
+    """
     columns = "".join(
         f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
     )
+    chosen = [(list(head).index(column), column, first) for column, first in choices.items()]
     return (
-        f'<div class="card">{filter_box(name, [(list(head).index(c), c, first) for c, first in choices.items()]) if filtered else ""}'
+        f'<div class="card">{filter_box(name, chosen) if filtered else ""}'
         f'<div class="scroll" role="region" aria-label="{name.replace("-", " ")}">'
         f'<table class="sortable" id="{name}">'
         f"<thead><tr>{columns}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div></div>"
@@ -71,7 +75,7 @@ def listing(
 
 
 def filter_box(name: str, choices: Sequence[tuple[int, str, bool]] = ()) -> str:
-    """What filters the lines of `name`: words, and for (column, heading, first) its values, which the script fills in."""
+    """What filters the lines of `name`: words, and for (column, heading, first chosen) values that the script adds."""
     about = name.replace("-", " ")
     selects = "".join(
         f'<select data-column="{column}"{" data-first" if first else ""} aria-label="{escape(head)} in {about}">'
