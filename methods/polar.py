@@ -74,6 +74,11 @@ class Polar(Method):
         return self.select_by == "norm"
 
     @property
+    def trains(self) -> bool:
+        """Its routers."""
+        return self.select_by == "router"
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
         """Heads, and what the decision sees."""
         return {} if self.sparsity == 0 else {"heads": OUTPUT if self.select_by == "norm" else INPUT}

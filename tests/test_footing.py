@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +12,7 @@ import torch
 
 from harness.data.text import Windows
 from harness.errors import ConfigError
+from harness.execution.method import Method
 from harness.report.terminal import _needs
 from harness.results import published
 from harness.results.collect import headline, read_table
@@ -24,6 +27,7 @@ from methods.lte import Lte
 from methods.moefication import MoEfication
 from methods.spon import Spon
 from tests import synthetic
+from tests.matrix import CASES
 
 
 def cell(*overrides: str) -> CellConfig:
@@ -97,6 +101,16 @@ def test_gradients_count_as_training():
     assert KvSkip(0.5, select_by="serial").trains and not KvSkip(0.5, select_by="norm").trains
     assert MoEfication(0.5, router="mlp").trains and not MoEfication(0.5, router="similarity").trains
     assert Lte(0.5, checkpoint="lte").trained_tokens == 71270400
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_method_whose_file_trains_says_when(name):
+    """Whoever optimises by gradients, or calls the trainer of predictors, tells it apart from mere calibration."""
+    cls = type(CASES[name].make(0.5))
+    own = next(c for c in cls.__mro__ if c.__module__.startswith("methods."))
+    source = Path(inspect.getsourcefile(own)).read_text()
+    if re.search(r"torch\.optim|import .*\b(train|distil\w*)\b|methods\.distillation", source):
+        assert cls.trains is not Method.trains, f"{own.__module__} trains, and its rows would say calibration"
 
 
 def test_older_tables_are_read_without_the_columns_that_came_later():
