@@ -60,7 +60,7 @@ def listing(
 ) -> str:
     """A table in a card.
 
-    head: heading of each column -> whether it holds numbers. choices: columns to choose by -> whether the first value is.
+    head: heading of each column -> whether it holds numbers. choices: columns to choose by -> whether it begins chosen.
     """
     columns = "".join(
         f'<th scope="col"{" class=number" if numbers else ""}>{escape(text)}</th>' for text, numbers in head.items()
