@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def shares(sweep: Sweep) -> bool:
 
 def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -> None:
     """See `harness.run.workers.Engine`."""
+    _settle(sweep.engine["address"])
     import ray
 
     mine = not ray.is_initialized()
@@ -74,24 +76,30 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
             ray.shutdown()
 
 
+def _settle(address: str | None) -> None:
+    """What Ray reads as it is imported. One of our own listens on every address here, and asks for a token."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever can reach Ray can run anything
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _begin(address: str | None) -> None:
     """Join a cluster, or start Ray here for as long as this process lives."""
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
             ray.init(address=address, **quiet)
         else:
-            # Nothing of it is to be reached from outside: whoever can reach Ray can run anything.
             ray.init(
                 include_dashboard=False,
                 object_store_memory=OWN_MEMORY,
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray has no type of its own for a start that fails
         raise ConfigError(f"Ray can't be had at {address or 'this machine'}: {' '.join(str(error).split())}") from error
 
 
