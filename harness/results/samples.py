@@ -79,7 +79,7 @@ def _checked(cell: CellView, probe: str, texts: Sequence[str], numbers: Sequence
 
 def answers(frame: pd.DataFrame) -> pd.DataFrame:
     """One line a document: the first of `ACCURACIES` that the task has, by its first filter; and chance."""
-    base = frame["metric"].str.partition(":")[0]
+    base = frame["metric"].astype("string").str.replace(r":.*", "", regex=True)  # partition knows no empty table
     rank = base.map({name: place for place, name in enumerate(ACCURACIES)})
     frame = frame.assign(rank=rank)[rank.notna()]
     frame = frame.sort_values("rank", kind="stable").drop_duplicates(["task", "doc_id"])
