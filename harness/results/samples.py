@@ -74,7 +74,8 @@ def _checked(cell: CellView, probe: str, texts: Sequence[str], numbers: Sequence
     wrong += [name for name in numbers if name not in frame or not is_numeric_dtype(frame[name])]
     if wrong:
         raise DamagedError(f"the per-item table of {probe} in {cell.path} has no good {', '.join(wrong)}")
-    return frame
+    plain = pd.Series([""]).dtype  # of texts in every table: those of other types can't be stacked
+    return frame.assign(**{name: frame[name].astype("string").astype(plain) for name in texts})
 
 
 def answers(frame: pd.DataFrame) -> pd.DataFrame:
