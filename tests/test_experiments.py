@@ -18,6 +18,7 @@ STUDY = (
     "babel",
     "calibration",
     "leaderboard",
+    "sizes",
     "pitfalls",
     "relu2_wins",
     "sparsing_law",
