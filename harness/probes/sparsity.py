@@ -107,7 +107,7 @@ def _cache_rows(ledger: Ledger, tokens: Mapping[str, float], task: str | None) -
         if bool((read[layer] < dense).any()):
             for phase, r, d in _by_phase(read[layer], dense):
                 yield _row("achieved", 1 - r / d, tokens[phase], phase, "kv", layer, task=task)
-    for phase, r, d in _by_phase(sum(read.values(), torch.zeros(2)), sum(seen.values(), torch.zeros(2))):
+    for phase, r, d in _by_phase(*(torch.stack(list(part.values())).sum(0) for part in (read, seen))):
         n = tokens[phase]
         yield _row("achieved", 1 - r / d, n, phase, "kv", None, task=task)
         yield _row("kv_bytes", r / n, n, phase, "kv", None, "bytes/token", task)
