@@ -72,7 +72,7 @@ def test_achieved_is_near_what_was_asked_and_stays_to_be_read(model):
     assert inside == dynact.achieved(model)
     assert inside.tokens == TEXT.numel()
     assert inside.model == pytest.approx(0.5, abs=0.05)
-    assert set(inside.sites) == {"attn_in", "attn_out", "mlp_in", "mlp_hidden"}
+    assert set(inside.sites) == {"attn_in", "attn_out", "mlp_in", "mlp_hidden", "kv"} and inside.sites["kv"] == 0
     assert "of the block weights skipped" in str(inside)
     assert inside.phase("prefill").model == inside.model
     with pytest.raises(KeyError, match="decode"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.results.collect import dense_key
 from harness.results.identity import RUN_KEYS, cell_id, content_key
+from harness.results.kept import CELLS
 from harness.results.store import Store
 from harness.run import canonical, machine, session
 from harness.run.archived import held
@@ -255,7 +256,8 @@ def test_cells_of_the_committed_study_are_recognised_where_they_would_be_the_sam
 
 def test_an_archived_cell_of_today_is_recognised_as_it_is(tmp_path: Path) -> None:
     one = cell("device=cpu", "dtype=float32")
-    frame = pd.DataFrame({"cell_id": [one.id], "config": [json.dumps(one.plain)]})
+    facts = {"cell_id": one.id, "config": json.dumps(one.plain)}
+    frame = pd.DataFrame([dict.fromkeys(CELLS) | facts])
     frame.to_parquet(tmp_path / "cells.parquet")
     frame.assign(device="cpu: x", dtype="float32").to_parquet(tmp_path / "table.parquet")
     assert held(str(tmp_path)) == {one.id}

@@ -15,6 +15,7 @@ import methods.dejavu
 from harness.errors import ConfigError
 from harness.execution.attach import attached
 from harness.execution.ledger import Ledger
+from harness.fitting.calibration import Calibration
 from harness.fitting.contribution import Contributions
 from harness.fitting.scratch import Scratch
 from harness.model.sees import INPUT, OUTPUT, residual
@@ -223,8 +224,7 @@ def test_auc_is_the_chance_of_ranking_right(seed):
 def structured():
     """A tiny Llama whose neurons and heads can be predicted: text with structure, and a fit of every kind."""
     view = tiny.view("llama")
-    calibration = tiny.calibration(view)
-    calibration.batches = [tiny.tokens(16, 128, seed=s) for s in range(3)]
+    calibration = Calibration(view, [tiny.tokens(16, 128, seed=s) for s in range(3)])
     fits = {}
     for predictor in ("serial", "lookahead", "oracle", "random"):
         method = DejaVu(0.5, predictor=predictor, rank=32, epochs=10)

@@ -17,7 +17,7 @@ from pandas.testing import assert_frame_equal
 from harness.results.store import Store
 from tests import slurm_cluster
 from tests.chaos import tiny_model
-from tests.test_cli import Runner, measured
+from tests.test_cli import ROOT, Runner, measured
 
 pytest.importorskip("submitit", reason="engine=slurm can't be tested: pip install dynact[slurm]")
 WHY_NOT = slurm_cluster.missing()
@@ -77,6 +77,7 @@ def runner(reference: Runner, model: Path, tmp_path_factory: pytest.TempPathFact
         (folder / f"holds/hold-{level}").touch()
     with slurm_cluster.cluster(folder / "logs") as environment:
         places = ("PATH", "SLURM_CONF")
+        runner.env |= {"PYTHONPATH": str(ROOT)}  # jobs do not begin in run.py's folder, and the method is in tests
         runner.env |= {name: environment[name] for name in places} | {"DYNACT_TEST_HOLDS": str(folder / "holds")}
         process = runner.start(*SWEEP, *SLURM)
         try:
