@@ -43,7 +43,8 @@ class Combined(Method):
     time it reads what thresholds and biases read, and runs through the column kernels.
 
     steps: of training, each on `batch` calibration windows, which are drawn in shuffled passes over the text.
-    level_rate, offset_rate, constant_rate: learning rates of AdamW, falling to zero by a cosine.
+    level_rate, offset_rate, constant_rate: learning rates of AdamW, falling to zero by a cosine. The defaults are for
+        some dozen steps; with hundreds a level_rate of 0.01 is better.
     """
 
     steps: int = 64
