@@ -212,8 +212,7 @@ class Cuts:
         for _ in range(rounds):
             found = Histogram()
             with found.over(self):
-                for batch in batches:
-                    sparse_pass(self.view, batch)
+                Calibration(self.view, batches).visit({})
             shift = found.quantile(self.sparsity)
             for level in self.levels.values():
                 level += shift
@@ -250,14 +249,6 @@ class Histogram:
         below = self.counts.cumsum(0)
         place = int(torch.searchsorted(below, share * below[-1]))
         return (place + 0.5) / len(self.counts) * 2 * self.reach - self.reach
-
-
-@torch.no_grad()
-def sparse_pass(view: View, batch: Tensor) -> None:
-    """One forward pass of the patched model over windows [windows, length], every token sparse, without its head."""
-    valid = torch.ones_like(batch, dtype=torch.bool)
-    with view.tracker.tracking(Policy()), view.tracker.hint(valid, decode=~valid):
-        view.model(batch, use_cache=False, logits_to_keep=1)
 
 
 def distance(x: Tensor, log_cut: Tensor) -> Tensor:
