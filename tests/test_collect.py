@@ -187,6 +187,22 @@ def test_held_out_text_comes_before_tasks_and_a_paired_ratio_before_a_ratio_of_m
     assert (line["acc:gsm8k"], line["acc:sciq"]) == (0.2, 0.7)
 
 
+def test_the_headlines_speedup_is_that_of_the_step_whose_time_it_shows() -> None:
+    """The step of another engine, slower and written first, has a ratio and a first token of its own."""
+    cell = {"cell_id": "s", "method": "teal", "probe": "latency", "execution": "kernel", "unit": "s"}
+    eager, fused = cell | {"engine": "eager"}, cell | {"engine": "fused"}
+    facts = [
+        cell | {"metric": "tpot_median", "engine": "fused", "execution": "dense", "value": 0.3},
+        *(engine | {"metric": "tpot_median", "value": time} for engine, time in ((eager, 0.5), (fused, 0.2))),
+        *(engine | {"metric": "ttft_median", "value": time} for engine, time in ((eager, 4.0), (fused, 5.0))),
+        eager | {"metric": "time_ratio", "unit": "ratio", "value": 0.6},
+        fused | {"metric": "time_ratio", "unit": "ratio", "value": 1.6},
+    ]
+    line = headline(related(*facts)).iloc[0]
+    assert (line["tpot_ms"], line["dense:tpot_ms"], line["ttft_ms"]) == pytest.approx((200.0, 300.0, 5000.0))
+    assert line["speedup"] == 1.6
+
+
 def test_times_in_other_units_are_shown_in_milliseconds() -> None:
     time = {"probe": "latency", "metric": "tpot_median", "method": "dense", "execution": "dense"}
     for unit, value in (("s", 500.0), ("ms", 0.5), ("us", 0.0005)):

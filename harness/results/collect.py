@@ -282,8 +282,11 @@ def _join_latency(lines: pd.DataFrame, latency: pd.DataFrame) -> pd.DataFrame:
     time = _first(latency, TIME_PER_TOKEN)
     lines["tpot_ms"], lines["execution"] = time["ms"], time["execution"]
     lines["dense:tpot_ms"] = time["dense_value"] * time["unit"].map(MILLISECONDS).astype("Float64")
-    lines["ttft_ms"] = _first(latency, TIME_TO_FIRST)["ms"]
-    paired = _first(latency[latency["execution"].isin(SKIPPING)], TIME_RATIO)["value"]
+    # What else is shown is of that step: a cell has steps of several engines.
+    step = ["cell_id", "execution", "engine", "batch", "context"]
+    same = latency.merge(time.reset_index()[step].drop_duplicates(), on=step)
+    lines["ttft_ms"] = _first(same, TIME_TO_FIRST)["ms"]
+    paired = _first(same[same["execution"].isin(SKIPPING)], TIME_RATIO)["value"]
     lines["speedup"] = paired.reindex(lines.index).where(time["speedup"].reindex(lines.index).notna())
     lines["speedup"] = lines["speedup"].fillna(time["speedup"])
     return lines
