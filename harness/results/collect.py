@@ -148,7 +148,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     lines["limited"] = table["limited"].fillna(False).groupby(table["cell_id"]).any()
     # Latency that can't be had (no kernel reads the weights) is one part of a cell, whose other parts are results.
     fine = table["status"] == "ok"
-    part = (table["probe"] == "latency").fillna(False) & table["cell_id"].isin(table.loc[fine, "cell_id"])
+    part = (table["probe"] == "latency").fillna(False) & table["cell_id"].isin(table.loc[fine, "cell_id"].unique())
     broken = table[~fine & ~part].drop_duplicates("cell_id").set_index("cell_id")
     lines["status"] = broken["status"].reindex(lines.index, fill_value="ok")
     lines["message"] = broken["message"]
