@@ -51,7 +51,8 @@ def _scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     A study scores some cells on more items, or on longer windows, than the others: their means are of another thing.
     """
     scored = rows[(rows["probe"] == "quality") & rows["metric"].isin(["nll", *ACCURACIES])]
-    texts = scored[["task", "n", "context"]].astype("string").fillna("").agg(" ".join, axis=1)
+    parts = [scored[name].astype("string").fillna("") for name in ("task", "n", "context")]
+    texts = parts[0] + " " + parts[1] + " " + parts[2]
     texts = texts.groupby(scored["cell_id"]).agg(lambda each: ", ".join(sorted(set(each))))
     usual = lines["cell_id"].map(texts.map(texts.value_counts()))
     order = lines.assign(usual=usual).sort_values("usual", ascending=False, kind="stable")
