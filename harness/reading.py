@@ -18,21 +18,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What the libraries below raise for bytes that are none of their format. Nothing of ours runs where these are caught.
-_OF_BYTES = (OSError, ValueError, OverflowError, RecursionError, EOFError, MemoryError)
+_OF_BYTES = (OSError, ValueError, OverflowError, RecursionError, EOFError)
 _OF_TABLES = (*_OF_BYTES, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+_EXPANDS, _LEAST = 8, 1 << 26  # bytes that one of a whole file may become; that any file may ask for
 _TAIL, _MAGIC = 12, b"PAR1"  # the least that a Parquet file has; how it begins and ends
 
 
 @contextlib.contextmanager
 def undamaged(path: Path, kinds: tuple[type[BaseException], ...] = _OF_BYTES) -> Iterator[None]:
-    """Turn these errors into one sentence that names the file."""
+    """Turn these errors into one sentence that names the file. Memory that runs short is no damage: MemoryError."""
     try:
         yield
     except DamagedError:
         raise
-    except kinds as error:
+    except (MemoryError, *kinds) as error:
+        if isinstance(error, MemoryError) and not _claims_too_much(path):
+            raise
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise DamagedError(f"{path} can't be read, it is cut short or altered: {said}") from error
+
+
+def _claims_too_much(path: Path) -> bool:
+    """Whether a file for which memory did not suffice is altered: for a whole one of its size there is enough."""
+    try:
+        bytearray(max(_LEAST, _EXPANDS * path.stat().st_size))  # never touched, so it costs nothing
+    except (MemoryError, OverflowError, OSError):
+        return False
+    return True
 
 
 def json_of(text: str | bytes, path: Path) -> dict[str, Any]:

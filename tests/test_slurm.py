@@ -14,7 +14,9 @@ import psutil
 import pytest
 from pandas.testing import assert_frame_equal
 
+from harness.results.lock import machine
 from harness.results.store import Store
+from harness.run.engines import slurm
 from tests import slurm_cluster
 from tests.chaos import tiny_model
 from tests.test_cli import ROOT, Runner, measured
@@ -127,5 +129,35 @@ def test_the_table_is_that_of_an_uninterrupted_run_and_nothing_is_left(runner: R
         time.sleep(0.1)
     assert_frame_equal(measured(runner.table()), measured(reference.table()), check_exact=True)
     assert runner.queue == ""
-    for pattern in ("cells/*/lock.json", "cells/*/probes/.*"):
+    for pattern in ("cells/*/lock.json", "cells/*/probes/.*", "slurm/*"):
         assert not list(runner.results.glob(pattern))
+
+
+def test_what_killed_commands_left_goes_once_its_jobs_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+
+    def folder(name: str, job: int, owner: str | None) -> Path:
+        made = tmp_path / "slurm" / name
+        made.mkdir(parents=True)
+        (made / f"{job}_0_submitted.pkl").touch()
+        if owner is not None:
+            (made / "lock.json").write_text(owner)
+        return made
+
+    alive = {"host": "h", "machine": "elsewhere", "pid": 1, "since": "now"}
+    killed = folder("killed", 1, json.dumps(alive | {"machine": machine(), "process_started": 0.0}))
+    running = folder("running", 2, "{}")
+    interrupted = folder("interrupted", 3, None)
+    theirs = folder("theirs", 4, json.dumps(alive))
+    monkeypatch.setattr(slurm, "_queued", lambda: None)
+    assert set(slurm.left_behind(store).values()) == {True}, "Slurm does not answer"
+    monkeypatch.setattr(slurm, "_queued", lambda: {"2"})
+    monkeypatch.setattr(slurm, "SETTLE_S", 0.0)
+    assert slurm.left_behind(store) == {interrupted: False, killed: False, running: True}
+    with pytest.raises(ValueError), store.claim("c", {}, {}):
+        raise ValueError("no luck")
+    assert slurm.left_behind(store) == {killed: False, running: True}, "the log of a failed cell is kept"
+    slurm.tidy(store)
+    assert not killed.exists() and all(kept.exists() for kept in (running, interrupted, theirs))

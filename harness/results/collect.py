@@ -122,7 +122,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     if not path.exists():
         raise ConfigError(f"there is no table {path}: run a cell first")
     frame = up_to_date(read_parquet(path) if path.suffix == ".parquet" else read_csv(path, low_memory=False))
-    types = {str(name): str(kind) for name, kind in _empty().dtypes.items()}
+    types = COLUMNS | DERIVED
     if list(frame.columns) != list(types):
         differing = sorted(set(frame.columns) ^ set(types)) or ["the order of the columns"]
         raise SchemaError(f"{path} has other columns than this version writes: {', '.join(differing)}")
@@ -219,10 +219,6 @@ def read_rows(store: Store) -> tuple[pd.DataFrame, dict[str, str]]:
         frames += [view.read(probe) for probe in probes]
         dense_keys[name] = dense_key(view.config)
     return (pd.concat(frames, ignore_index=True) if frames else to_frame([])), dense_keys
-
-
-def _empty() -> pd.DataFrame:
-    return relate(to_frame([]), {})
 
 
 def _join_quality(lines: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """The command `clean`: what a results folder holds that nobody needs, with its size; asks before it removes any of it.
 
-    temporary    drafts and locks that a killed process left
+    temporary    drafts, locks and jobs' folders that a killed process left
     orphaned     a cell's folder whose status can't be read; W&B runs of cells that are gone
     failed       cells that failed or ran out of memory, with the probes that they had finished
     unfinished   cells and fits that were interrupted: the same command goes on from them
@@ -32,6 +32,7 @@ from harness.results.cells import CellView
 from harness.results.lock import Lock, LockedError, live_owner
 from harness.results.rows import SCHEMA_VERSION
 from harness.results.store import HEARTBEAT_S, STALE_S, Store
+from harness.run.engines.slurm import left_behind
 from harness.run.nest import own_target
 
 KEPT = ("unfinished", "stale")  # unless they are asked for
@@ -62,7 +63,10 @@ def things(root: Path, named: Sequence[str] = ()) -> list[Thing]:
     for folder in folders:
         if live_owner(folder / "lock.json", STALE_S) is None:
             found += _of_cell(store.view(folder.name), folder.name in named)
-    return [*found, *_fits(root / "fits"), *_drafts(root, "a draft of a table"), *_runs(root, folders)]
+    jobs = [
+        Thing("temporary", path, "of jobs that have ended") for path, runs in left_behind(store).items() if not runs
+    ]
+    return [*found, *_fits(root / "fits"), *_drafts(root, "a draft of a table"), *_runs(root, folders), *jobs]
 
 
 def _of_cell(cell: CellView, named: bool) -> Iterator[Thing]:

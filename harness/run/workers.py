@@ -44,6 +44,9 @@ class Engine(Protocol):
         Raises KeyboardInterrupt once no process of its own is left, or all are told to end.
         """
 
+    def tidy(self, store: Store) -> None:
+        """Remove what commands that were killed have left, where that is the engine's."""
+
 
 def engine(settings: Mapping[str, Any]) -> Engine:
     """The engine that a config names."""
@@ -57,6 +60,11 @@ def run_cells(cells: Sequence[CellConfig], sweep: Sweep, console: Console) -> No
     were under way, and KeyboardInterrupt.
     """
     carrier = engine(sweep.engine)
+    _in_parts(carrier, cells, sweep, console)
+    carrier.tidy(sweep.store)
+
+
+def _in_parts(carrier: Engine, cells: Sequence[CellConfig], sweep: Sweep, console: Console) -> None:
     cells = ordered([replace(cell, index=None) for cell in cells])  # each process sees its own GPU only
     alone = [cell for cell in cells if cell.timed or cell["model"].get("device_map")]  # a model over all GPUs
     others = [cell for cell in cells if cell not in alone]

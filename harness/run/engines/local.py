@@ -10,13 +10,16 @@ import os
 import selectors
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.run.child import GRACE_S, Child, buried, order
 from harness.run.config import CellConfig
 from harness.run.machine import gpu_count, gpu_name
 from harness.run.sweep import Share, Sweep
 from harness.run.workers import Queue, Tally
+
+if TYPE_CHECKING:
+    from harness.results.store import Store
 
 
 def check(settings: Mapping[str, Any], workers: int) -> None:
@@ -26,6 +29,10 @@ def check(settings: Mapping[str, Any], workers: int) -> None:
 def shares(sweep: Sweep) -> bool:
     """Whether there are more processes than GPUs."""
     return max(1, gpu_count()) < sweep.workers
+
+
+def tidy(store: Store) -> None:
+    """Processes end with this one."""
 
 
 @dataclass

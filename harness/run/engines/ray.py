@@ -10,7 +10,7 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
 from harness.run.child import Answer, DiedError, do, order, record
@@ -18,6 +18,9 @@ from harness.run.config import CellConfig
 from harness.run.sweep import Share, Sweep
 from harness.run.workers import Queue, Tally, landed
 from harness.values import number
+
+if TYPE_CHECKING:
+    from harness.results.store import Store
 
 OWN_MEMORY = 80 * 2**20  # bytes of Ray's object store, which holds orders and answers only
 PASSED_ON = ("HF_", "WANDB_", "DYNACT_", "OMP_", "MKL_", "TOKENIZERS_", "TRANSFORMERS_", "TORCH", "TQDM_", "NETRC")
@@ -37,6 +40,10 @@ def check(settings: Mapping[str, Any], workers: int) -> None:
 def shares(sweep: Sweep) -> bool:
     """Whether several cells are put on one GPU."""
     return 0 < sweep.engine["gpus"] < 1
+
+
+def tidy(store: Store) -> None:
+    """Ray's processes end with this one, or are not ours."""
 
 
 def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -> None:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
+import os
 import shutil
 import subprocess
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
+from harness.results.lock import Lock, live_owner
 from harness.run.child import Answer, DiedError, order, record
 from harness.run.config import CellConfig
 from harness.run.job import Task
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 LONGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 unless a site raises it
 LOOK_S = 1.0
+SETTLE_S = 10.0  # for the last jobs of a command that was killed
 STOPPED = ("CANCELLED", "PREEMPTED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")  # no fault of the cell's
 
 
@@ -54,7 +59,50 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
     # Pickles of submitit's own, for its jobs: in a folder that nobody else may write.
     folder = sweep.store.root.absolute() / "slurm" / uuid.uuid4().hex
     folder.mkdir(parents=True, mode=0o700)
-    executor = SlurmExecutor(folder, max_num_timeout=sweep.engine["requeues"])
+    with Lock(folder, sweep.store.heartbeat_s, sweep.store.stale_s):
+        _carry(SlurmExecutor(folder, max_num_timeout=sweep.engine["requeues"]), cells, sweep, share, tally)
+    if not tally.failed:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(store: Store) -> None:
+    """Remove the folders of commands that are gone, once their jobs have ended too."""
+    deadline = time.monotonic() + SETTLE_S
+    while left := left_behind(store):
+        for folder, under_way in left.items():
+            if not under_way:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not any(left.values()) or time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_S)
+    with suppress(OSError):  # it isn't there, or holds what is needed
+        (store.root / "slurm").rmdir()
+
+
+def left_behind(store: Store) -> dict[Path, bool]:
+    """Folders of commands that are gone -> whether jobs of theirs are not. Logs stay where a cell has failed."""
+    failed = any(store.view(name).status.get("status") in ("failed", "oom") for name in store.cells())
+    found = {}
+    for folder in sorted((store.root / "slurm").glob("*")):
+        lock = folder / "lock.json"  # that of a command that was killed is still there
+        if live_owner(lock, store.stale_s) is None and (lock.exists() or not failed):
+            found[folder] = {path.name.partition("_")[0] for path in folder.glob("*_submitted.pkl")}
+    if not found:
+        return {}
+    queued = _queued()
+    return {folder: bool(queued is None or jobs & queued) for folder, jobs in found.items()}
+
+
+def _queued() -> set[str] | None:
+    """Arrays of this user that have not ended; None where Slurm doesn't say."""
+    mine = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F"]
+    with suppress(OSError):
+        shown = subprocess.run(mine, capture_output=True, text=True, check=False)
+        return set(shown.stdout.split()) if not shown.returncode else None
+    return None
+
+
+def _carry(executor: Any, cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -> None:
     dense = [cell for cell in cells if cell.method_name == "dense"]
     rest = [cell for cell in cells if cell.method_name != "dense"]
     jobs: dict[Any, CellConfig] = {}
@@ -68,8 +116,6 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
     finally:
         if jobs:  # interrupted, or not to go on
             subprocess.run(["scancel", *sorted({_array(job) for job in jobs})], check=False)
-    if not tally.failed:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _submit(
