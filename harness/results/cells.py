@@ -16,12 +16,10 @@ import traceback
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import yaml
-from safetensors.torch import save
-from torch import Tensor
 
 from harness.errors import ConfigError, UnsupportedError
 from harness.files import json_bytes, now, place_errors, read_json, remove_drafts, sync, write_atomic
@@ -30,6 +28,9 @@ from harness.results.environment import environment
 from harness.results.fits import owned
 from harness.results.lock import Lock
 from harness.results.rows import COLUMNS, make_row, to_frame, up_to_date
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 STORED = (".parquet", ".safetensors")  # of a probe
@@ -138,6 +139,8 @@ class Cell(CellView):
                 if samples is not None:
                     samples.to_parquet(draft / "samples.parquet", index=False)
                 if tensors is not None:
+                    from safetensors.torch import save  # loads torch, and readers of rows need none
+
                     (draft / "tensors.safetensors").write_bytes(save(owned(tensors)))
                 for path in (*draft.iterdir(), draft):
                     sync(path)  # else the rename may outlive the content in a power cut

@@ -9,16 +9,16 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from harness.files import guarded, place_errors, remove_drafts, write_atomic
 
+# torch is loaded when a fit is: whoever only reads rows does without it.
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class Learnt(dict[str, Tensor]):
+
+class Learnt(dict[str, "Tensor"]):
     """What a method has learnt. tokens: of the text that it learnt from; 0 where its weights or options were enough."""
 
     def __init__(self, tensors: Mapping[str, Tensor], tokens: int = 0) -> None:
@@ -48,6 +48,8 @@ class Fits:
             stored = _load(path)
             if stored is not None:
                 return stored
+            from safetensors.torch import save
+
             state = Learnt(owned(make()), tokens())
             with place_errors(path):
                 write_atomic(path, save(dict(state), metadata={"digest": _digest(state), "tokens": str(state.tokens)}))
@@ -63,6 +65,8 @@ class Fits:
 
 def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU that share no memory: safetensors refuses views of one storage."""
+    import torch
+
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -71,6 +75,9 @@ def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _load(path: Path) -> Learnt | None:
     """The stored tensors; None if the file is missing, cut short, altered or from before it said what it took."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
     try:
         with safe_open(path, framework="pt") as file:
             told = file.metadata() or {}
@@ -81,4 +88,6 @@ def _load(path: Path) -> Learnt | None:
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
+    from safetensors.torch import save
+
     return hashlib.sha256(save(dict(sorted(state.items())))).hexdigest()

@@ -8,8 +8,8 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its statistics take a second to load, and do so when they are first asked
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 EXACT = 14  # up to so many units every assignment of signs is tried
 FLIPS = 20_000  # assignments of signs drawn for more units
@@ -98,7 +98,7 @@ def sign_flip_pairs(values: Vector, seed: int = 0) -> Vector:
         variance = np.diag(squares)[:, None] + np.diag(squares) - 2 * squares  # of the sum, under flipped signs
         spread = np.sqrt(np.maximum(variance, 0))
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(spread > 0, 2 * stats.norm.sf(observed / spread), 1.0)
+            return np.where(spread > 0, 2 * scipy.stats.norm.sf(observed / spread), 1.0)
     reached = observed - 1e-9 * np.abs(x).sum()
     if len(x) <= EXACT:
         flipped = _assignments(len(x)) @ x
@@ -151,7 +151,7 @@ def equivalence(differences: ArrayLike, margin: float) -> float:
     """
     x = np.append(_vector(differences), [1.0, -1.0])
     error = standard_error(x)
-    sides = [stats.t.sf((margin + sign * x.mean()) / error, len(x) - 1) for sign in (1, -1)]
+    sides = [scipy.stats.t.sf((margin + sign * x.mean()) / error, len(x) - 1) for sign in (1, -1)]
     return float(max(sides))
 
 
@@ -190,7 +190,7 @@ def detectable(error: float, n: int, level: float) -> float:
         return math.nan
     if n <= EXACT:
         return error * math.sqrt(n) * _shift(n, level)
-    return float(error * (stats.t.isf(level / 2, n - 1) + stats.t.ppf(POWER, n - 1)))
+    return float(error * (scipy.stats.t.isf(level / 2, n - 1) + scipy.stats.t.ppf(POWER, n - 1)))
 
 
 @cache
@@ -213,7 +213,7 @@ def _shift(n: int, level: float) -> float:
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a share. Wilson (1927): holds near 0 and 1 and for few items."""
-    interval = stats.binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 

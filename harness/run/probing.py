@@ -19,12 +19,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import harness.probes
 from harness.errors import ConfigError
-from harness.execution.method import Method
 from harness.places import CONF
+
+if TYPE_CHECKING:
+    from harness.execution.method import Method
 
 SHARED = ("sparsity", "latency")  # settings that have been a part of every id since the first cells
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils import cpp_extension
 
 _SOURCES = sorted((Path(__file__).parent / "csrc").glob("*"))
 _FLAGS = ["-O3"]
@@ -58,6 +57,8 @@ def _build_and_load() -> None:
         shutil.rmtree(folder)
         folder.mkdir()
         with _ninja_on_path():
+            from torch.utils import cpp_extension  # with setuptools: half a second that only a build needs
+
             cpp_extension.load(
                 name="dynact_cpu",
                 sources=[str(s) for s in _SOURCES if s.suffix == ".cpp"],

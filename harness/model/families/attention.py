@@ -2,6 +2,8 @@
 
 An implementation gets (module, query, key, value, attention_mask, **kwargs) and gives (outputs, weights or None); a
 mask function gets the keywords of `sdpa_mask`. Models pick them by name: `using(model, name)`.
+
+transformers loads all of its model code for these few names, in seconds: here that happens when a model is at hand.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask as dense_mask
 
 __all__ = ["dense_attention", "dense_mask", "register", "replaceable", "using", "window"]
+
+_OURS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # name -> (attention, mask)
 
 
 def dense_attention(
@@ -29,6 +30,8 @@ def dense_attention(
     """
     cap = kwargs.get("softcap")
     if cap is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -41,20 +44,31 @@ def dense_attention(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
+def dense_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of `dense_attention`: transformers' own."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, **kwargs)
+
+
 def replaceable(model: Any) -> bool:
     """Whether attention for one token in a kernel can stand in for the model's own: scores that are not capped."""
     return bool(model._supports_attention_backend) and getattr(model.config, "attn_logit_softcapping", None) is None
 
 
 def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Make an attention known under a name."""
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
+    """Give an attention a name, by which `using` makes it known to transformers."""
+    _OURS[name] = attention, mask
 
 
 @contextmanager
 def using(model: Any, name: str) -> Iterator[None]:
     """The model attends through the implementation of this name until the context ends."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    attention, mask = _OURS[name]
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
     before = model.config._attn_implementation
     model.config._attn_implementation = name
     try:

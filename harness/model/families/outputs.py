@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
     """The output of a causal language model with these logits [batch, tokens, vocabulary]."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast  # half a second, where a model is at hand anyway
+
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
