@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.errors import ConfigError
 from harness.model.activations import ACTIVATIONS, GateActivation
+from harness.places import CHECKPOINTS
 from harness.training.adapter import Adapter
 from harness.training.card import write_card
 from harness.training.checkpoints import (
-    CHECKPOINTS,
     SHARD_BYTES,
     load_checkpoint,
     pack,

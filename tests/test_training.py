@@ -168,13 +168,13 @@ def test_training_brings_the_student_closer(model: Model, batches: Batches) -> N
 def test_resumed_run_has_the_same_curve(model: Model, batches: Batches, tmp_path: Path) -> None:
     changed = recipe(l1_ends=[0.2, 0.6], l1_peaks=[0.0, 0.1], zeros=0.8, zeros_rate=0.5)
     whole = Trainer(changed, model, batches, CPU)
-    whole.run(tmp_path / "whole", 2, 4, lambda entry: None)
+    whole.run(tmp_path / "whole", 2, 0, lambda entry: None)
     part = Trainer(changed, model, batches, CPU)
-    part.run(tmp_path / "part", 2, 4, lambda entry: None, stop_at=8)
+    part.run(tmp_path / "part", 2, 0, lambda entry: None, stop_at=8)
     resumed = Trainer(changed, model, batches, CPU)
     assert resumed.load(tmp_path / "part")
     assert resumed.step == 8
-    resumed.run(tmp_path / "part", 2, 4, lambda entry: None)
+    resumed.run(tmp_path / "part", 2, 0, lambda entry: None)
     assert resumed.history == whole.history
     for name, value in whole.adapter_tensors().items():
         assert torch.equal(value, resumed.adapter_tensors()[name])
@@ -312,7 +312,8 @@ def folders(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -
     (root / "out" / "text").mkdir(parents=True)
     generator = torch.Generator().manual_seed(5)
     real = torch.randint(97, (3000,), generator=generator, dtype=torch.int32)
-    save_file({"tokens": real}, root / "out" / "text" / "real.safetensors")
+    separator = torch.tensor([7], dtype=torch.int32)
+    save_file({"tokens": real, "separator": separator}, root / "out" / "text" / "real.safetensors")
     save_file({"tokens": real.view(-1, 50).contiguous()}, root / "out" / "text" / "windows.safetensors")
     return root / "model", root / "out"
 
@@ -342,29 +343,30 @@ def environment(folders: tuple[Path, Path]) -> dict[str, str]:
 def test_fifty_steps_killed_and_resumed(folders: tuple[Path, Path]) -> None:
     """The smoke run through the app: text, training killed by SIGKILL, resumed to the same curve, evaluated."""
     run = {"env": environment(folders), "check": True, "capture_output": True, "text": True}
-    subprocess.run(command(folders, "train.name=whole", "save_every=5"), **run)
+    subprocess.run(command(folders, "train.name=whole", "save_every_s=0"), **run)
     victim = subprocess.Popen(
-        command(folders, "train.name=killed", "save_every=5", "do=[train]"),
+        command(folders, "train.name=killed", "save_every_s=0", "do=[train]"),
         env=environment(folders),
         stdout=subprocess.PIPE,
     )
-    state = folders[1] / "killed" / "state.safetensors"
+    state = folders[1] / "model-killed" / "state.safetensors"
     deadline = time.monotonic() + 120
     while not state.exists() and victim.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
-    assert not (folders[1] / "killed" / "adapter").exists(), "the run ended before it could be killed"
-    resumed = subprocess.run(command(folders, "train.name=killed", "save_every=5", "do=[train]"), **run)
+    assert not (folders[1] / "model-killed" / "adapter").exists(), "the run ended before it could be killed"
+    resumed = subprocess.run(command(folders, "train.name=killed", "save_every_s=0", "do=[train]"), **run)
     assert "going on from step" in resumed.stdout
     whole, killed = (
-        json.loads((folders[1] / name / "adapter" / "adapter.json").read_text()) for name in ("whole", "killed")
+        json.loads((folders[1] / name / "adapter" / "adapter.json").read_text())
+        for name in ("model-whole", "model-killed")
     )
     assert len(whole["history"]) == 10
     assert whole["history"] == killed["history"]
     assert whole["sha256"] == killed["sha256"]
     assert whole["evaluation"]["natural"]["zeros"] > 0.3
-    assert "# whole" in (folders[1] / "whole" / "adapter" / "README.md").read_text()
+    assert "# model-whole" in (folders[1] / "model-whole" / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("change", ["do=[dance]", "train.wings=2", "train.rank=four"])
@@ -393,10 +395,10 @@ def test_task_scores_are_paired_by_item_and_leave_smoke_runs_out(tmp_path, monke
     ]
     monkeypatch.setattr(scores, "read_rows", lambda store: (pd.DataFrame(rows), {}))
     monkeypatch.setattr(scores, "read_samples", lambda root: pd.DataFrame(samples))
-    found = scores.scores(tmp_path, "relu")
+    found = scores.scores(tmp_path, "smollm2-135m", "smollm2-135m-relu")
     assert list(found["scores"]) == ["piqa"]
     line = found["scores"]["piqa"]
     assert (line["items"], line["base"], line["score"], line["difference"]) == (4, 0.75, 0.25, -0.5)
     assert line["stderr"] == pytest.approx(np.std([0, -1, 0, -1], ddof=1) / 2)
     with pytest.raises(ConfigError, match="no whole dense cell of smollm2-135m-drelu"):
-        scores.scores(tmp_path, "drelu")
+        scores.scores(tmp_path, "smollm2-135m", "smollm2-135m-drelu")

@@ -37,7 +37,7 @@ HASHED_PATHS = (
     ("probe.perplexity", "sha256"),
     ("tasks", "sha256"),
 )
-PATHS = ("path", "include_path")
+PATHS = ("path", "include_path", "adapter_path")
 
 
 def measured(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def _ours(config: dict[str, Any]) -> bool:
     if "search" in probe["names"] and not {"knob", "high"} <= probe.get("search", {}).keys():
         return False
     adapter = model.get("adapter")
+    if model.get("adapter_path") is not None:
+        return False
     if adapter is not None and adapter not in {record.parent.name for record in CHECKPOINTS.glob("*/adapter.json")}:
         return False
     targets = [str(options.get("_target_")) for options in methods.values() if isinstance(options, dict)]

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import model_fingerprint
 from harness.data.own_tasks import digest
-from harness.errors import ConfigError
+from harness.errors import ConfigError, DamagedError
 from harness.model.formats import BITS, GROUPS, Format
 from harness.places import CHECKPOINTS
+from harness.reading import read_json
 from harness.run import machine, probing
 from harness.run.nest import build_methods, keeps_natural, phase_of, reads_level
+from harness.training import students
 
 if TYPE_CHECKING:
     from harness.execution.method import Method
@@ -98,14 +100,29 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
         if model["name"] is None:
             model["name"] = os.fsencode(folder.resolve().name.removesuffix(".gguf")).decode("utf-8", "replace")
     model.pop("accept_license", None)  # of one who may not have it there is no cell
+    if model.get("adapter"):
+        model |= _student(model)
+    model.pop("seed", None)
     model |= _format(model)
     if model["path"] is None and model["source"] == "hub":
         model["revision"] = _commit(model)
-    if model.get("adapter"):  # its shards' hashes are in the record
-        record = CHECKPOINTS / model["adapter"] / "adapter.json"
-        record = record if record.is_file() else Path(model["adapter"]) / "adapter.json"
-        model["fingerprint"] = hashlib.sha256(record.read_bytes()).hexdigest()
     return model
+
+
+def _student(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter and what rows call the model: its record says which variant and seed it is, not who asked for it."""
+    name = students.with_seed(model["adapter"], model.get("seed"))
+    folder = students.find(model.get("adapter_path") or name)
+    if folder is None:
+        raise ConfigError(f"model.adapter={name} is no checkpoint: choose from {', '.join(students.known())}")
+    content = (folder / "adapter.json").read_bytes()  # its shards' hashes are in it
+    record = read_json(folder / "adapter.json")
+    if not isinstance(record.get("name"), str):
+        raise DamagedError(f"{folder / 'adapter.json'} can't be read: it lacks name")
+    facts = {"name": students.model_name(record), "adapter": record["name"]}
+    if folder.parent != CHECKPOINTS:
+        facts["adapter_path"] = str(folder)
+    return facts | {"fingerprint": hashlib.sha256(content).hexdigest()}
 
 
 def _tasks(tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from harness.data.assets import EMBEDDED_MODEL
 from harness.data.own_tasks import source_of
 from harness.errors import ConfigError
 from harness.model.formats import BITS, GROUPS
-from harness.places import CHECKPOINTS, CONF, INSTALLED
+from harness.places import CONF, INSTALLED
 from harness.run import probing
+from harness.training import students
 from harness.values import choice, file_or_none, number, texts, whole
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's plans
@@ -59,20 +60,12 @@ def check_values(cfg: Mapping[str, Any]) -> None:
 
 def _check_model(model: Mapping[str, Any]) -> None:
     source = choice(model["source"], "model.source", ("embedded", "path", "hub", "shape"))
-    for key in ("name", "path", "repo", "revision", "adapter"):
+    for key in ("name", "path", "repo", "revision", "adapter", "adapter_path"):
         if not isinstance(model.get(key), str | None):
             raise ConfigError(f"model.{key} must be a text, not {model[key]!r}")
     if source == "hub" and model["path"] is None and not (model["name"] and model["repo"]):
         raise ConfigError("model.source=hub needs model.name and model.repo")
-    adapter = model.get("adapter")
-    if adapter is not None and not any((root / adapter / "adapter.json").is_file() for root in (CHECKPOINTS, Path())):
-        if INSTALLED:
-            raise ConfigError(
-                f"model.adapter={adapter} is no folder: the students lie in the repository (results/checkpoints), "
-                "not in the installed package: run it in a checkout or name its folder"
-            )
-        known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
-        raise ConfigError(f"model.adapter={adapter} is no checkpoint: choose from {', '.join(known) or 'none'}")
+    _check_adapter(model)
     if model.get("weight_format") is not None:
         choice(model["weight_format"], "model.weight_format", tuple(BITS))
         if (group := model.get("weight_group", GROUPS[0])) not in GROUPS:
@@ -100,6 +93,30 @@ def _check_model(model: Mapping[str, Any]) -> None:
                 f"model {model['name']} lies on the hub and is not cached, but HF_HUB_OFFLINE is set: "
                 f"fetch it once while online, or use model.path="
             )
+
+
+def _check_adapter(model: Mapping[str, Any]) -> None:
+    adapter, seed = model.get("adapter"), model.get("seed")
+    if seed is not None:
+        whole(seed, "model.seed", at_least=0)
+        if adapter is None:
+            raise ConfigError("model.seed is of a trained counterpart: give it with one, as model=smollm2-135m-relu")
+    if adapter is None or students.find(model.get("adapter_path") or students.with_seed(adapter, seed)) is not None:
+        return
+    if INSTALLED:
+        raise ConfigError(
+            f"model.adapter={adapter} is no folder: the students lie in the repository (results/checkpoints), "
+            "not in the installed package: run it in a checkout or name its folder"
+        )
+    base = model.get("embedded", EMBEDDED_MODEL)
+    variant = adapter.removeprefix(f"{base}-")
+    if variant not in options("train"):
+        raise ConfigError(f"model.adapter={adapter} is no checkpoint: choose from {', '.join(students.known())}")
+    made_by = students.command(base, variant, seed or 0)
+    raise ConfigError(
+        f"{students.with_seed(f'{base}-{variant}', seed)} is not trained here: `{made_by}` makes it on a GPU "
+        f"(shipped: {', '.join(students.known())})"
+    )
 
 
 def _check_probe(probe: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ def _load(model_json: str, dtype: str, device: str) -> Loaded:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(model_config, error) from error
-    checkpoint = read_checkpoint(adapter) if adapter else None
+    checkpoint = read_checkpoint(model_config.get("adapter_path") or adapter) if adapter else None
     if checkpoint is not None:
         merge_weights(checkpoint, model)
     if spread is None:

@@ -28,6 +28,8 @@ OF_ANY_MODEL = (
     "model.weight_format",
     "model.weight_group",
     "model.device_map",
+    "model.adapter",
+    "model.seed",
 )  # no file needs to name these keys
 # Groups of which each file fills one node by itself: a sweep over them need not compose everything anew.
 MOUNTED = ("model", "method")

@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from harness.training.students import base_of, command, seed_of
+
+TITLES = {  # model -> what a card calls it, and what it is trained from
+    "smollm2-135m": ("SmolLM2-135M", "SmolLM2-135M-Instruct"),
+    "qwen2.5-coder-0.5b": ("Qwen2.5-Coder-0.5B", "Qwen2.5-Coder-0.5B-Instruct"),
+}
+
 
 def write_card(record: dict[str, Any]) -> str:
     """README.md of results/checkpoints/NAME. `record` is the content of adapter.json after evaluation."""
     recipe, run, figures = record["recipe"], record["run"], record["evaluation"]
     natural, base = figures["natural"], figures["base"]["natural"]
+    base_model, seed = base_of(record), seed_of(record)
+    entry = f"{base_model}-{record.get('variant', record['name'])}" + (f" model.seed={seed}" if seed else "")
+    train = command(base_model, record.get("variant", record["name"]), seed)
+    called, whole = TITLES.get(base_model, (base_model, base_model))
     lines = [
-        f"# {record['name']}: SmolLM2-135M with {_activation(record)}",
+        f"# {record['name']}: {called} with {_activation(record)}",
         "",
-        f"{_rank(recipe)} over the embedded SmolLM2-135M-Instruct (base fingerprint "
-        f"`{record['base'][:16]}`), int8 factors, merged on load: `model=smollm2-135m-{record['name']}` or "
+        f"{_rank(recipe)} over the embedded {whole} (base fingerprint "
+        f"`{record['base'][:16]}`), int8 factors, merged on load: `model={entry}` or "
         f'`harness.training.checkpoints.load_checkpoint("{record["name"]}", model)`.',
         "",
         "## Figures",
-        f"All from `python train.py train={record['name']} do=[evaluate]` on the shipped (int8) factors, "
+        f"All from `{train} do=[evaluate]` on the shipped (int8) factors, "
         f"{figures['dtype']}, {figures['device']}; {natural['tokens']:,} scored tokens of boolq passages in "
         "windows of 512. Zeros are exact zeros at `mlp_hidden`, the input of the down projection.",
         "",
@@ -82,13 +93,16 @@ def write_card(record: dict[str, Any]) -> str:
         "On a GPU of 80 GB; same text and batches, rounding as that GPU does it:",
         "",
         "```",
-        "python train.py do=[text] text.seed=0",
-        "python train.py do=[text] text.seed=1",
-        *([f"python train.py train={recipe['init_from']} do=[train]"] if recipe["init_from"] else []),
-        f"python train.py train={record['name']}",
+        *([command(base_model, _variant(recipe["init_from"], base_model), seed)] if recipe["init_from"] else []),
+        train,
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _variant(name: str, model: str) -> str:
+    """The variant in a checkpoint's name."""
+    return name.removeprefix(f"{model}-").partition("-seed")[0]
 
 
 def _tasks(tasks: dict[str, Any] | None) -> list[str]:

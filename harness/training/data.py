@@ -1,8 +1,10 @@
-"""What the students read: real passages, windows to score, and batches drawn by (seed, step) alone."""
+"""What the students read: real passages, own text, windows to score, and batches drawn by (seed, step) alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,8 +22,18 @@ def training_text() -> str:
     return "\n\n".join(calibration_text(name) for name in CALIBRATION_TEXTS)
 
 
+def separator_of(tokenizer: Any) -> int:
+    """The token between documents, with which every text of the model's own begins.
+
+    SmolLM2 and Qwen2 call it <|endoftext|>, whatever else their instructed versions begin a sequence with.
+    """
+    known = tokenizer.get_vocab()
+    found = known.get("<|endoftext|>", tokenizer.bos_token_id)
+    return int(tokenizer.eos_token_id or 0) if found is None else int(found)
+
+
 def prepare(model_dir: Path, folder: Path) -> None:
-    """Tokenise once: `real.safetensors` (tokens [n]) and `windows.safetensors` (tokens [windows, 512])."""
+    """Tokenise once: real.safetensors (tokens [n], separator [1]) and windows.safetensors (tokens [windows, 512])."""
     if (folder / "windows.safetensors").exists():
         return
     from transformers import AutoTokenizer
@@ -31,7 +43,8 @@ def prepare(model_dir: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     real = token_windows(tokenizer, training_text(), 1)
-    save_file({"tokens": real.flatten().int()}, folder / "real.safetensors")
+    between = torch.tensor([separator_of(tokenizer)], dtype=torch.int32)
+    save_file({"tokens": real.flatten().int(), "separator": between}, folder / "real.safetensors")
     windows = token_windows(tokenizer, evaluation_text(), SCORED_WINDOW)
     save_file({"tokens": windows.int()}, folder / "windows.safetensors")
 
@@ -40,8 +53,22 @@ def read_tokens(folder: Path, pattern: str) -> list[Tensor]:
     """The token tensors of every file of `folder` that matches, in the order of their names."""
     files = sorted(folder.glob(pattern))
     if not files:
-        raise ConfigError(f"no {pattern} in {folder}: run `python train.py do=[text]` first")
+        raise ConfigError(f"no {pattern} in {folder}: run the stage do=[text] first")
     return [load_file(file)["tokens"] for file in files]
+
+
+def pieces_of(seed: int, count: int) -> range:
+    """The pieces of own text that a training seed reads; no other seed reads them."""
+    return range(seed * count, (seed + 1) * count)
+
+
+def read_pieces(folder: Path, pieces: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """(what runs train on, what none does) of these pieces of own text, [tokens] each."""
+    lacking = [str(piece) for piece in pieces if not (folder / f"heldout-{piece}.safetensors").exists()]
+    if lacking:
+        raise ConfigError(f"own text {', '.join(lacking)} in {folder} is not complete: run the stage do=[text] first")
+    own = [tokens for piece in pieces for tokens in read_tokens(folder, f"own-{piece}-*.safetensors")]
+    return torch.cat(own), torch.cat([read_tokens(folder, f"heldout-{piece}.safetensors")[0] for piece in pieces])
 
 
 class Batches:

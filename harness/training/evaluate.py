@@ -46,15 +46,15 @@ def evaluate(
         tokens = windows[start : start + batch].to(device).long()
         x = y = student.embedding[tokens]
         for i in range(shape.layers):
-            (y,) = plain(y, _layer(teacher, i), cos, sin, thresholds[i], hard)
-            w = _layer(student, i)
+            (y,) = plain(y, teacher.layer(i), cos, sin, thresholds[i], hard)
+            w = student.layer(i)
             if experts is not None:
                 w |= {"router": experts["router"][i].to(dtype), "expert_of": experts["expert_of"][i]}
             x, _, share, _ = block(x, w, cos, sin, thresholds[i], hard, keep=keep)
             zeros[i] += share.double() * tokens.numel()
         for row in range(len(tokens)):
             mine, theirs = (
-                functional.linear(norm(h[row, :-1], m.final_norm, shape.epsilon), m.embedding).float()
+                functional.linear(norm(h[row, :-1], m.final_norm, shape.epsilon), m.head).float()
                 for h, m in ((x, student), (y, teacher))
             )
             s, t = mine.log_softmax(-1), theirs.log_softmax(-1)
@@ -75,7 +75,3 @@ def evaluate(
         "zeros_by_layer": by_layer,
         "tokens": scored,
     }
-
-
-def _layer(model: Model, i: int) -> dict[str, Tensor]:
-    return {name: stack[i] for name, stack in (model.linears | model.norms).items()}

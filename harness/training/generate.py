@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.training.decode_kernel import decode_attention
-from harness.training.llama import Model, norm, rotary, rotate
+from harness.training.llama import Model, norm, project, rotary, rotate
+from harness.training.losses import rows_at_once
 
 
 def starts(
@@ -20,8 +21,9 @@ def starts(
     longest: int,
     bare: float,
     generator: torch.Generator,
+    separator: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Beginnings of `count` sequences: a separator (token 0), then a piece of `real` text.
+    """Beginnings of `count` sequences: the token that separates documents, then a piece of `real` text.
 
     real: 1-d token stream. Returns tokens [count, length] and the number of given tokens [count], between
     `shortest` and `longest`, or 1 (the separator alone) for a share `bare` of the sequences.
@@ -29,7 +31,7 @@ def starts(
     offsets = torch.randint(len(real) - longest, (count,), generator=generator)
     given = torch.randint(shortest, longest + 1, (count,), generator=generator)
     given[torch.rand(count, generator=generator) < bare] = 1
-    tokens = torch.zeros(count, length, dtype=torch.long)
+    tokens = torch.full((count, length), separator, dtype=torch.long)
     tokens[:, 1 : longest + 1] = real[offsets[:, None] + torch.arange(longest)].long()
     return tokens, given
 
@@ -54,16 +56,20 @@ def write(
     cache = torch.zeros((2, shape.layers, batch, shape.kv_heads, length, shape.head_dim), device=device, dtype=dtype)
     cos, sin = (table.to(dtype) for table in rotary(shape, torch.arange(length, device=device)))
     generator = torch.Generator(device).manual_seed(seed)
-    layers = [{n: stack[i] for n, stack in (model.linears | model.norms).items()} for i in range(shape.layers)]
+    layers = [model.layer(i) for i in range(shape.layers)]
     draw = torch.compile(sample) if kernel else sample
-    noise = torch.empty((batch, shape.vocabulary), device=device, dtype=torch.float32)
+    rows = rows_at_once(batch, shape.vocabulary)
+    noise = torch.empty((rows, shape.vocabulary), device=device, dtype=torch.float32)
+    chosen = torch.empty(batch, device=device, dtype=torch.long)
     for position in range(length - 1):
         x = model.embedding[tokens[:, position]]
         for i, w in enumerate(layers):
             x = _step(model, x, w, cos[position], sin[position], cache[:, i], position, kernel)
-        logits = functional.linear(norm(x, model.final_norm, shape.epsilon), model.embedding)
-        noise.exponential_(generator=generator)
-        chosen = draw(logits, temperature, noise)
+        x = norm(x, model.final_norm, shape.epsilon)
+        for start in range(0, batch, rows):
+            some = slice(start, min(start + rows, batch))
+            logits = functional.linear(x[some], model.head)
+            chosen[some] = draw(logits, temperature[some], noise[: len(logits)].exponential_(generator=generator))
         following = tokens[:, position + 1]
         tokens[:, position + 1] = torch.where(given > position + 1, following, chosen)
         advance()
@@ -90,9 +96,9 @@ def _step(
     shape = model.shape
     h = norm(x, w["norm1"], shape.epsilon)
     split = (x.shape[0], -1, shape.head_dim)
-    q = rotate(functional.linear(h, w["q"]).view(split), cos, sin)
-    cache[0, :, :, position] = rotate(functional.linear(h, w["k"]).view(split), cos, sin)
-    cache[1, :, :, position] = functional.linear(h, w["v"]).view(split)
+    q = rotate(project(h, w, "q").view(split), cos, sin)
+    cache[0, :, :, position] = rotate(project(h, w, "k").view(split), cos, sin)
+    cache[1, :, :, position] = project(h, w, "v").view(split)
     mixed = decode_attention(q, cache[0], cache[1], position + 1, kernel)
     x = x + functional.linear(mixed.flatten(1), w["o"])
     h = norm(x, w["norm2"], shape.epsilon)

@@ -1,8 +1,9 @@
-"""One LLaMA decoder block as a function of its weights, for training and for writing text in bulk.
+"""One decoder block of a LLaMA or a Qwen2 as a function of its weights, for training and for writing text in bulk.
 
 The Hugging Face module is what every probe measures; here a block must take merged weights as arguments
-(so that one compiled block serves 30 layers and gradients reach the low-rank factors) and must read a
-key-value cache of our own. tests/test_training.py holds it equal to `LlamaForCausalLM`.
+(so that one compiled block serves all layers and gradients reach the low-rank factors) and must read a
+key-value cache of our own. A Qwen2 is a LLaMA with biases on q, k and v; which it is the config's `model_type` says.
+tests/test_counterparts.py holds it equal to `LlamaForCausalLM` and `Qwen2ForCausalLM`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from harness.errors import ConfigError
 from harness.model.activations import ACTIVATIONS
 
 LINEARS = {
@@ -27,12 +29,13 @@ LINEARS = {
     "down": "mlp.down_proj",
 }
 SOFTENING = 0.01  # of LTE's separability term: a score at one half costs 100, one at 0 or 1 costs 4
+BIASED: dict[str, tuple[str, ...]] = {"llama": (), "qwen2": ("q", "k", "v")}  # model type -> projections with a bias
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a LLaMA configuration that a forward pass needs."""
+    """The numbers of a configuration that a forward pass needs."""
 
     layers: int
     width: int
@@ -56,7 +59,9 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """From the keys of a Hugging Face config.json."""
+        """From the keys of a Hugging Face config.json. ConfigError, one sentence, for what the block does not do."""
+        if refused := _refused(config):
+            raise ConfigError(f"this model can't be trained here: {refused}")
         rope = config.get("rope_parameters") or config
         return cls(
             layers=config["num_hidden_layers"],
@@ -70,41 +75,78 @@ class Shape:
         )
 
 
-@dataclass
+def _refused(config: Mapping[str, Any]) -> str | None:
+    """What of a config.json the block can't do, in words."""
+    kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if kind not in BIASED:
+        return f"its type is {kind!r}, and only {' and '.join(BIASED)} are known"
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        return "it has biases where the others of its type have none"
+    if config.get("hidden_act", "silu") != "silu":
+        return f"its activation is {config['hidden_act']}, not silu"
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        return "its rotary positions are scaled"
+    if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
+        return "some of its layers attend to a window only"
+    width = config["num_attention_heads"] * (config.get("head_dim") or 0)
+    return "its heads are not as wide together as the model" if width not in (0, config["hidden_size"]) else None
+
+
+@dataclass(frozen=True)
 class Model:
-    """Frozen weights. `linears` and `norms` are stacked over layers: name -> [layers, out, in], [layers, width]."""
+    """Frozen weights, stacked over layers: linears name -> [layers, out, in], norms name -> [layers, width], biases
+    "<name>.bias" -> [layers, out].
+    """
 
     shape: Shape
     linears: dict[str, Tensor]
     norms: dict[str, Tensor]
-    embedding: Tensor  # [vocabulary, width], also the head (tied)
+    biases: dict[str, Tensor]
+    embedding: Tensor  # [vocabulary, width]
+    head: Tensor  # [vocabulary, width]; the embedding itself where the two are tied
     final_norm: Tensor  # [width]
 
     @classmethod
     def of(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Model:
-        """From a config.json and the state dict of `LlamaForCausalLM` with a tied head."""
+        """From a config.json and the state dict of `LlamaForCausalLM` or `Qwen2ForCausalLM`, in fp32."""
         shape = Shape.of(config)
 
         def stack(name: str) -> Tensor:
-            return torch.stack([state[f"model.layers.{i}.{name}.weight"].float() for i in range(shape.layers)])
+            return torch.stack([state[f"model.layers.{i}.{name}"].float() for i in range(shape.layers)])
 
+        embedding = state["model.embed_tokens.weight"].float()
         return cls(
             shape,
-            {short: stack(name) for short, name in LINEARS.items()},
-            {short: stack(name) for short, name in NORMS.items()},
-            state["model.embed_tokens.weight"].float(),
+            {short: stack(f"{name}.weight") for short, name in LINEARS.items()},
+            {short: stack(f"{name}.weight") for short, name in NORMS.items()},
+            {f"{short}.bias": stack(f"{LINEARS[short]}.bias") for short in BIASED[config["model_type"]]},
+            embedding,
+            embedding if config.get("tie_word_embeddings") else state["lm_head.weight"].float(),
             state["model.norm.weight"].float(),
         )
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """What training leaves alone in every layer: norms and biases."""
+        return self.norms | self.biases
+
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """Layer i's weights by short name, as a block takes them."""
+        return {name: stack[i] for name, stack in (self.linears | self.fixed).items()}
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Model:
         """A copy on `device` in `dtype`."""
-        return Model(
-            self.shape,
-            {k: v.to(device, dtype) for k, v in self.linears.items()},
-            {k: v.to(device, dtype) for k, v in self.norms.items()},
-            self.embedding.to(device, dtype),
-            self.final_norm.to(device, dtype),
+        linears, norms, biases = (
+            {k: v.to(device, dtype) for k, v in stacks.items()} for stacks in (self.linears, self.norms, self.biases)
         )
+        embedding = self.embedding.to(device, dtype)
+        head = embedding if self.head is self.embedding else self.head.to(device, dtype)
+        return Model(self.shape, linears, norms, biases, embedding, head, self.final_norm.to(device, dtype))
+
+
+def project(x: Tensor, w: Mapping[str, Tensor], name: str) -> Tensor:
+    """The projection `name` of x: [..., in] -> [..., out], with its bias where there is one."""
+    return functional.linear(x, w[name], w.get(f"{name}.bias"))
 
 
 def rotary(shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +174,7 @@ def attention_inputs(
     """Rotated q [batch, heads, tokens, head_dim], rotated k and v [batch, kv_heads, tokens, head_dim]."""
     h = norm(x, w["norm1"], shape.epsilon)
     split = (x.shape[0], x.shape[1], -1, shape.head_dim)
-    q, k, v = (functional.linear(h, w[name]).view(split).transpose(1, 2) for name in ("q", "k", "v"))
+    q, k, v = (project(h, w, name).view(split).transpose(1, 2) for name in ("q", "k", "v"))
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 

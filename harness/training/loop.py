@@ -16,12 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.errors import ConfigError
 from harness.training.adapter import Adapter
 from harness.training.data import Batches
 from harness.training.experts import efficiency_weight, first_router
 from harness.training.llama import Model, make_block, norm, rotary
 from harness.training.losses import divergence, head_divergence
 from harness.training.sparsity import progressive_weight, square_gains, steer_threshold, threshold_target
+
+STATE, CARRIED = "state.safetensors", "carried.safetensors"
+AGAIN = 20  # steps over which the rate rises where the optimiser starts anew: its second moments reach back as far
 
 # Dense bf16 peak of the cards seen, FLOP/s, for the model FLOPs utilisation.
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
@@ -34,7 +38,7 @@ class Recipe:
     name: str = MISSING
     activation: str = MISSING  # a key of harness.model.activations.ACTIVATIONS
     start: str = "silu"  # the activation that the run starts from
-    init_from: str | None = None  # folder or name of an adapter to go on from
+    init_from: str | None = None  # variant (its run of the same model and seed), folder or checkpoint to go on from
     steps: int = 2900
     batch: int = 24
     length: int = 1024
@@ -96,6 +100,7 @@ class Trainer:
         self.blend = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0, fused=fast)
         self.step = 0
+        self.begun = 0  # the step at which the optimiser started without moments
         self.history: list[dict[str, float]] = []
         self.first_magnitude = torch.zeros(self.shape.layers, device=device)  # set by the first step
 
@@ -122,6 +127,11 @@ class Trainer:
     def _start_from(self, init: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.adapter.named_parameters():
+                if parameter.shape != init[name].shape:
+                    raise ConfigError(
+                        f"{name} is {[*init[name].shape]} in what this run goes on from, and {[*parameter.shape]} at "
+                        f"train.rank={self.recipe.rank}: give the rank that it has"
+                    )
                 parameter.copy_(init[name])
             if "threshold" in init:
                 self.threshold.copy_(init["threshold"].mean())
@@ -132,7 +142,7 @@ class Trainer:
 
     def layers(self, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         """The student's weights per layer, merged, differentiable."""
-        stacks = dict(self._merge(self.base, dtype)) | self.teacher.norms
+        stacks = dict(self._merge(self.base, dtype)) | self.teacher.fixed
         if self.router is not None:
             stacks |= {"router": self.router.to(dtype), "expert_of": self.experts}
         columns = {name: stack.unbind(0) for name, stack in stacks.items()}
@@ -141,10 +151,8 @@ class Trainer:
     @torch.no_grad()
     def _teach(self, tokens: Tensor) -> Tensor:
         x = self.teacher.embedding[tokens]
-        norms = self.teacher.norms
         for i in range(self.shape.layers):
-            w = {n: stack[i] for n, stack in self.teacher.linears.items()} | {n: norms[n][i] for n in norms}
-            (x,) = self._teacher_block(x, w, self.cos, self.sin, self.threshold, self.blend)
+            (x,) = self._teacher_block(x, self.teacher.layer(i), self.cos, self.sin, self.threshold, self.blend)
         return norm(x, self.teacher.final_norm, self.shape.epsilon)
 
     @torch.no_grad()
@@ -183,10 +191,12 @@ class Trainer:
     # --------------------------------------------------------------------------------------------- step
 
     def _rate(self, step: int) -> float:
+        """Share of the learning rate: up over `warmup` steps, then down; up again where the optimiser starts anew."""
         if step < self.recipe.warmup:
             return (step + 1) / self.recipe.warmup
         left = 1 - (step - self.recipe.warmup) / max(1, self.recipe.steps - self.recipe.warmup)
-        return self.recipe.final_rate + (1 - self.recipe.final_rate) * left
+        rate = self.recipe.final_rate + (1 - self.recipe.final_rate) * left
+        return rate * min(1.0, (step + 1 - self.begun) / AGAIN) if self.begun else rate
 
     def advance(self) -> dict[str, Tensor]:
         """One optimiser step. Returns 0-d tensors still on the device: kl, loss, zeros, threshold, magnitude; with
@@ -211,7 +221,7 @@ class Trainer:
             zeros.append(zero)
             routers.append(router)
         x = norm(x, self.teacher.final_norm, self.shape.epsilon)
-        kl = head_divergence(x.flatten(0, 1), target.flatten(0, 1), self.teacher.embedding, kernel=self._divergence)
+        kl = head_divergence(x.flatten(0, 1), target.flatten(0, 1), self.teacher.head, kernel=self._divergence)
         magnitude = torch.stack(magnitudes)
         if self.step == 0:
             self.first_magnitude.copy_(magnitude.detach())
@@ -246,28 +256,40 @@ class Trainer:
         self,
         folder: Path,
         log_every: int,
-        save_every: int,
+        save_every_s: float,
         report: Callable[[dict[str, float]], None],
         stop_at: int | None = None,
+        deadline: float | None = None,
     ) -> None:
-        """Train until the recipe's last step (or `stop_at`), saving to `folder` at multiples of `save_every`."""
+        """Train until the recipe's last step, `stop_at` or the `deadline` (of `time.monotonic`), whichever is first.
+
+        The state is written to `folder` at the end and every `save_every_s` seconds. Both are looked at every
+        `log_every` steps, where the device has caught up; a run whose next stretch would end too late stops before it.
+        A run that stops early leaves the small state as well.
+        """
         end = min(self.recipe.steps, stop_at or self.recipe.steps)
         seen: list[dict[str, Tensor]] = []
-        since = time.perf_counter()
+        since = saved = time.monotonic()
         while self.step < end:
             seen.append(self.advance())
             if self.step % log_every and self.step != end:
                 continue
             entry = {key: torch.stack([s[key] for s in seen]).mean().item() for key in seen[0]}
-            seconds = time.perf_counter() - since
+            now = time.monotonic()
+            seconds, since = now - since, now
             tokens = self.recipe.batch * self.recipe.length
             entry |= {"step": self.step, "tokens": self.step * tokens, "rate": self._rate(self.step - 1)}
             self.history.append(dict(entry))
             report(entry | {"tokens_per_second": len(seen) * tokens / seconds, **self._utilisation(len(seen), seconds)})
             seen = []
-            if self.step % save_every == 0 or self.step == end:
+            late = deadline is not None and now + seconds > deadline
+            if late or self.step == end or now - saved >= save_every_s:
                 self.save(folder)
-            since = time.perf_counter()
+                since = saved = time.monotonic()
+            if late:
+                break
+        if self.step < self.recipe.steps:
+            self.save(folder, small=True)
 
     def flops_per_token(self) -> float:
         """Executed model FLOPs a token: student 6N, frozen head 4N, teacher 2N, causal attention in both."""
@@ -294,32 +316,53 @@ class Trainer:
             tensors |= {"router": self.router.detach().cpu().clone(), "expert_of": self.experts.cpu()}
         return tensors
 
-    def save(self, folder: Path) -> None:
-        """Write the whole state to `folder`/state.safetensors, whole or not at all."""
+    def save(self, folder: Path, small: bool = False) -> None:
+        """Write the state of the run to `folder`, whole or not at all.
+
+        `STATE` goes on exactly as if nothing had happened: fp32, 12 bytes a trained value. The small one, `CARRIED`,
+        has 2: rounded to bf16, without the moments, which at these betas a run makes again in `AGAIN` steps.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self.adapter_tensors() | {"first_magnitude": self.first_magnitude.cpu()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value.cpu() for key, value in state.items()}
-        meta = {"step": str(self.step), "recipe": self.recipe.name, "history": json.dumps(self.history)}
-        scratch = folder / "state.safetensors.part"
+        tensors = self.adapter_tensors()
+        if small:
+            rounded = ("a.", "b.", "scale.", "router")
+            tensors = {k: v.bfloat16() if k.startswith(rounded) else v for k, v in tensors.items()}
+        else:
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{key}": value.cpu() for key, value in state.items()}
+        tensors["first_magnitude"] = self.first_magnitude.cpu()
+        meta = {"step": str(self.step), "begun": str(self.begun), "history": json.dumps(self.history)}
+        path = folder / (CARRIED if small else STATE)
+        scratch = path.with_suffix(".part")
         save_file({k: v.contiguous() for k, v in tensors.items()}, scratch, metadata=meta)
-        os.replace(scratch, folder / "state.safetensors")
+        os.replace(scratch, path)
 
     def load(self, folder: Path) -> bool:
-        """Go on from `folder`/state.safetensors; False where there is none."""
-        path = folder / "state.safetensors"
-        if not path.exists():
+        """Go on from the state in `folder`, the small one if it is further; False where there is none."""
+        if (found := read_state(folder)) is None:
             return False
-        with safe_open(path, "pt") as file:
-            meta = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors, meta = found
         self._start_from(tensors)
         self.first_magnitude = tensors["first_magnitude"].to(self.device)
+        self.step, self.history = int(meta["step"]), json.loads(meta["history"])
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step, self.history = int(meta["step"]), json.loads(meta["history"])
+        self.begun = int(meta["begun"]) if state else self.step
+        if state:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         return True
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors of a run's state, fp32, and its step, `begun` and history as text; None where there is none."""
+    there = [folder / name for name in (STATE, CARRIED) if (folder / name).exists()]
+    if not there:
+        return None
+    opened = [safe_open(path, "pt") for path in there]
+    file = max(opened, key=lambda file: int(file.metadata()["step"]))  # the first of equal ones, which is exact
+    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in tensors.items()}, file.metadata()

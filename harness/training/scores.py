@@ -1,6 +1,6 @@
 """Task scores of the students beside the base, from finished cells into records and cards.
 
-`python -m harness.training.scores results` reads dense cells of the base and of `smollm2-135m-NAME` (of lte its `lte`
+`python -m harness.training.scores results` reads dense cells of each shipped student and of its base (of lte its `lte`
 cell), pairs them by item, and writes results/checkpoints/NAME/{adapter.json,README.md} anew.
 """
 
@@ -22,11 +22,10 @@ from harness.results.samples import read_samples
 from harness.results.stats import standard_error
 from harness.results.store import Store
 from harness.training.card import write_card
+from harness.training.students import base_of, model_name
 
-BASE = "smollm2-135m"
 
-
-def scores(root: Path, name: str) -> dict[str, Any]:
+def scores(root: Path, base: str, student: str) -> dict[str, Any]:
     """By task: items, accuracy of base and student, paired difference and its standard error; device and dtype.
 
     Only whole runs count (1,000 items, or all of a smaller task). Raises `ConfigError` where a cell is missing.
@@ -36,7 +35,7 @@ def scores(root: Path, name: str) -> dict[str, Any]:
     samples = read_samples(root)
     samples = samples[samples["kind"] == "accuracy"]
     both = {}
-    for model, method in ((BASE, "dense"), (f"{BASE}-{name}", "lte" if name == "lte" else "dense")):
+    for model, method in ((base, "dense"), (student, "lte" if student.endswith("-lte") else "dense")):
         cells = rows[(rows["model"] == model) & (rows["method"] == method)]
         own = samples[samples["cell_id"].isin(cells["cell_id"]) & samples["task"].isin(cells["task"])]
         if own.empty:
@@ -46,12 +45,11 @@ def scores(root: Path, name: str) -> dict[str, Any]:
     paired = pd.concat(both, axis=1, join="inner")
     found = {}
     for task, values in paired.groupby(level="task", observed=True):
-        base, student = values[BASE], values[f"{BASE}-{name}"]
-        gap = (student - base).to_numpy()
+        gap = (values[student] - values[base]).to_numpy()
         found[str(task)] = {
             "items": len(values),
-            "base": float(base.mean()),
-            "score": float(student.mean()),
+            "base": float(values[base].mean()),
+            "score": float(values[student].mean()),
             "difference": float(gap.mean()),
             "stderr": float(standard_error(gap)),
         }
@@ -63,7 +61,7 @@ def main(root: Path) -> None:
     for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/adapter.json")):
         record = json.loads((folder / "adapter.json").read_text())
         try:
-            record["evaluation"]["tasks"] = scores(root, folder.name)
+            record["evaluation"]["tasks"] = scores(root, base_of(record), model_name(record))
         except ConfigError as error:
             say(stdout(), f"{folder.name}: {error}")
             continue
