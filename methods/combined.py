@@ -29,6 +29,8 @@ from methods.topk import channels
 
 Key = tuple[str, int]  # projection, layer
 WIDTH = 0.3  # of the logistic step that stands in for a threshold's jump in the backward pass, in units of log|x|
+BETAS = (0.9, 0.98)  # AdamW's: gradients shrink to a tenth over the training, which a longer memory holds against rates
+WARM_UP = 20  # steps, and at most a quarter of all
 LEAST = 1e-12  # |x| below it is taken for it, where its logarithm is needed
 
 
@@ -43,18 +45,20 @@ class Combined(Method):
     time it reads what thresholds and biases read, and runs through the column kernels.
 
     steps: of training, each on `batch` calibration windows, which are drawn in shuffled passes over the text.
-    level_rate, offset_rate, constant_rate: learning rates of AdamW, falling to zero by a cosine. The defaults are for
-        some dozen steps; with hundreds a level_rate of 0.01 is better.
+    level_rate, offset_rate, constant_rate: learning rates of AdamW, rising over the first steps and falling to zero by
+        a cosine; what has a rate of 0 stays. The defaults are for some dozen steps; over hundreds channels find their
+        levels themselves, and a level_rate of 0 is better.
     """
 
     steps: int = 64
     batch: int = 1
     level_rate: float = 0.03
     offset_rate: float = 0.01
-    constant_rate: float = 0.003
+    constant_rate: float = 0.002
 
     name: ClassVar[str] = "combined"
     paper: ClassVar[str] = "-"
+    version: ClassVar[int] = 2
     needs: ClassVar[str] = "calibration"
     fit_fields: ClassVar[tuple[str, ...]] = (
         "sparsity", "steps", "batch", "level_rate", "offset_rate", "constant_rate"
@@ -65,8 +69,8 @@ class Combined(Method):
             if not isinstance(value := getattr(self, field), int) or value < least:
                 raise ConfigError(f"method.combined.{field} must be a whole number of at least {least}, not {value!r}")
         for field in ("level_rate", "offset_rate", "constant_rate"):
-            if not (value := getattr(self, field)) > 0:
-                raise ConfigError(f"method.combined.{field} must be above 0, not {value!r}")
+            if not (value := getattr(self, field)) >= 0:
+                raise ConfigError(f"method.combined.{field} must be at least 0, not {value!r}")
 
     @property
     def trains(self) -> bool:
@@ -86,13 +90,17 @@ class Combined(Method):
         thresholds = Cuts(view, calibration, self.sparsity)
         constants = {(p, n): torch.zeros(m.out_features, device=view.device) for p, n, m in projections(view)}
         groups = [
-            {"params": list(thresholds.levels.values()), "lr": self.level_rate},
-            {"params": list(thresholds.offsets.values()), "lr": self.offset_rate},
-            {"params": list(constants.values()), "lr": self.constant_rate},
+            {"params": list(parameters.values()), "lr": rate, "betas": BETAS}
+            for parameters, rate in (
+                (thresholds.levels, self.level_rate),
+                (thresholds.offsets, self.offset_rate),
+                (constants, self.constant_rate),
+            )
         ]
+        warm_up = min(WARM_UP, self.steps // 4)
         batches = drawn(calibration, self.steps, self.batch)
         with added(view, constants), thresholds.installed():
-            kl = distil(view, batches, groups, thresholds.settle) if batches else []
+            kl = distil(view, batches, groups, thresholds.settle, warm_up) if batches else []
             thresholds.meet(calibration.batches[:2])
         state = {"kl": torch.tensor(kl), "read": torch.tensor(thresholds.read[: len(kl)])}
         for p in view.projection_names():
@@ -163,6 +171,7 @@ class Cuts:
         self.price, self._integral = 0.0, 1.0  # nats a token for all reads; the same in units of the loss
         self.read: list[float] = []
         self._kept: list[Tensor] = []
+        self._slopes: dict[Key, Tensor] = {}
 
     def log_cut(self, name: str, layer: int) -> Tensor:
         """log t of a projection, [channels]."""
@@ -172,36 +181,48 @@ class Cuts:
     def installed(self) -> Iterator[None]:
         """Every projection sees its input cut, on passes whose tokens are all sparse, until the context ends."""
 
-        def hook_of(key: Key, share: float):  # noqa: ANN202 (a torch hook)
+        def hook_of(key: Key):  # noqa: ANN202 (a torch hook)
             def hook(_m: nn.Module, args: tuple) -> tuple | None:
                 step = self.view.tracker.step
                 if step is not None and step.sparse is not None:
                     return None
-                x = Cut.apply(args[0], self.log_cut(*key), self, share)
+                x = Cut.apply(args[0], self.log_cut(*key), self, key)
                 return (x, *args[1:])
 
             return hook
 
         with ExitStack() as stack:
             for key, module in self.modules.items():
-                hook = hook_of(key, module.weight.numel() / self.total)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
+                stack.callback(module.register_forward_pre_hook(hook_of(key)).remove)
             yield
 
-    def saw(self, kept: Tensor) -> None:
-        """Note the share of all weights that one projection's kept inputs read, float32 []."""
-        self._kept.append(kept)
+    def share(self, key: Key) -> float:
+        """Of all weights, those that one kept input of a projection reads."""
+        return self.modules[key].out_features / self.total
 
-    def settle(self, loss: float) -> None:
-        """Set the price of the backward pass to come by what its forward pass read, and lost, in nats a token.
+    def saw(self, key: Key, kept: Tensor) -> None:
+        """Note what a projection's kept inputs read. kept: bool [..., channels]."""
+        self._kept.append(kept.sum() * self.share(key))
+
+    def sloped(self, key: Key, slope: Tensor) -> None:
+        """Note by how much fewer inputs are kept as log t rises, summed over tokens, float32 [channels]."""
+        self._slopes[key] = self._slopes[key] + slope if key in self._slopes else slope
+
+    def settle(self, loss: float, tokens: int) -> None:
+        """Set the price of a read by what this step read and lost (nats a token), and add its pull to the gradients.
 
         A controller, proportional plus integral, in units of the loss: what a read is worth scales with it.
         """
-        self.read.append(float(torch.stack(self._kept).sum()))
-        self._kept.clear()
+        self.read.append(float(torch.stack(self._kept).sum()) / tokens)
         over = self.read[-1] - (1 - self.sparsity)
         self._integral = max(0.0, self._integral + 4 * over)
         self.price = loss * max(0.0, self._integral + 80 * over)
+        for key, slope in self._slopes.items():
+            pull = slope * (-self.price * self.share(key) / tokens)
+            for parameter, own in ((self.offsets[key], pull), (self.levels[key], pull.sum(0, keepdim=True))):
+                parameter.grad = own if parameter.grad is None else parameter.grad + own
+        self._kept.clear()
+        self._slopes.clear()
 
     @torch.no_grad()
     def meet(self, batches: list[Tensor], rounds: int = 2) -> None:
@@ -260,12 +281,12 @@ class Cut(torch.autograd.Function):
     """x where |x| > t, else 0; for t the slope of a logistic step of WIDTH in log|x| stands in for the jump's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_cut: Tensor, cuts: Cuts, share: float) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, log_cut: Tensor, cuts: Cuts, key: Key) -> Tensor:  # noqa: D102
         z = distance(x, log_cut)
         kept = z > 0
-        cuts.saw(kept.float().mean() * share)
+        cuts.saw(key, kept)
         ctx.save_for_backward(x, z.to(x.dtype))
-        ctx.cuts, ctx.share = cuts, share
+        ctx.cuts, ctx.key = cuts, key
         return x * kept
 
     @staticmethod
@@ -275,7 +296,7 @@ class Cut(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             step = torch.sigmoid(z.float() / WIDTH)
             slope = (step * (1 - step) / WIDTH).flatten(0, -2)
-            loss = (gradient.float() * x.float()).flatten(0, -2)
             # Raising log t by d drops slope * d of a channel: that much less of the loss's pull, and of what is read.
-            to_cut = -(loss * slope).sum(0) - ctx.cuts.price * ctx.share / x.shape[-1] * slope.mean(0)
+            to_cut = -((gradient.float() * x.float()).flatten(0, -2) * slope).sum(0)
+            ctx.cuts.sloped(ctx.key, slope.sum(0))
         return gradient * (z > 0), to_cut, None, None

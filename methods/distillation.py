@@ -1,4 +1,8 @@
-"""Distillation into what a sparse method may learn: the dense model teaches, all weights are frozen."""
+"""Distillation into what a sparse method may learn: the dense model teaches, all weights are frozen.
+
+Memory is bounded whatever the batch and the vocabulary: a batch of more than a backward pass is to hold goes through
+in parts, and next-token distributions are compared a piece at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.model.logits import final_hidden, pieces
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.progress import track
 
+HELD = 8 << 30  # bytes of activations, about, that a backward pass may need at once
+
 
 def distil(
-    view: View, batches: Sequence[Tensor], groups: list[dict[str, Any]], settle: Callable[[float], None] | None = None
+    view: View,
+    batches: Sequence[Tensor],
+    groups: list[dict[str, Any]],
+    settle: Callable[[float, int], None] | None = None,
+    warm_up: int = 0,
 ) -> list[float]:
     """Train in place, one AdamW step a batch of windows, towards the dense model. Returns the loss before each step.
 
-    The loss is KL(dense || sparse) of the next token, in nats a token. Rates fall to zero by a cosine, without decay.
-    The methods that make the model sparse are attached by the caller, who also lets gradients reach the parameters.
+    The loss is KL(dense || sparse) of the next token, in nats a token. Rates rise evenly over `warm_up` steps and fall
+    to zero by a cosine, without decay. The methods that make the model sparse are attached by the caller, who also
+    lets gradients reach the parameters.
 
-    batches: int64 [windows, length]. groups: AdamW's, each with its `params` and `lr`. settle: called with the loss
-    between the forward and the backward pass of the sparse model.
+    batches: int64 [windows, length]. groups: AdamW's, each with its `params` and `lr`. settle: called before each step,
+    when gradients are there, with the loss and the number of tokens that it is a mean of.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates, losses = [group["lr"] for group in optimizer.param_groups], list[float]()
@@ -33,18 +45,13 @@ def distil(
         parameter.requires_grad_()
     try:
         for step, batch in enumerate(track(batches, "distilling")):
+            share = 0.5 * (1 + math.cos(math.pi * step / len(batches))) * min(1.0, (step + 1) / max(1, warm_up))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-            with torch.no_grad():
-                target = F.log_softmax(log_odds(view, batch, dense=True), dim=-1)
-            with torch.enable_grad():
-                found = F.log_softmax(log_odds(view, batch, dense=False), dim=-1)
-                loss = F.kl_div(found, target, log_target=True, reduction="sum") / batch.numel()
-                losses.append(loss.item())
-                if settle is not None:
-                    settle(losses[-1])
-                optimizer.zero_grad()
-                loss.backward()
+                group["lr"] = rate * share
+            optimizer.zero_grad()
+            losses.append(sum(add_gradients(view, part, batch.numel()) for part in parts(view, batch)))
+            if settle is not None:
+                settle(losses[-1], batch.numel())
             optimizer.step()
     finally:
         for parameter in parameters:
@@ -52,8 +59,31 @@ def distil(
     return losses
 
 
-def log_odds(view: View, windows: Tensor, dense: bool) -> Tensor:
-    """Logits float32 [windows, length, vocabulary] of the patched model with every token sparse, or with none.
+def parts(view: View, batch: Tensor) -> Sequence[Tensor]:
+    """The windows of a batch [windows, length] in as few parts as `HELD` allows, one window at the least.
+
+    Of a projection's input three tensors are taken to be kept for the backward pass, of its output one.
+    """
+    kept = sum(3 * view.channels(p) + view.weights(p) // view.channels(p) for p in view.projection_names())
+    window = kept * view.n_layers * view.dtype.itemsize * batch.shape[1]
+    return batch.chunk(-(-len(batch) // max(1, HELD // window)))
+
+
+def add_gradients(view: View, windows: Tensor, tokens: int) -> float:
+    """Add the gradients of the loss of windows [n, length], a part of `tokens` tokens. Returns that part of it."""
+    with final_hidden(view) as states:
+        with torch.no_grad():
+            run(view, windows, dense=True)
+        with torch.enable_grad():
+            run(view, windows, dense=False)
+    teacher, student = states
+    loss, gradient = divergence(view, student.flatten(0, 1), teacher.flatten(0, 1))
+    student.backward(gradient.view_as(student) / tokens)
+    return loss / tokens
+
+
+def run(view: View, windows: Tensor, dense: bool) -> Any:
+    """A forward pass of the patched model over windows [n, length], with every token sparse or with none.
 
     A method touches no token that the step calls dense, so the dense model is there without detaching anything.
     """
@@ -61,4 +91,21 @@ def log_odds(view: View, windows: Tensor, dense: bool) -> Tensor:
     policy = Policy("decode") if dense else Policy()
     tracker: Any = view.tracker
     with tracker.tracking(policy), tracker.hint(valid, decode=~valid):
-        return view.model(windows, use_cache=False).logits.float()
+        return view.model(windows, use_cache=False)
+
+
+@torch.no_grad()
+def divergence(view: View, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
+    """KL(teacher || student) of the next token in nats, summed over rows, and its gradient [rows, d_model].
+
+    student, teacher: final hidden states [rows, d_model].
+    """
+    gradient, total = torch.empty_like(student), torch.zeros((), device=student.device)
+    for rows, target in pieces(view, teacher):
+        own = student[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            found = F.log_softmax(view.logits(own).to(target.device).float(), dim=-1)
+            loss = F.kl_div(found, target, log_target=True, reduction="sum")
+            [gradient[rows]] = torch.autograd.grad(loss, own)
+        total += loss
+    return total.item(), gradient

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,11 @@ import torch.nn.functional as F
 from harness.errors import ConfigError
 from harness.execution.attach import attached
 from harness.execution.kernel import kernel_execution
+from harness.model import logits
 from harness.model.step import Policy
 from harness.run.config import check
 from harness.run.overrides import composed
+from methods import distillation
 from methods.combined import WIDTH, Combined, Cut, Cuts, drawn
 from tests import tiny
 
@@ -71,23 +75,26 @@ def test_the_slope_that_stands_in_for_a_thresholds_jump():
     x = torch.tensor([[[0.5, -2.0, 1.0]]], requires_grad=True)
     log_cut = torch.tensor([0.0, 0.0, 0.2], requires_grad=True)
 
-    class Priced:
-        price, seen = 3.0, None
+    class Noted:
+        kept, slope = None, None
 
-        def saw(self, kept):
-            self.seen = kept
+        def saw(self, key, kept):
+            self.kept = kept
 
-    cuts = Priced()
-    out = Cut.apply(x, log_cut, cuts, 0.25)
+        def sloped(self, key, slope):
+            self.slope = slope
+
+    cuts = Noted()
+    out = Cut.apply(x, log_cut, cuts, ("q", 0))
     out.backward(torch.tensor([[[1.0, 10.0, 100.0]]]))
     assert torch.equal(out.detach(), torch.tensor([[[0.0, -2.0, 0.0]]]))
-    assert cuts.seen == pytest.approx(0.25 / 3)
+    assert cuts.kept.tolist() == [[[False, True, False]]]
     assert torch.equal(x.grad, torch.tensor([[[0.0, 10.0, 0.0]]]))
-    # Raising log t by d drops slope * d of the channel, and with it its pull on the loss and its price.
+    # Raising log t by d drops slope * d of the channel, and with it its pull on the loss.
     step = torch.sigmoid((x.detach().abs().log()[0, 0] - log_cut.detach()) / WIDTH)
     slope = step * (1 - step) / WIDTH
-    expected = -slope * torch.tensor([0.5, -20.0, 100.0]) - 3.0 * 0.25 / 3 * slope
-    torch.testing.assert_close(log_cut.grad, expected)
+    torch.testing.assert_close(log_cut.grad, -slope * torch.tensor([0.5, -20.0, 100.0]))
+    torch.testing.assert_close(cuts.slope, slope)
 
 
 def test_the_price_rises_while_too_much_is_read_and_falls_to_nothing():
@@ -95,11 +102,61 @@ def test_the_price_rises_while_too_much_is_read_and_falls_to_nothing():
     cuts = Cuts(view, tiny.calibration(view), 0.5)
     prices = []
     for read in (0.6, 0.6, 0.3):
-        cuts.saw(torch.tensor(read))
-        cuts.settle(loss=0.1)
+        for key, module in cuts.modules.items():
+            cuts.saw(key, torch.full((2, module.in_features), read))  # of each of two tokens
+        cuts.settle(loss=0.1, tokens=2)
         prices.append(cuts.price)
     assert prices[0] < prices[1] and prices[2] == 0
     assert cuts.read == pytest.approx([0.6, 0.6, 0.3])
+
+
+def test_a_price_pulls_at_a_channel_by_what_it_reads_and_at_a_level_by_all_of_them():
+    view = tiny.view("llama")
+    cuts = Cuts(view, tiny.calibration(view), 0.5)
+    key = ("down", 1)
+    for k, module in cuts.modules.items():
+        cuts.saw(k, torch.ones(4, module.in_features))
+    slope = torch.rand(view.d_ff)
+    cuts.sloped(key, slope)
+    cuts.sloped(key, slope)  # the other part of the batch
+    cuts.settle(loss=0.2, tokens=4)
+    pull = -cuts.price * view.d_model / (view.block_weights * view.n_layers) * 2 * slope / 4
+    torch.testing.assert_close(cuts.offsets[key].grad, pull)
+    torch.testing.assert_close(cuts.levels[key].grad, pull.sum(0, keepdim=True))
+    assert cuts.price > 0 and cuts.offsets["up", 0].grad is None
+
+
+def test_a_batch_in_parts_learns_what_the_whole_learns(monkeypatch):
+    """However little may be held at once, and however few positions are compared at once."""
+    view = tiny.view("llama")
+    whole = Combined(0.5, steps=6, batch=4).fit(view, tiny.calibration(view))
+    monkeypatch.setattr(distillation, "HELD", 1)
+    monkeypatch.setattr(logits, "PIECE", 1000)
+    seen = []
+    add = distillation.add_gradients
+    monkeypatch.setattr(distillation, "add_gradients", lambda v, w, n: seen.append(len(w)) or add(v, w, n))
+    found = Combined(0.5, steps=6, batch=4).fit(view, tiny.calibration(view))
+    assert seen == [1] * 24
+    torch.testing.assert_close(found["kl"], whole["kl"], rtol=0.01, atol=0)  # an input at its threshold may flip
+    torch.testing.assert_close(found["read"], whole["read"], rtol=1e-3, atol=0)
+
+
+def test_rates_rise_and_fall(monkeypatch):
+    view, rates = tiny.view("llama"), []
+    monkeypatch.setattr(distillation, "add_gradients", lambda *_: 0.0)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    groups = [{"params": [torch.zeros(3)], "lr": 1.0}]
+    distillation.distil(view, [tiny.tokens(1, 8)] * 8, groups, warm_up=2)
+    assert rates[0] == pytest.approx(0.5) and rates[1] == pytest.approx(0.5 * (1 + math.cos(math.pi / 8)))
+    assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 0.05
+
+
+def test_what_has_no_rate_stays():
+    view = tiny.view("llama")
+    state = Combined(0.5, steps=4, offset_rate=0.0, constant_rate=0.0).fit(view, tiny.calibration(view))
+    cuts = [state[f"cut.{p}"] for p in view.projection_names()]
+    assert all((cut == cut[:, :1]).all() for cut in cuts) and len({cut[0, 0].item() for cut in cuts}) > 3
+    assert all((state[p] == 0).all() for p in view.projection_names())
 
 
 def test_each_window_is_drawn_once_a_pass():
@@ -129,7 +186,7 @@ def test_it_runs_through_the_column_kernels():
     [
         (["method.combined.steps=-1"], "method.combined.steps"),
         (["method.combined.batch=0"], "method.combined.batch"),
-        (["method.combined.level_rate=0"], "method.combined.level_rate"),
+        (["method.combined.level_rate=-0.1"], "method.combined.level_rate"),
     ],
 )
 def test_bad_options_are_named(overrides, message):

@@ -67,7 +67,10 @@ def test_other_windows_make_another_cell_another_fit_and_another_hash(tiny_folde
     assert len(ids) == 3
     plain = cell("method=teal")
     assert plain.id == cell("method=teal", "calibration.seed=null").id and "seed" not in plain["calibration"]
-    for axis in ("calibration.tokens=4096", "calibration.text=squad"):
+    assert plain.id == cell("method=teal", "calibration.text=[coqa]").id
+    with pytest.raises(ConfigError, match="names a text twice: coqa, coqa"):
+        cell("method=teal", "calibration.text=[coqa,coqa]")
+    for axis in ("calibration.tokens=4096", "calibration.text=squad", "calibration.text=[coqa,squad]"):
         assert cell("method=teal", axis).id != plain.id
     assert cell("method=random", "calibration.seed=1").id == cell("method=random").id, "it learns from no text"
 

@@ -13,7 +13,7 @@ from harness.model.step import Policy
 from harness.run.config import check
 from harness.run.overrides import composed
 from methods.cats import Cats
-from methods.distillation import log_odds
+from methods.distillation import run
 from methods.rsparse import RSparse
 from methods.spon import Spon, dropped_means
 from methods.teal import Teal
@@ -100,7 +100,7 @@ def test_the_teacher_is_the_dense_model_with_the_methods_still_attached():
     with torch.no_grad():
         expected = view.model(ids, use_cache=False).logits
         with attached(view, fitted, Policy()):
-            torch.testing.assert_close(log_odds(view, ids, dense=True), expected)
+            torch.testing.assert_close(run(view, ids, dense=True).logits, expected)
 
 
 def test_the_folded_constants_run_through_the_column_kernels():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,8 +30,9 @@ def test_evaluation_text_is_boolqs_passages(tokenizer):
 def test_calibration_text_shares_no_long_run_with_the_evaluation_text():
     stories = text.calibration_text()
     assert len(stories) == 748089  # one story of 499 is in boolq, too
+    scored = set(text._runs(text.evaluation_text()))
     assert text.calibration_text("squad") != stories
-    assert not set(text._runs(stories)) & set(text._runs(text.evaluation_text()))
+    assert not scored & set(text._runs(stories)) and not scored & set(text._runs(text.calibration_text("squad")))
 
 
 def test_the_same_text_comes_back_from_the_cache():
@@ -46,6 +48,26 @@ def test_a_passage_that_shares_a_long_run_with_a_scored_document_is_dropped(monk
     monkeypatch.setattr(text, "local_docs", lambda name: docs)
     short = run.rsplit(" ", 1)[0]
     assert text._unscored([f"x {run} y", f"x {short} y", "z"]) == [f"x {short} y", "z"]
+
+
+def test_windows_of_several_texts_take_turns():
+    first, second = (text.Windows(torch.arange(2 * n).view(n, 2) + 100 * n, None, n) for n in (2, 4))
+    found = text.in_turns([first, second])
+    assert found.available == 6 and found.bytes is None
+    assert found.tokens[:, 0].tolist() == [200, 400, 202, 402, 404, 406]
+    assert text.in_turns([first]) is first
+
+
+def test_a_mixture_is_named_by_its_texts_and_asks_each_once(monkeypatch):
+    monkeypatch.setattr(text, "calibration_text", lambda name: f"{name} " * 30)
+    words = Words()
+    session._windows.cache_clear()
+    session._tokens.cache_clear()
+    learnt_from = {"path": None, "text": ["coqa", "squad"], "tokens": 50, "window": 10}
+    assert session._calibration_windows(words, learnt_from).shape == (5, 10)
+    session._check_length(words, None, ("coqa", "squad"), 10, 6)
+    with pytest.raises(ConfigError, match="calibration asks for 70 tokens but the text has only 60"):
+        session._check_length(words, None, ("coqa", "squad"), 10, 7)
 
 
 def test_an_unknown_text_is_a_config_error():

@@ -144,6 +144,19 @@ class Windows:
         return Windows(self.tokens[order], None if self.bytes is None else self.bytes[order], self.available)
 
 
+def in_turns(texts: Sequence[Windows]) -> Windows:
+    """The windows of several texts in turns, until each has given all of its own."""
+    import torch
+
+    if len(texts) == 1:
+        return texts[0]
+    turn = torch.cat([torch.arange(text.available) for text in texts])
+    order = turn.argsort(stable=True)
+    sizes = [text.bytes for text in texts if text.bytes is not None]
+    whole = torch.cat(sizes)[order] if len(sizes) == len(texts) else None
+    return Windows(torch.cat([text.tokens for text in texts])[order], whole, len(order))
+
+
 def text_windows(tokenizer: Any, text: str, length: int, what: str = "perplexity") -> Windows:
     """All whole windows of a text, with the bytes that their tokens stand for."""
     from harness.data.token_bytes import tokens_and_bytes

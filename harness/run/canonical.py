@@ -65,7 +65,10 @@ def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
     cfg["tasks"] = _tasks(cfg["tasks"])
     if cfg["calibration"] is not None:
         drawn = cfg["calibration"].get("seed") is not None
-        cfg["calibration"] = _with_hash({k: v for k, v in cfg["calibration"].items() if drawn or k != "seed"})
+        learnt_from = {k: v for k, v in cfg["calibration"].items() if drawn or k != "seed"}
+        if isinstance(learnt_from["text"], list) and len(learnt_from["text"]) == 1:
+            [learnt_from["text"]] = learnt_from["text"]
+        cfg["calibration"] = _with_hash(learnt_from)
     cfg["probe"] = probing.canonical(cfg["probe"]) | {"perplexity": _with_hash(cfg["probe"]["perplexity"])}
     return cfg
 

@@ -15,7 +15,7 @@ from harness.model.formats import BITS, GROUPS
 from harness.places import CONF, INSTALLED
 from harness.run import probing
 from harness.training import students
-from harness.values import choice, file_or_none, number, texts, whole
+from harness.values import choice, file_or_none, listed, number, texts, whole
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's plans
 
@@ -49,6 +49,9 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     _check_probe(cfg["probe"])
     calibration = cfg["calibration"]
     file_or_none(calibration["path"], "calibration.path")
+    names = texts(listed(calibration["text"], "calibration.text"), "calibration.text")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"calibration.text names a text twice: {', '.join(names)}")
     whole(calibration["tokens"], "calibration.tokens")
     if calibration["seed"] is not None:
         whole(calibration["seed"], "calibration.seed", at_least=0)

@@ -34,6 +34,7 @@ from harness.run.scope import to_native
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 
 
+Names = tuple[str, ...]  # of texts
 LETTERS_A_TOKEN = 5  # of English, a little more than tokenizers need: enough text for so many tokens
 
 
@@ -51,7 +52,7 @@ def check_tokens(config: CellConfig) -> None:
     if learnt := config["calibration"]:
         asked_for.append((learnt["path"], learnt["text"], learnt["tokens"], learnt["window"]))
     for path, name, tokens, window in asked_for:
-        _check_length(tokenizer, path, name, window, tokens // window)
+        _check_length(tokenizer, path, _names(name), window, tokens // window)
 
 
 def _check_special(config: CellConfig) -> None:
@@ -97,33 +98,42 @@ def _evaluation_windows(tokenizer: Any, perplexity: dict[str, Any], count: int) 
 
 
 def _calibration_windows(tokenizer: Any, calibration: dict[str, Any]) -> Tensor:
-    windows = _windows(tokenizer, calibration["path"], calibration["text"], calibration["window"])
+    windows = _windows(tokenizer, calibration["path"], _names(calibration["text"]), calibration["window"])
     count = calibration["tokens"] // calibration["window"]
     if calibration.get("seed") is not None:
         windows = windows.drawn(calibration["seed"])
     return windows.first(count, "calibration").tokens
 
 
+def _names(text: str | list[str]) -> Names:
+    """Of one text or several."""
+    return (text,) if isinstance(text, str) else tuple(text)
+
+
 @lru_cache(maxsize=64)
-def _check_length(tokenizer: Any, path: str | None, calibration: str | None, length: int, count: int) -> None:
+def _check_length(tokenizer: Any, path: str | None, calibration: Names | None, length: int, count: int) -> None:
     """Raise `ConfigError` where a text has fewer windows than `count`.
 
     Most texts are far longer than what is asked of them: a beginning that holds enough says so in a fraction of the
     time. Where it does not, all of the text is cut.
     """
-    raw = _raw(path, calibration)
-    beginning = raw[: LETTERS_A_TOKEN * (count + 1) * length]
-    if len(beginning) < len(raw):
-        tokens = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(tokens) >= (count + 1) * length:  # a window more, because a cut text may end in other tokens
-            return
+    if path or calibration is None or len(calibration) == 1:
+        raw = _raw(path, calibration[0] if calibration else None)
+        beginning = raw[: LETTERS_A_TOKEN * (count + 1) * length]
+        if len(beginning) < len(raw):
+            tokens = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(tokens) >= (count + 1) * length:  # a window more, because a cut text may end in other tokens
+                return
     _windows(tokenizer, path, calibration, length).first(count, _asker(calibration))
 
 
 @lru_cache(maxsize=16)
-def _windows(tokenizer: Any, path: str | None, calibration: str | None, length: int) -> text.Windows:
-    """All windows of a text: tokenizing a million characters takes seconds, so once a process."""
-    return text.cut(*_tokens(tokenizer, path, calibration), length, what=_asker(calibration))
+def _windows(tokenizer: Any, path: str | None, calibration: Names | None, length: int) -> text.Windows:
+    """All windows of a text, or of several in turns. Tokenizing a million characters takes seconds: once a process."""
+    names = (None,) if path or calibration is None else calibration
+    return text.in_turns(
+        [text.cut(*_tokens(tokenizer, path, name), length, what=_asker(calibration)) for name in names]
+    )
 
 
 @lru_cache(maxsize=4)
@@ -138,7 +148,7 @@ def _raw(path: str | None, calibration: str | None) -> str:
     return text.evaluation_text() if calibration is None else text.calibration_text(calibration)
 
 
-def _asker(calibration: str | None) -> str:
+def _asker(calibration: Names | None) -> str:
     return "perplexity" if calibration is None else "calibration"
 
 
@@ -188,7 +198,7 @@ def needed(loaded: Loaded, fitted: Fitted, config: CellConfig) -> dict[str, Any]
     if any(isinstance(state, Learnt) and state.tokens for _, state in fitted):
         settings = config["calibration"]
         digest = text_digest(calibration_windows(loaded, settings))
-        columns["calibration"] = f"{'own' if settings['path'] else settings['text']} {digest[:12]}"
+        columns["calibration"] = f"{'own' if settings['path'] else '+'.join(_names(settings['text']))} {digest[:12]}"
     return columns
 
 
