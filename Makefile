@@ -101,6 +101,7 @@ bench: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_decode --out results/bench/cpu_decode.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_decode --dtype bfloat16 --no-compile --out results/bench/cpu_decode_bf16.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_step --out results/bench/cpu_step.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cpu_lowbit --out results/bench/cpu_lowbit.json
 	$(BIN)/python -m bench.overhead --out results/bench/overhead.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.reuse --out results/bench/reuse.json
 

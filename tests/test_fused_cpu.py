@@ -129,6 +129,32 @@ def test_a_cache_goes_on_in_the_module_where_the_step_left_it() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [None, 4])
+def test_threads_that_help_change_no_bit(bits) -> None:
+    """Wide enough that every projection is shared out; who runs a part must not matter."""
+    torch.manual_seed(0)
+    view = tiny.view("llama", hidden_size=256, intermediate_size=512)
+    methods: list = [(Teal(0.3), Teal(0.3).fit(view, tiny.calibration(view)))]
+    packed = None if bits is None else packed_weights(view, bits, methods)
+    threads, logits = torch.get_num_threads(), {}
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            for asked in (False, True, None):
+                with fused_decode(view, methods, packed=packed) as fused:
+                    fused.step.help(asked)
+                    logits[number, asked] = steps(view, range(3, 15))
+                    assert fused.fused == 12 and (asked is None or fused.step.helped == asked)
+    finally:
+        torch.set_num_threads(threads)
+    for number in (1, 2, 3):
+        assert torch.equal(logits[number, True], logits[number, False])
+        assert torch.equal(logits[number, True], logits[number, None])
+    torch.testing.assert_close(logits[1, True], logits[3, True], rtol=0, atol=1e-4 if bits is None else 0.1)
+    assert bits or not torch.equal(logits[1, True], logits[3, True]), "the work was shared out"
+
+
+@torch.no_grad()
 def test_what_it_does_not_know_takes_the_modules_own_path() -> None:
     view, methods, policy = fitted("teal")
     with fused_decode(view, methods, policy) as fused:

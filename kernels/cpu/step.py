@@ -79,6 +79,15 @@ class Step:
         """By layer keys, values [1, G, S, D], contiguous, and how many are filled (int64, 0-d), counted up here."""
         self.own.set_cache(list(keys), list(values), list(lengths))
 
+    def help(self, asked: bool | None) -> None:
+        """Whether other threads help, up to torch's number: None by what was faster so far. Results are the same."""
+        self.own.set_help(asked)
+
+    @property
+    def helped(self) -> bool:
+        """Whether they help at the moment."""
+        return self.own.helped()
+
     def begin(self, row: Tensor) -> None:
         """The residual stream is `row` [d_model]: the token's embedding, or what a layer is shown."""
         self.own.begin(row)

@@ -66,12 +66,12 @@ inline int32_t* room(std::vector<int32_t>& v, int64_t n) {
 }
 
 // ---- threads -------------------------------------------------------------------------------------------------------
-// As many parts as torch has threads, and one where a part would be shorter than waking a thread. The parts are fixed
-// by the sizes alone, so a result repeats bit for bit at a given number of threads.
+// As many parts as torch has threads, and one where a part would be shorter than waking a thread, or handing it to one
+// that is awake. The parts are fixed by the sizes alone, so a result repeats bit for bit at a given number of threads.
 inline int64_t parts_for(int64_t items, int64_t bytes) {
-  constexpr int64_t kBytesWorthAThread = 1 << 20;
+  const int64_t worth = Pool::mode() == Pool::kOutside ? 1 << 20 : 1 << 15;
   if (at::in_parallel_region()) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>({at::get_num_threads(), items, bytes / kBytesWorthAThread}));
+  return std::max<int64_t>(1, std::min<int64_t>({at::get_num_threads(), items, bytes / worth}));
 }
 
 // f(begin, end) over [0, items).

@@ -1,6 +1,8 @@
 // One token of one sequence through a whole Llama-like model, stage by stage, on weights and caches that others own.
 #include <torch/custom_class.h>
 
+#include <chrono>
+
 #include "attention.h"
 #include "checks.h"
 #include "matrix.h"
@@ -25,6 +27,43 @@ struct Layer {
   Tensor keys, values, length;
   float cut = 0.0f;
   bool relu_on_up = false;
+};
+
+// Whether other threads help with a step. On a machine that others share they may make it slower, so both ways are
+// timed: in turns at first, then the slower one again now and then.
+class Helpers {
+ public:
+  std::optional<bool> asked;
+
+  void begin() {
+    help_ = asked.value_or(choose());
+    next_ = 0, start_ = Clock::now();
+  }
+  bool help() const { return asked.value_or(help_); }
+
+  // Stages `from` to `to` have run; a step counts if all of its stages ran in order.
+  void ran(int64_t from, int64_t to, int64_t all) {
+    next_ = from == next_ ? to : -1;
+    if (next_ != all || asked) return;
+    const double own = std::chrono::duration<double>(Clock::now() - start_).count();
+    double& usual = usual_[help_];
+    usual = counts_[help_]++ ? usual + (own - usual) / 4 : own;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int64_t kTrials = 4, kAgain = 64;  // steps each way at first; steps until the slower way has a turn
+
+  bool choose() {
+    const int64_t n = counts_[0] + counts_[1];
+    if (n < 2 * kTrials) return n % 2;
+    return (usual_[1] < usual_[0]) != (n % kAgain == 0);
+  }
+
+  bool help_ = false;
+  int64_t next_ = 0, counts_[2] = {0, 0};
+  double usual_[2] = {0.0, 0.0};
+  Clock::time_point start_;
 };
 
 Tensor floats_of(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
@@ -124,12 +163,21 @@ class Step : public torch::CustomClassHolder {
   void begin(const Tensor& row) {
     TORCH_CHECK(row.numel() == residual_.numel(), "the residual stream has ", residual_.numel(), " channels");
     residual_.copy_(row.reshape({-1}));
+    helpers_.begin();
   }
+
+  // Whether other threads help: by what was faster so far (nullopt), always, or never. Results do not depend on it.
+  void set_help(std::optional<bool> help) { helpers_.asked = help; }
+  bool helped() const { return helpers_.help(); }
 
   // Stages `from` to `to`, kStages a layer; then the final norm and the head.
   void run(int64_t from, int64_t to) {
     TORCH_CHECK_INDEX(0 <= from && to <= stages(), "stages lie in [0, ", stages(), "]");
-    for (int64_t s = from; s < to; ++s) narrow_ ? stage<bf16>(s) : stage<float>(s);
+    {
+      Pool::Team team(at::get_num_threads(), helpers_.help());
+      for (int64_t s = from; s < to; ++s) narrow_ ? stage<bf16>(s) : stage<float>(s);
+    }
+    helpers_.ran(from, to, stages());
   }
 
   int64_t stages() const { return kStages * static_cast<int64_t>(layers_.size()) + 2; }
@@ -337,6 +385,7 @@ class Step : public torch::CustomClassHolder {
 
   std::vector<Layer> layers_;
   Matrix head_;
+  Helpers helpers_;
   Tensor final_, cos_, sin_;
   double final_eps_ = 0.0;
   Act act_;
@@ -362,6 +411,8 @@ TORCH_LIBRARY_FRAGMENT(dynact_cpu, m) {
       .def("set_cut", &Step::set_cut)
       .def("set_rotary", &Step::set_rotary)
       .def("set_cache", &Step::set_cache)
+      .def("set_help", &Step::set_help)
+      .def("helped", &Step::helped)
       .def("begin", &Step::begin)
       .def("run", &Step::run)
       .def("stages", &Step::stages)
