@@ -76,6 +76,7 @@ written: setup
 	$(BIN)/python -m tests.test_fingerprint new
 	$(BIN)/python -m tests.readme_board
 	$(BIN)/python -m tests.schema_page
+	$(BIN)/python -m tests.latency_page
 
 # One page with everything: results/report.html
 report: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 
+from tests.marks import renewed
 from tests.test_architecture import FILES, FLOORS, GRAPH, ROOT
 
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -77,10 +78,7 @@ def drawn() -> str:
 
 def written(page: str) -> str:
     """The page with the map drawn anew between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, f"CONTRIBUTING.md has lost its marks {BEGIN} and {END}"
-    return f"{before}{BEGIN}\n\n{drawn()}\n\n{END}{after}"
+    return renewed(page, BEGIN, drawn(), END)
 
 
 if __name__ == "__main__":

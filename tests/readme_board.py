@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness.report.leaderboard import markdown, standings
 from harness.results.find import stored
+from tests.marks import renewed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
@@ -21,10 +22,7 @@ def drawn() -> str:
 
 def written(page: str) -> str:
     """The page with the table drawn anew between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, f"README.md has lost its marks {BEGIN} and {END}"
-    return f"{before}{BEGIN}\n\n{drawn()}\n\n{END}{after}"
+    return renewed(page, BEGIN, drawn(), END)
 
 
 if __name__ == "__main__":
