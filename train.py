@@ -15,7 +15,6 @@ from typing import Any, cast
 import hydra
 import psutil
 import torch
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,12 +33,10 @@ from harness.training.evaluate import evaluate
 from harness.training.experts import cached_cluster
 from harness.training.llama import Model
 from harness.training.loop import Recipe, Trainer, read_state
-from harness.training.students import base_of, checkpoint_name, command, find
+from harness.training.students import base_of, called, checkpoint_name, command, find
 from harness.training.text import write_text
 
 UNFINISHED = 3  # exit code of a run that `stop_after_s` ended: the same command goes on
-
-ConfigStore.instance().store(group="train", name="recipe", node=Recipe)
 
 
 def main() -> None:
@@ -61,15 +58,16 @@ def app(cfg: DictConfig) -> None:
         raise ConfigError(f"do={sorted(unknown)}: the stages are text, train and evaluate")
     device = _device(str(cfg.device))
     model_dir = _model_dir(cfg)
-    if cfg.model.name is None or (cfg.model.path is not None and cfg.model.source != "path"):
-        cfg.model.name = model_dir.resolve().name
+    cfg.model.name = called(cfg.model)
     name = checkpoint_name(cfg.model.name, recipe.name, recipe.seed)
     deadline = None
     if cfg.stop_after_s is not None:
         deadline = time.monotonic() + float(cfg.stop_after_s) - (time.time() - psutil.Process().create_time())
-    model = read_model(model_dir)
     text = Path(cfg.folder) / "text"
     prepare(model_dir, text)
+    if not cfg.do:  # all that needs a network is here now
+        return
+    model = read_model(model_dir)
     pieces = pieces_of(recipe.seed, cfg.text.pieces)
     if "text" in cfg.do:
         _fits(device, budget.writing_bytes(model.shape, cfg.text.batch, cfg.text.length), "text.batch")
@@ -79,6 +77,9 @@ def app(cfg: DictConfig) -> None:
     if "train" in cfg.do and not train(cfg, recipe, name, model, text, device, deadline):
         sys.exit(UNFINISHED)
     if "evaluate" in cfg.do:
+        if deadline is not None and time.monotonic() > deadline:
+            say(stdout(), f"{name}: no time is left to evaluate it: the same command goes on")
+            sys.exit(UNFINISHED)
         score(cfg, recipe, name, model, text, device)
 
 

@@ -23,6 +23,7 @@ from harness.training.checkpoints import (
     unpack,
 )
 from harness.training.llama import LINEARS, Model, make_block, norm, rotary
+from harness.training.students import base_of
 
 SHIPPED = sorted(path.parent for path in CHECKPOINTS.glob("*/adapter.json"))
 
@@ -138,7 +139,8 @@ def test_shipped_adapters_are_whole_and_within_bounds(folder: Path) -> None:
     shards = list(folder.glob("*.safetensors"))
     assert {s.name for s in shards} == set(checkpoint.record["sha256"])
     assert all(s.stat().st_size < 16 * 2**20 for s in shards)
-    assert sum(s.stat().st_size for s in shards) <= 24 * 2**20
+    bound = 24 if base_of(checkpoint.record) == "smollm2-135m" else 20  # MiB
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= bound * 2**20
     assert all(torch.isfinite(t).all() for t in checkpoint.tensors.values())
     evaluation = checkpoint.record["evaluation"]
     assert evaluation["natural"]["perplexity"] == pytest.approx(evaluation["unrounded"]["perplexity"], rel=0.01)
@@ -147,7 +149,7 @@ def test_shipped_adapters_are_whole_and_within_bounds(folder: Path) -> None:
 
 def test_all_shipped_adapters_fit_the_repository() -> None:
     total = sum(file.stat().st_size for folder in SHIPPED for file in folder.iterdir())
-    assert total <= 110 * 2**20
+    assert total <= (110 + 64) * 2**20  # those of the first model, and what the second family may take
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -65,6 +66,9 @@ class Recipe:
     hard_from: float = 0.5  # share of the run after which routers are frozen and the selection is hard
     router_rate: float = 1.0  # learning rate of the routers, as a share of the factors'
     ship_rank: int = 0  # rank that the trained factors are cut to before they ship; 0: all of it
+
+
+ConfigStore.instance().store(group="train", name="recipe", node=Recipe)  # the defaults of conf/train
 
 
 class Trainer:
@@ -265,7 +269,7 @@ class Trainer:
 
         The state is written to `folder` at the end and every `save_every_s` seconds. Both are looked at every
         `log_every` steps, where the device has caught up; a run whose next stretch would end too late stops before it.
-        A run that stops early leaves the small state as well.
+        The small state is written where it ends, early or not.
         """
         end = min(self.recipe.steps, stop_at or self.recipe.steps)
         seen: list[dict[str, Tensor]] = []
@@ -288,8 +292,7 @@ class Trainer:
                 since = saved = time.monotonic()
             if late:
                 break
-        if self.step < self.recipe.steps:
-            self.save(folder, small=True)
+        self.save(folder, small=True)
 
     def flops_per_token(self) -> float:
         """Executed model FLOPs a token: student 6N, frozen head 4N, teacher 2N, causal attention in both."""

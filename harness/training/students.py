@@ -26,6 +26,13 @@ def checkpoint_name(model: str, variant: str, seed: int) -> str:
     return with_seed(variant if model == EMBEDDED_MODEL else f"{model}-{variant}", seed)
 
 
+def called(model: Mapping[str, Any]) -> str:
+    """What a model is called by which counterparts are trained: the config's name, or that of the folder given."""
+    if model["name"] is None or (model["path"] is not None and model["source"] != "path"):
+        return Path(model["path"]).resolve().name
+    return str(model["name"])
+
+
 def base_of(record: Mapping[str, Any]) -> str:
     """The model that a checkpoint's record says it was trained from; the first ones did not say it."""
     return str(record.get("model", EMBEDDED_MODEL))
