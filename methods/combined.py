@@ -60,6 +60,7 @@ class Combined(Method):
     paper: ClassVar[str] = "-"
     version: ClassVar[int] = 2
     needs: ClassVar[str] = "calibration"
+    compensated: ClassVar[bool] = True
     fit_fields: ClassVar[tuple[str, ...]] = (
         "sparsity", "steps", "batch", "level_rate", "offset_rate", "constant_rate"
     )  # fmt: skip

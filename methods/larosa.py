@@ -60,6 +60,11 @@ class LaRoSA(Scored):
         """Input channels of all seven projections."""
         return channels(self.sparsity)
 
+    @property
+    def rotates(self) -> bool:
+        """Unless its rotation is left out."""
+        return self.rotation != "none"
+
     def unsupported(self, view: View) -> str | None:
         """Only what has plain norms can be rotated."""
         return (None if self.rotation == "none" else cannot_rotate(view)) or super().unsupported(view)

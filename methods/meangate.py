@@ -39,6 +39,11 @@ class MeanGate(Method):
         if not isinstance(self.rank, int) or self.rank < 0:
             raise ConfigError(f"method.meangate.rank must be a whole number of at least 0, not {self.rank!r}")
 
+    @property
+    def knows_inputs(self) -> bool:
+        """M is of the MLP's inputs."""
+        return True
+
     def fit(self, view: View, calibration: Calibration) -> State:
         """`mean` float32 [layers, neurons]: the mean of the activated gate over calibration tokens."""
         sums = [torch.zeros(view.d_ff, dtype=torch.float64, device=view.device) for _ in view.blocks]
@@ -73,7 +78,10 @@ class MeanGate(Method):
                     u, s, v = torch.linalg.svd(whole, full_matrices=False)
                     parts = [v[: self.rank], u[:, : self.rank] * s[: self.rank]]
                 weights, seen = [part.to(view.dtype) for part in parts], list[Tensor]()
-                before = block.up.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+                # First of all hooks: what others drop of x, or move it by, is no business of M's.
+                before = block.up.register_forward_pre_hook(
+                    lambda _m, args, seen=seen: seen.append(args[0]), prepend=True
+                )
                 stack.callback(before.remove)
 
                 def add(_m: nn.Module, _a: tuple, out: Tensor, seen: list = seen, weights: list = weights) -> Tensor:

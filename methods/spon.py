@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.model.step import Policy
 from harness.model.view import View
-from methods.distillation import distil
+from methods.distillation import distil, run
 
 Constants = Mapping[tuple[str, int], Tensor]  # (projection, layer) -> float32 [outputs]
 
@@ -115,7 +115,25 @@ def added(view: View, constants: Constants) -> Iterator[None]:
 
 
 def dropped_means(view: View, calibration: Calibration) -> dict[tuple[str, int], Tensor]:
-    """W E[x - S(x)], float32 [outputs] by (projection, layer): S(x) is what attached methods leave of an input x."""
+    """W E[x - S(x)], float32 [outputs] by (projection, layer): S(x) is what attached methods leave of an input x.
+
+    Less W E[x - S(x)] of tokens that are dense: a method that moves inputs (SCAP's centre) makes up for that itself.
+    """
+    dropped = left_out(view, calibration.tokens, lambda: calibration.visit({}))
+    few = calibration.batches[0]
+    moved = left_out(view, few.numel(), lambda: run(view, few, dense=True))
+    return {
+        (name, layer): module.weight.float() @ (dropped.get((name, layer), 0) - moved.get((name, layer), 0))
+        if (name, layer) in dropped
+        else torch.zeros(module.out_features, device=module.weight.device)
+        for layer, block in enumerate(view.blocks)
+        for name, module in block.projections()
+    }
+
+
+@torch.no_grad()
+def left_out(view: View, tokens: int, passes: Callable[[], Any]) -> dict[tuple[str, int], Tensor]:
+    """E[x - S(x)] over `tokens` tokens of some passes, float32 [inputs] by (projection, layer) where there is any."""
     sums: dict[tuple[str, int], Tensor] = {}
     inputs: dict[tuple[str, int], Tensor] = {}
 
@@ -136,11 +154,5 @@ def dropped_means(view: View, calibration: Calibration) -> dict[tuple[str, int],
                 key = (name, layer)
                 stack.callback(module.register_forward_pre_hook(whole(key), prepend=True).remove)
                 stack.callback(module.register_forward_pre_hook(left(key)).remove)
-        calibration.visit({})
-    return {
-        (name, layer): module.weight.float() @ (sums[name, layer] / calibration.tokens)
-        if (name, layer) in sums
-        else torch.zeros(module.out_features, device=module.weight.device)
-        for layer, block in enumerate(view.blocks)
-        for name, module in block.projections()
-    }
+        passes()
+    return {key: value / tokens for key, value in sums.items()}

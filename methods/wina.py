@@ -65,6 +65,11 @@ class Wina(Method):
         """Input channels of all seven projections."""
         return channels(self.sparsity)
 
+    @property
+    def rotates(self) -> bool:
+        """With its transform."""
+        return self.transform
+
     def unsupported(self, view: View) -> str | None:
         """Only what has plain norms can be rotated."""
         return (cannot_rotate(view) if self.transform else None) or super().unsupported(view)

@@ -10,6 +10,7 @@ from harness.errors import ConfigError
 from harness.execution.attach import attached, overhead
 from harness.model.selection import Mask, Thresholds, keep_mask
 from harness.model.step import Policy
+from harness.run.nest import incomplete
 from harness.run.scope import to_native
 from methods.larosa import LaRoSA, tilted
 from methods.meangate import MeanGate
@@ -18,6 +19,7 @@ from methods.oracle import Oracle
 from methods.prox import Prox, quantised
 from methods.rotation import rotated
 from methods.rsparse import RSparse, low_rank
+from methods.scap import SITES, Scap
 from methods.statistical_topk import StatisticalTopK, threshold
 from methods.topp import MaxP, TopP
 from methods.wina import Wina, bases
@@ -292,6 +294,29 @@ def test_the_mean_gate_alone_changes_nothing():
     calibration = tiny.calibration(view)
     method = MeanGate(0.5)
     torch.testing.assert_close(logits(view, (method, method.fit(view, calibration))), logits(view))
+
+
+OTHERS = [MeanGate(0.5), RSparse(0.5), LaRoSA(0.5), Wina(0.5, transform=True)]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("other", OTHERS, ids=lambda method: method.name)
+def test_a_shift_and_a_rewrite_leave_dense_tokens_alone_whoever_stands_outside(other, inside):
+    """SCAP moves inputs and folds what that changes into biases, while others rewrite weights and add to outputs."""
+    view = wide_view()
+    calibration, scap = tiny.calibration(view), Scap(0.5)
+    moved = scap.fit(view, calibration) | {f"{site}.centre": torch.full((view.n_layers,), 0.5) for site in SITES}
+    nest = [(scap, moved), (other, other.fit(view, calibration))]
+    if inside and other.rotates:
+        assert (
+            incomplete([scap, other])
+            == f"{other.name} turns the inputs that scap knows: put it outside, [{other.name},scap]"
+        )
+        return
+    assert incomplete([m for m, _ in (nest if inside else nest[::-1])]) is None
+    with torch.no_grad(), attached(view, nest if inside else nest[::-1], Policy("decode")):
+        found = view.model(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, logits(view), rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_gate_stands_in_for_dropped_neurons():

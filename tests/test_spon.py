@@ -15,6 +15,7 @@ from harness.run.overrides import composed
 from methods.cats import Cats
 from methods.distillation import run
 from methods.rsparse import RSparse
+from methods.scap import SITES, Scap
 from methods.spon import Spon, dropped_means
 from methods.teal import Teal
 from tests import tiny
@@ -60,6 +61,28 @@ def test_the_start_is_the_mean_of_what_is_dropped():
     x = view.norms[0][0](torch.cat(seen).flatten(0, 1))
     dropped = torch.where(x.abs() <= cut, x, 0).mean(0)
     torch.testing.assert_close(found["q", 0], view.blocks[0].q.weight @ dropped, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("centre", [0.0, 0.3])
+def test_a_shift_that_a_method_makes_up_for_itself_is_not_counted_again(centre):
+    """The start is what makes the mean output that of the dense projection on the same inputs, SCAP's bias and all."""
+    view = tiny.view("llama")
+    calibration, inner = tiny.calibration(view), Scap(0.6)
+    state = inner.fit(view, calibration) | {f"{s}.centre": torch.full((view.n_layers,), centre) for s in SITES}
+    down, dense = view.blocks[0].down, view.blocks[0].down.weight.clone()
+    seen, given = [], []
+    with view.tracker.tracking(Policy()), inner.attach(view, state):
+        found = dropped_means(view, calibration)
+        handles = [
+            down.register_forward_pre_hook(lambda _m, args: seen.append(args[0]), prepend=True),
+            down.register_forward_hook(lambda _m, _a, out: given.append(out)),
+        ]
+        calibration.visit({})
+        for handle in handles:
+            handle.remove()
+    expected = F.linear(torch.cat(seen).flatten(0, 1).mean(0), dense) - torch.cat(given).flatten(0, 1).mean(0)
+    torch.testing.assert_close(found["down", 0], expected, rtol=1e-3, atol=1e-5)
+    assert expected.norm() > 1e-4
 
 
 @pytest.mark.parametrize("inner", [Teal(0.7), Cats(0.7), RSparse(0.7)], ids=lambda m: m.name)
@@ -120,6 +143,7 @@ def test_the_folded_constants_run_through_the_column_kernels():
     ("overrides", "message"),
     [
         (["method=spon"], "nest it"),
+        (["method=[spon,combined]"], "combined makes up for what it drops itself"),
         (["method=[spon,teal]", "method.spon.epochs=-1"], "method.spon.epochs"),
     ],
 )

@@ -49,6 +49,9 @@ class Method:
     families: ClassVar[tuple[str, ...]] = ()
     fit_fields: ClassVar[tuple[str, ...]] = ()
     compensates: ClassVar[bool] = False  # makes up for what the methods beside it drop: fitted last, with them attached
+    compensated: ClassVar[bool] = (
+        False  # has learnt such compensation itself: another would count what is dropped twice
+    )
     swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
 
     @property
@@ -69,6 +72,16 @@ class Method:
     @property
     def names_neurons(self) -> bool:
         """Whether it tells neurons apart by their place: learns of single ones, fixes them, or reads their weights."""
+        return False
+
+    @property
+    def knows_inputs(self) -> bool:
+        """Whether it works in the coordinates of what a norm hands to projections."""
+        return bool({"attn_in", "mlp_in"} & set(self.sites))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it turns the inputs of projections into other coordinates: outside of it nothing may know them."""
         return False
 
     @property
