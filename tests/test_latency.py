@@ -68,7 +68,7 @@ def test_every_variant_is_timed_in_every_round(teal, monkeypatch):
     view, fitted = teal
     order = []
     generate = timing.generate
-    monkeypatch.setattr(timing, "generate", lambda *args: order.append(variants.index(args[-1])) or generate(*args))
+    monkeypatch.setattr(timing, "generate", lambda *args: order.append(variants.index(args[3])) or generate(*args))
     kept: list[Timing] = []
     timed_rounds = latency_rows.timed_rounds
 

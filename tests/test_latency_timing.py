@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 
 from harness.probes import latency
+from harness.probes.latency import energy, timing, watch
 from harness.probes.latency import rows as latency_rows
-from harness.probes.latency import timing, watch
 from harness.probes.latency.timing import Sample
 from harness.probes.latency.variants import Variant
 from harness.results.rows import make_row
@@ -62,7 +62,7 @@ def test_peak_memory_is_each_variants_own(teal, monkeypatch):
 
     def decode(*args):
         peak["peak"] = max(peak["peak"], peak["now"])
-        return 0.1, [0.1]
+        return Sample(0.1, [0.1])
 
     monkeypatch.setattr(timing, "generate", decode)
     memory = watch.Memory("peak_memory", lambda: peak.update(peak=0), lambda: peak["peak"])
@@ -104,6 +104,54 @@ def test_who_comes_during_the_run_is_seen():
     assert before.watch.words() == "1 other processes on the GPU", "there when the run began"
     unknown = Others("processes", 5.0, float("nan"))
     assert "can't be told" in unknown.watch.words(), "not knowing is not the same as nobody"
+
+
+def rapl(root, domain, **counters):
+    folder = root / domain
+    folder.mkdir()
+    for file, text in counters.items():
+        (folder / file).write_text(f"{text}\n")
+    return folder
+
+
+def test_rapl_counts_packages_and_memory_once_and_goes_on_when_full(tmp_path):
+    one = rapl(tmp_path, "intel-rapl:0", name="package-0", energy_uj=900, max_energy_range_uj=1000)
+    rapl(tmp_path, "intel-rapl:0:0", name="core", energy_uj=5, max_energy_range_uj=1000)  # part of the package
+    memory = rapl(tmp_path, "intel-rapl:0:1", name="dram", energy_uj=0, max_energy_range_uj=1000)
+    meter = energy.cpu_meter(tmp_path)
+    assert meter.what == "the whole processor and memory by RAPL" and meter.read() == 0
+    (one / "energy_uj").write_text("400")
+    (memory / "energy_uj").write_text("50")
+    assert meter.read() == pytest.approx(550e-6)
+    (one / "max_energy_range_uj").unlink()
+    assert energy.cpu_meter(tmp_path) is None, "not for this user to read"
+    assert energy.cpu_meter(tmp_path / "none") is None
+
+
+def test_joules_a_token_are_those_of_decode_steps_where_the_device_counts_them(teal, monkeypatch):
+    """A counter that rises by 3 J at each look, twice a run; rounds too short for the counter have no row."""
+    view, fitted = teal
+    looks: list[float] = []
+
+    def read():
+        looks.append(3.0 * len(looks))
+        return looks[-1]
+
+    variants = planned(view, fitted)[:2]
+    told = {}
+    for every in (0.0, 1e6):
+        monkeypatch.setattr(latency_rows, "meter_of", lambda devices, own=every: energy.Meter(read, "a toy", own))
+        rows = latency.measure(view, variants, tiny.tokens(2, 64), CONFIG | {"batch": [1, 2]})
+        told[every] = [make_row(cell_id="c", **r) for r in rows if r["metric"] == "energy_per_token"]
+    steps = CONFIG["new_tokens"] - 1
+    assert [(r["batch"], r["value"], r["unit"], r["n"]) for r in told[0.0]] == [
+        (b, pytest.approx(3.0 / (b * steps)), "J/token", b * steps * CONFIG["repeats"]) for b in (1, 1, 2, 2)
+    ]
+    assert all("counted: a toy" in r["message"] for r in told[0.0])
+    assert told[1e6] == [] and len(looks) == 2 * 2 * 2 * 2 * (CONFIG["repeats"] + 1)
+    monkeypatch.setattr(latency_rows, "meter_of", lambda devices: None)
+    rows = latency.measure(view, variants, tiny.tokens(2, 64), CONFIG)
+    assert not [r for r in rows if r["metric"] == "energy_per_token"]
 
 
 def test_what_others_take_is_the_machines_time_less_our_own(monkeypatch):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels
 from harness.model.view import View
+from harness.probes.latency.energy import Meter, energy_row, meter_of
 from harness.probes.latency.reads import cache_bytes, step_bytes
 from harness.probes.latency.timing import Sample, Timing, compile_steps, interleave, prompts, ratio, run
 from harness.probes.latency.variants import Row, Variant
@@ -25,7 +26,7 @@ class Point:
     """One point of the batch x context grid, timed.
 
     timings: of every variant, in their order. disturbed: who else was at work meanwhile, in words. bandwidth: bytes/s
-    read by this device in the same run. memory: the metric that memory goes by.
+    read by this device in the same run. memory: the metric that memory goes by. meter: what counts joules, if anything.
     """
 
     batch: int
@@ -35,6 +36,7 @@ class Point:
     disturbed: str | None
     bandwidth: float
     memory: str
+    meter: Meter | None = None
 
     def fastest(self, allowed: Callable[[Variant], bool]) -> Timing:
         """The fastest dense run among the allowed ones."""
@@ -52,12 +54,13 @@ def measure(view: View, variants: Sequence[Variant], windows: Tensor, config: Ma
     """Rows over the batch x context grid. windows: int64 [n, length], real text that prompts are cut from."""
     rows: list[Row] = []
     bandwidth = kernels.read_bandwidth(view.device)
+    meter = meter_of(p.device for p in view.model.parameters())
     for batch in config["batch"]:
         for context in config["context"]:
             prompt = prompts(windows, batch, context).to(view.device)
             timed = [variant for variant in variants if not variant.single or batch == 1]
-            timings, others, memory = timed_rounds(view, timed, prompt, config)
-            point = Point(batch, context, timed, timings, others.words(), bandwidth, memory)
+            timings, others, memory = timed_rounds(view, timed, prompt, config, meter)
+            point = Point(batch, context, timed, timings, others.words(), bandwidth, memory, meter)
             rows += disturbance_rows(point, others)
             for variant, timing in zip(timed, timings, strict=True):
                 union = variant.union(prompt) if variant.union is not None and batch <= kernels.MAX_ROWS else None
@@ -67,13 +70,13 @@ def measure(view: View, variants: Sequence[Variant], windows: Tensor, config: Ma
 
 
 def timed_rounds(
-    view: View, timed: Sequence[Variant], prompt: Tensor, config: Mapping[str, Any]
+    view: View, timed: Sequence[Variant], prompt: Tensor, config: Mapping[str, Any], meter: Meter | None = None
 ) -> tuple[list[Timing], Watch, str]:
     """Time variants on a prompt [batch, context]; also who else was at work, and the metric that memory goes by."""
     compile_steps(view, timed, prompt, config["new_tokens"])
     memory = memory_of(view.device)
     runs: list[Callable[[], Sample]] = [
-        partial(run, view, prompt, config["new_tokens"], variant, memory) for variant in timed
+        partial(run, view, prompt, config["new_tokens"], variant, memory, meter) for variant in timed
     ]
     others = watch(view.device)
     timings = interleave(runs, config["repeats"], config["min_seconds"], others.look)
@@ -107,6 +110,10 @@ def rows_of(view: View, point: Point, variant: Variant, timing: Timing, union: t
     facts += [(metric, ratio(base, timing), "ratio", rounds) for metric, base in baselines(point, variant).items()]
     each = {"metric": "tpot_median", "value": median, "unit": "s", "n": n, "stderr": spread}
     rest = [common | {"metric": m, "value": v, "unit": u, "n": k} for m, v, u, k in facts]
+    energy = energy_row(point.meter, timing.joules, timing.each, point.batch, rounds)
+    if energy is not None and point.meter is not None:
+        notes = [common["message"], f"counted: {point.meter.what}"]
+        rest.append(common | energy | {"message": "; ".join(note for note in notes if note)})
     if variant.decoder is not None:  # its prompt is eager and dense: nothing to report
         return [common | each, *rest]
     first = {"metric": "ttft_median", "value": statistics.median(timing.first), "unit": "s", "n": rounds}

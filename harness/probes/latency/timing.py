@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import StaticCache
 
 from harness.execution.decode_loop import DecodeLoop
 from harness.model.view import View
+from harness.probes.latency.energy import Meter
 from harness.probes.latency.variants import Variant
 from harness.probes.latency.watch import Memory
 from harness.progress import counting
@@ -23,11 +24,15 @@ from harness.progress import counting
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of a variant. first: seconds to the first token. steps: of each decode step. memory: bytes."""
+    """One run of a variant. first: seconds to the first token. steps: of each decode step. memory: bytes.
+
+    joules: of the decode steps, where they are counted.
+    """
 
     first: float
     steps: Sequence[float]
     memory: int = 0
+    joules: float | None = None
 
 
 @dataclass
@@ -35,13 +40,15 @@ class Timing:
     """The rounds of one variant.
 
     first: seconds to the first token, one a round. each: seconds a decode step, over all rounds. rounds: the median
-    step of each round, in the order of the rounds. memory: the largest of a round, bytes.
+    step of each round, in the order of the rounds. memory: the largest of a round, bytes. joules: of a round's decode
+    steps, where they are counted.
     """
 
     first: list[float] = field(default_factory=list)
     each: list[float] = field(default_factory=list)
     rounds: list[float] = field(default_factory=list)
     memory: int = 0
+    joules: list[float] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
         """Take in a round."""
@@ -49,6 +56,7 @@ class Timing:
         self.each += sample.steps
         self.rounds.append(statistics.median(sample.steps))
         self.memory = max(self.memory, sample.memory)
+        self.joules += [] if sample.joules is None else [sample.joules]
 
     @property
     def median(self) -> float:
@@ -102,17 +110,18 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def run(view: View, prompt: Tensor, new_tokens: int, variant: Variant, memory: Memory) -> Sample:
+def run(
+    view: View, prompt: Tensor, new_tokens: int, variant: Variant, memory: Memory, meter: Meter | None = None
+) -> Sample:
     """Attach a variant and decode once. Its peak memory is its own: the count starts when it is attached."""
     with variant.attached(len(prompt)):
         memory.reset()
-        first, steps = generate(view, prompt, new_tokens, variant)
-        return Sample(first, steps, memory.read())
+        return replace(generate(view, prompt, new_tokens, variant, meter), memory=memory.read())
 
 
 @torch.no_grad()
-def generate(view: View, prompt: Tensor, new_tokens: int, variant: Variant) -> tuple[float, list[float]]:
-    """Greedy decode with a static cache: seconds to the first token, and of each of the new_tokens - 1 steps after."""
+def generate(view: View, prompt: Tensor, new_tokens: int, variant: Variant, meter: Meter | None = None) -> Sample:
+    """Greedy decode with a static cache: the time to the first token, and of each of the new_tokens - 1 steps after."""
     model = variant.decoder or view.model
     step = variant.step or model
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
@@ -121,6 +130,7 @@ def generate(view: View, prompt: Tensor, new_tokens: int, variant: Variant) -> t
     last = now(prompt.device)
     first, steps = last - start, []
     loop = DecodeLoop(view, cache, token) if variant.captured else None  # captured outside of the timed steps
+    before = 0.0 if meter is None else meter.read()
     last = now(prompt.device)
     for _ in range(new_tokens - 1):
         if loop is not None:
@@ -131,7 +141,7 @@ def generate(view: View, prompt: Tensor, new_tokens: int, variant: Variant) -> t
         moment = now(prompt.device)
         steps.append(moment - last)
         last = moment
-    return first, steps
+    return Sample(first, steps, joules=None if meter is None else meter.read() - before)
 
 
 def compile_steps(view: View, timed: Sequence[Variant], prompt: Tensor, new_tokens: int) -> None:
