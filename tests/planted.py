@@ -6,6 +6,7 @@ a method, neighbouring windows are alike, and a hard item is lost in many cells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ SHARED, OWN = 0.1, 0.15  # nats/token: of a model's and of a method's cells toge
 NEIGHBOURS = 0.1  # correlation of neighbouring windows in what is shared
 SAME_ITEMS = 0.4  # share of an item's fate that all cells have in common
 CHANCE = {"piqa": 0.5, "gsm8k": 0.0}
+BYTES = {"planted-400m": 4.4, "planted-1.6b": 4.4}  # a token of these models' tokenizers; 4 of the others
 Draws = dict[tuple, NDArray[np.float64]]
 
 
@@ -68,6 +70,10 @@ class Planted:
         self.samples: list[pd.DataFrame] = []
         self.specs: list[tuple] = []
         self.draws: Draws = {}
+        self.make()
+
+    def make(self) -> None:
+        """Add the cells."""
         for model in (SWIGLU, RELU):
             for length in (128, 512):
                 for phase in ("all", "decode"):
@@ -122,26 +128,30 @@ class Planted:
         length: int = 512,
         phase: str = "all",
         device: str | None = None,
+        stored: str | None = None,
     ) -> str:
         """Add a cell, its rows and its samples; its id.
 
         text: nats/token lost. wrong: share of all items that go from right to wrong (`failed`: of generated ones).
-        swaps: share that changes without a change in accuracy. time: speed-up of its kernel at batch 1.
+        swaps: share that changes without a change in accuracy. time: speed-up of its kernel at batch 1. stored: the
+        format of quantised weights, whose dense cell is quantised too; `text` is then what it loses to 16 bits.
         """
-        where = {"d": device} if device else {}
+        where = ({"d": device} if device else {}) | ({"w": stored} if stored else {})
         name = cell_id({"model": model, "method": method, "sparsity": s, "v": variant, "l": length, "p": phase} | where)
-        self.dense_cells[name] = f"{model} {length}"
+        self.dense_cells[name] = f"{model} {stored} {length}"
         activation = "relu" if "relu" in model else "silu"
         same = {"cell_id": name, "model": model, "family": "llama", "activation": activation, "method": method}
         same |= {"variant": variant, "sparsity_requested": s, "scope": "native", "phase": phase, "dense_prefix": 0}
         same |= {"seed": 0, "limited": self.limited, "execution": "dense" if method == "dense" else "masked"}
         same |= {"device": device} if device else {}
+        same |= {"weight_format": stored} if stored else {}
 
         def row(probe: str, metric: str, value: float, n: int = 1000, unit: str = "share", **facts: Any) -> None:
             fact = {"probe": probe, "metric": metric, "value": float(value), "n": n, "unit": unit}
             self.rows.append(make_row(**(same | fact | facts)))
 
         spec = (name, model, method, variant, text, wrong, wrong if failed is None else failed, swaps, length, phase)
+        spec += (stored,)
         self.specs.append(spec)
         self._quality(row, spec)
         if method != "dense":
@@ -193,20 +203,24 @@ class Planted:
         return self.samples
 
     def _quality(self, row: Callable | None, spec: tuple) -> None:
-        name, model, method, variant, text, wrong, failed, swaps, length, phase = spec
+        name, model, method, variant, text, wrong, failed, swaps, length, phase, stored = spec
         tokens = (length if phase == "all" else length // 2) - 1
         windows = self.windows * 512 // length
         nll = self._shared((model, length), windows, lambda n: self.rng.normal(3, 0.3, n)).copy()
-        if method != "dense":
+        if method != "dense" or stored:
             near = NEIGHBOURS ** (length / 512)  # shorter windows are nearer to one another
             of_model = self._shared(("model", model, length), windows, lambda n: _alike(self.rng, n, near))
-            of_method = self._shared((model, method, variant, length), windows, lambda n: _alike(self.rng, n, near))
+            of_method = self._shared(
+                (model, method, variant, stored, length), windows, lambda n: _alike(self.rng, n, near)
+            )
             noise = SHARED * (of_model + of_method) + OWN * _skewed(self.rng.normal(size=windows))
             nll += text + self.text_noise * noise
         self._sample(name, "perplexity", "text", nll, 0.0, tokens)
         if row is not None:
             facts = {"task": "perplexity", "step_phase": "all"}
             row("quality", "nll", nll.mean(), n=tokens * windows, unit="nats/token", **facts)
+            width = math.log(2) * BYTES.get(model, 4.0)
+            row("quality", "bits_per_byte", nll.mean() / width, n=tokens * windows, unit="bits/byte", **facts)
         for task, metric, lost in (("piqa", "acc", wrong), ("gsm8k", "exact_match:strict", failed)):
             value = self._answers(model, method, task, min(max(lost, 0.0), self.ability), swaps)
             self._sample(name, task, "accuracy", value, CHANCE[task], 0)

@@ -11,19 +11,24 @@ import math
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
 from harness import claims
+from harness.claims import judge
 from tests import planted
 from tests.planted import Planted
+from tests.planted_models import BETWEEN, PlantedModels
 
 # Of the right size for the numbers of windows and items that are drawn: about what `power` says.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "null": {"sign": 0.0, "windows": 64, "items": 1500, "noise": 1.0},
     "effect": {"sign": 1.0, "windows": 64, "items": 2500, "noise": 1.0, "strength": 4.0},
+    "models null": {"sign": 0.0, "windows": 64, "items": 1000, "noise": 1.0},
+    "models effect": {"sign": 1.0, "windows": 64, "items": 1000, "noise": 1.0},
     "accuracy falls by the margin": {"falls": claims.MARGIN, "windows": 12, "items": 1500, "noise": 1.0},
 }
 NOMINAL = 0.05
@@ -32,12 +37,15 @@ _made: dict[str, Study] = {}
 
 
 def judged(scenario: str, seed: int) -> pd.DataFrame:
-    """The verdicts on one made-up study: claim, verdict, p, effect, power."""
+    """The verdicts on one made-up study: claim, verdict, p, effect, power. Of models: by the claims between them."""
     if scenario not in _made:
-        study = Planted(**SCENARIOS[scenario])
+        maker = PlantedModels if scenario.startswith("models") else Planted
+        study = maker(**SCENARIOS[scenario])
         _made[scenario] = study, study.table()
     study, table = _made[scenario]
-    lines = claims.verdicts(table, pd.concat(study.redraw(seed), ignore_index=True))
+    own = tuple(c for c in claims.CLAIMS if c.name in BETWEEN) if isinstance(study, PlantedModels) else claims.CLAIMS
+    with mock.patch.object(judge, "CLAIMS", own):
+        lines = claims.verdicts(table, pd.concat(study.redraw(seed), ignore_index=True))
     return lines[["claim", "verdict", "p", "effect", "power"]].assign(scenario=scenario, seed=seed)
 
 
@@ -85,7 +93,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench/claims_simulation.json"))
     parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument(
+        "--scenarios", nargs="*", choices=list(SCENARIOS), default=list(SCENARIOS), help="others are kept"
+    )
     args = parser.parse_args()
+    kept = json.loads(args.out.read_text())["scenarios"] if args.out.exists() else {}
     result: dict[str, Any] = {
         "command": "python -m tests.simulation --out results/bench/claims_simulation.json",
         "about": "verdicts on made-up studies, through harness.claims as it is; see tests/planted.py for the noise",
@@ -98,6 +110,10 @@ def main() -> None:
         "scenarios": {},
     }
     for scenario, facts in SCENARIOS.items():
+        if scenario not in args.scenarios:
+            if scenario in kept:
+                result["scenarios"][scenario] = kept[scenario]
+            continue
         lines = simulate(scenario, args.studies, args.workers)
         tests = lines[lines["verdict"] != "described"]["claim"].nunique()
         result["scenarios"][scenario] = {

@@ -22,6 +22,7 @@ from harness.results.samples import SAMPLES, read_samples
 from harness.results.store import Store
 from tests import synthetic
 from tests.planted import RELU, SPARSITIES, SWIGLU, Planted
+from tests.planted_models import BETWEEN
 
 WINDOWS, ITEMS = 12, 700
 EMPTY = study_of(synthetic.table().iloc[:0], pd.DataFrame(columns=list(SAMPLES)))
@@ -46,7 +47,7 @@ DESCRIBED = {
     "batch_slows",
     "nominal_exceeds_measured",
 }
-TESTED = [claim.name for claim in claims.CLAIMS if claim.name not in DESCRIBED]
+TESTED = [claim.name for claim in claims.CLAIMS if claim.name not in DESCRIBED | BETWEEN]
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -56,7 +57,9 @@ def test_a_planted_effect_is_reproduced_and_its_reverse_is_not(planted, reversed
     assert yes["effect"] > 0 > no["effect"]
     assert yes["low"] <= yes["effect"] <= yes["high"] and no["low"] <= no["effect"] <= no["high"]
     assert yes["p_holm"] >= yes["p"] and yes["level"] == no["level"] == "items"
-    assert yes["n"] >= stats.least_units(claims.ALPHA / len(TESTED))
+    assert yes["n"] >= stats.least_units(claims.ALPHA / len(TESTED)) and yes["holds"].startswith(
+        "on one model only: tiny"
+    )
     assert 0 < yes["power"] and (yes["seeds"], yes["models"]) == (1, 1)
     assert yes["cells"] and yes["unit"] and yes["by_model"] and not yes["limited"]
 
@@ -165,6 +168,27 @@ def test_an_ideal_kernel_saves_as_much_time_as_bytes():
     assert line["effect"] == pytest.approx(0, abs=1e-9) and line["verdict"] == "described" and line["n"] == 3
 
 
+def test_what_settles_its_own_sparsity_counts_like_what_was_asked_for_a_level():
+    """Of an error budget no sparsity was requested: its times, its losses and its pretences are those of any method."""
+
+    def timed(study: Planted, settled: bool) -> Planted:
+        study.rows = [row for row in study.rows if row["method"] in ("dense", "teal")]
+        study.samples = [frame.iloc[:2] for frame in study.samples[:2]]
+        for row in study.rows:
+            if settled and row["method"] == "teal" and row["execution"] != "dense":
+                row |= {"sparsity_requested": None, "variant": f"cett={row['cell_id']}"}
+        return study
+
+    asked, settled = timed(Planted(), False), timed(Planted(), True)
+    for name in ("nominal_exceeds_measured", "batch_slows"):
+        lines = asked.verdict(name), settled.verdict(name)
+        assert lines[0]["n"] == lines[1]["n"] > 2, name
+        assert lines[0]["effect"] == pytest.approx(lines[1]["effect"]), name
+    empty = timed(Planted(-1.0, achieved=0.0), True)
+    left_out = study_of(empty.table(), pd.concat(empty.samples)).left_out
+    assert left_out and all("_teal_" in name for name in left_out)
+
+
 def test_a_setting_timed_on_two_devices_counts_once_a_device():
     study = Planted()
     study.rows = [row for row in study.rows if row["probe"] != "latency"]
@@ -230,7 +254,7 @@ def test_a_verdict_reaches_over_seeds_and_models_only_where_enough_of_them_agree
 
     def level(names):
         effects = {name: 1 + 0.01 * place for place, name in enumerate(names)}
-        line, tests = judge._line(
+        line, tests, _ = judge._line(
             claims.Claim("a", "b", lambda _: Evidence(items, "items", "u", (), by_model=effects)), EMPTY
         )
         judge._judge(*judge.possible(tests))

@@ -14,7 +14,7 @@ from harness.report import terminal as report
 from harness.results.cells import SchemaError
 from harness.results.collect import DERIVED, collect, dense_key, headline, read_table, relate
 from harness.results.identity import cell_id
-from harness.results.rows import COLUMNS, make_row, to_frame
+from harness.results.rows import COLUMNS, make_row, to_frame, up_to_date
 from harness.results.store import Store
 from tests import synthetic
 
@@ -269,3 +269,21 @@ def test_scores_of_items_that_are_too_long_are_marked(table: pd.DataFrame) -> No
         marked = [line for line in text.splitlines() if "†" in line]
         assert any("teal" in line for line in marked) and not any("random" in line for line in marked)
     assert (headline(pd.concat([table, long]))["truncated:piqa"].dropna() == 3).all()
+
+
+def test_a_request_that_nothing_read_is_missing_in_stored_tables_of_before():
+    """Cells of an error budget, or of trained routers, said 0.5 where that had settled nothing."""
+    cells = [
+        ("cett", "cett=0.2", 0.5),
+        ("cett", None, 0.5),
+        ("lte", None, 0.5),
+        ("lte", None, 0.0),
+        ("teal", None, 0.5),
+    ]
+    named = [dict(zip(("method", "variant", "sparsity_requested"), cell, strict=True)) for cell in cells]
+    fact = {"metric": "nll", "value": 3.0, "unit": "nats/token", "n": 10}
+    frame = up_to_date(to_frame([make_row(**(fact | cell)) for cell in named]))
+    assert frame["sparsity_requested"].astype(object).where(frame["sparsity_requested"].notna(), None).tolist() == [
+        None, 0.5, None, 0.0, 0.5,
+    ]  # fmt: skip
+    assert frame["sparsity_requested"].dtype == "Float64"

@@ -313,6 +313,11 @@ def test_reuse_is_beside_chance_and_union_grows(study: pd.DataFrame) -> None:
     assert "cett 50%" in words(figures.reuse_and_union(study, sparsity=0.5))
 
 
+def test_cells_of_an_error_budget_are_drawn_among_the_flips(study: pd.DataFrame) -> None:
+    assert study.loc[study["variant"] == "cett=0.2", "sparsity_requested"].isna().any()
+    assert "cett cett=0.2" in words(figures.flips(study))
+
+
 def test_published_figures_need_both_sides(study: pd.DataFrame) -> None:
     assert "time_ratio" in words(figures.published_against_measured(study))
     with pytest.raises(ConfigError, match="no published figures"):

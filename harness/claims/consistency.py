@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from harness.claims.evidence import ALPHA, Evidence
+from harness.claims.pairs import on_models
 from harness.claims.study import POLICY, MissingEvidence, Study, numbers
 from harness.results import stats
 
@@ -43,7 +44,7 @@ def inconsistent_first(study: Study) -> Evidence:
         )
     together = pd.DataFrame(losses)
     changed, change = together.abs().mean(axis=1), together.mean(axis=1)
-    by_model = {str(m): float(v) - MATERIAL_FLIPS for m, v in together.abs().mean().groupby(models).mean().items()}
+    each = on_models(together.abs() - MATERIAL_FLIPS, [models[cell] for cell in together], numbers)
     kl = pd.Series(divergence, dtype="Float64").mean()
     note = f"{changed.mean():.1%} of answers changed in {len(losses)} cells, accuracy by {-change.mean():+.2%}"
     note += f", KL {kl:.3f}" if pd.notna(kl) else ""
@@ -51,4 +52,6 @@ def inconsistent_first(study: Study) -> Evidence:
     values = np.append(numbers(changed), [1.0, 0.0]) - MATERIAL_FLIPS
     same = stats.equivalence(numbers(change), MARGIN)
     cells = tuple(sorted(losses))
-    return Evidence(values, "items", "share of answers", cells, besides=same, by_model=by_model, note=note)
+    return Evidence(
+        values, "items", "share of answers", cells, besides=same, by_model=each.by_model, errors=each.errors, note=note
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,7 +31,9 @@ class Evidence:
     at_stake: None, or (of the values, of the reference) what of each item there was to lose. The two sides are then
     different items, and what is compared is the share lost of it: sum(values) / sum(at_stake), resampled together.
     besides: p of what must hold as well, or 0.
-    by_model: the effect on each model ("<SwiGLU model> and <ReLU model>" for a pair).
+    by_model: the effect on each model ("<SwiGLU model> and <ReLU model>" for a pair). errors: its standard errors.
+    between: models that the effect lies between, where there is none on each of them (a trend, an agreement).
+    found: the test's result, where it is not one of the mean of values.
     """
 
     values: NDArray[np.float64]
@@ -42,16 +45,23 @@ class Evidence:
     drawn: bool = True
     besides: float = 0.0
     by_model: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    between: tuple[str, ...] = ()
+    found: stats.PairedDifference | None = None
     note: str = ""
 
     @property
     def n(self) -> int:
         """The smaller number of units where the two sides differ."""
+        if self.found is not None:
+            return self.found.n
         return len(self.values) if self.at_stake is None else min(len(self.values), len(self.at_stake[1]))
 
     def tested(self) -> stats.PairedDifference:
         """The effect with its 95 % interval and p."""
-        if self.at_stake is not None:
+        if self.found is not None:
+            result = self.found
+        elif self.at_stake is not None:
             assert self.reference is not None
             result = stats.shares(
                 stats.Lost(self.values, self.at_stake[0]), stats.Lost(self.reference, self.at_stake[1])
@@ -72,6 +82,13 @@ class Evidence:
     def bases(self) -> NDArray[np.float64]:
         """The effect on each model of a family and size, mean over what was trained from it: [bases]."""
         return _means({lineage(name.rpartition(" and ")[2])[:1]: [] for name in self.by_model}, self.by_model, 1)
+
+    def spread(self) -> stats.Spread:
+        """How much the effect differs between models, and pairs of them."""
+        known = [name for name in self.by_model if name in self.errors]
+        if len(known) < 2:
+            return stats.Spread(math.nan, math.nan)
+        return stats.heterogeneity([self.by_model[name] for name in known], [self.errors[name] for name in known])
 
 
 def _means(groups: dict, by_model: Mapping[str, float], keys: int) -> NDArray[np.float64]:

@@ -48,7 +48,7 @@ def board(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> 
     table: of `harness.results.collect.collect`. samples: of `read_samples`. limited: take smoke runs in.
     """
     study = study_of(table, samples, limited)
-    lines = pd.DataFrame([*_placed(study), *_absent(table)], columns=list(COLUMNS))
+    lines = pd.DataFrame([*placed(study), *_absent(table)], columns=list(COLUMNS))
     lines = lines.astype({name: COLUMNS[name] for name in COLUMNS})
     lines = lines.drop_duplicates([*ARENA, *SCHEME]).reset_index(drop=True)
     generated = _generated(study)
@@ -56,7 +56,7 @@ def board(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> 
     alone = lines["missing"].notna() & lines["achieved_model"].notna()  # measured elsewhere: numbers, but no group
     for arena in [*arenas, *(lines.loc[[index]] for index in lines.index[alone])]:
         for measure in MEASURES:
-            _judge(lines, arena, measure, _differences(study, arena["cell_id"], measure, generated))
+            _judge(lines, arena, measure, losses(study, arena["cell_id"], measure, generated))
     lines.loc[alone, [f"{measure}:group" for measure in MEASURES]] = None
     lengths = _answer_lengths(study)
     for name in lengths:
@@ -69,7 +69,7 @@ def board(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> 
 # --------------------------------------------------------------------------------------------- who stands where
 
 
-def _placed(study: Study) -> Iterator[dict[str, Any]]:
+def placed(study: Study) -> Iterator[dict[str, Any]]:
     """Cells near each level, the nearest first of each scheme; then those that were asked for it and are elsewhere."""
     scored = np.array([(str(cell), "text") in study.items for cell in study.lines["cell_id"]], dtype=bool)
     lines = study.lines[scored].reindex(columns=[*study.lines.columns.difference(["achieved_model"]), "achieved_model"])
@@ -120,7 +120,7 @@ def _generated(study: Study) -> set[str]:
     return set(rows["task"].dropna())
 
 
-def _differences(study: Study, cells: Iterable[str], measure: str, generated: set[str]) -> pd.DataFrame:
+def losses(study: Study, cells: Iterable[str], measure: str, generated: set[str]) -> pd.DataFrame:
     """Cell minus dense, [units, cells], on the units that all of them have; empty where there are none.
 
     Text in nats a token, by stretches. Answers weighted so that their mean is the mean over tasks. A cell that was

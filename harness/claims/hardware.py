@@ -4,11 +4,13 @@ are not drawn from anything.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from harness.claims.evidence import Evidence
 from harness.claims.length import PROMPT_FIXED
-from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used
+from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used, wants_sparsity
 from harness.results.collect import time_ratios
 
 LEFT = 0.5  # share of a token's sparsity that a batch must leave, or it needs many more neurons
@@ -76,10 +78,16 @@ def batch_unites(study: Study) -> Evidence:
 def _kernel_times(study: Study) -> pd.DataFrame:
     """Paired time ratios of methods' own kernels to dense of their engine. Masked execution never counts."""
     rows = time_ratios(study.rows[study.rows["execution"].isin(["kernel", "kernel_compiled"])])
-    rows = rows[rows["cell_id"].isin(study.counted) & (rows["sparsity_requested"] > 0)]
+    rows = rows[rows["cell_id"].isin(study.counted) & wants_sparsity(rows)]
     rows = need(rows, "kernel times of a method (masked execution is no time)")
     texts = [*_engines(rows), *(name for name in SETTING if name != "sparsity_requested")]
     return rows.assign(**{name: rows[name].astype("string").fillna("") for name in texts})
+
+
+def _asked(line: Any) -> str:
+    """The method with its level, or with its options where it has none."""
+    level = line.variant if pd.isna(line.sparsity_requested) else f"{line.sparsity_requested:g}"
+    return f"{line.method} {level}".strip()
 
 
 def _engines(rows: pd.DataFrame) -> list[str]:
@@ -92,7 +100,7 @@ def batch_slows(study: Study) -> Evidence:
     index = [*SETTING, *_engines(rows)]
     if rows["batch"].nunique() < 2:
         raise MissingEvidence("kernel times at two or more batch sizes (where no kernel serves a batch, none is timed)")
-    by_batch = rows.pivot_table(index=index, columns="batch", values="value", dropna=False).dropna(how="all")
+    by_batch = rows.groupby([*index, "batch"], dropna=False)["value"].mean().unstack("batch")
     one, many = by_batch.columns.min(), by_batch.columns.max()
     by_batch = need(by_batch[[one, many]].dropna(), "kernel times of one cell at two or more batch sizes")
     slower = by_batch[one] - by_batch[many]
@@ -133,7 +141,8 @@ def nominal_exceeds_measured(study: Study) -> Evidence:
     sizes = study.rows[(study.rows["metric"] == "step_bytes") & (study.rows["batch"] == times["batch"].min())]
     sizes = sizes.assign(context=sizes["context"].astype("string").fillna(""))
     dense = sizes[sizes["execution"].isin(["dense", "dense_compiled"])].groupby(["cell_id", "context"])["value"].max()
-    kernel = sizes[sizes["sparsity_requested"] > 0].groupby(keys)["value"].mean()
+    own = wants_sparsity(sizes) & ~sizes["execution"].isin(["dense", "dense_compiled"])
+    kernel = sizes[own].groupby(keys)["value"].mean()
     both = times.merge(kernel.rename("kernel").reset_index(), on=keys).merge(
         dense.rename("dense").reset_index(), on=["cell_id", "context"]
     )
@@ -142,7 +151,7 @@ def nominal_exceeds_measured(study: Study) -> Evidence:
     settings = both.groupby([*SETTING, *_engines(both)], dropna=False)[["bytes_", "time"]].mean()
     missed = settings["bytes_"] - settings["time"]
     slower = settings[settings["time"] < 0].reset_index()
-    names = sorted({f"{line.method} {line.sparsity_requested:g} ({line.device})" for line in slower.itertuples()})
+    names = sorted({f"{_asked(line)} ({line.device})" for line in slower.itertuples()})
     note = (
         f"{settings['bytes_'].mean():.1%} of the step's bytes, {settings['time'].mean():.1%} of its time; less in "
         f"{int((missed > 0).sum())} of {len(missed)}; {_devices(missed)}; "

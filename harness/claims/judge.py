@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from harness.arguments import add_results, finish
 from harness.arguments import parser as arguments_of
+from harness.claims import models
+from harness.claims.bits import bits_beat_channels
 from harness.claims.consistency import inconsistent_first
 from harness.claims.evidence import ALPHA, Claim, Evidence
 from harness.claims.hardware import activations_are_inert, batch_slows, batch_unites, nominal_exceeds_measured
@@ -23,6 +25,7 @@ from harness.claims.length import (
     prompt_fixed_fails_generation,
 )
 from harness.claims.prediction import lookahead_worse, prediction_costs, swiglu_harder_to_predict
+from harness.claims.ranks import order_is_the_same
 from harness.claims.relu import (
     CETT,
     gap_widens,
@@ -32,6 +35,7 @@ from harness.claims.relu import (
     swiglu_loses_more_text,
 )
 from harness.claims.show import print_verdicts
+from harness.claims.size import loss_shrinks_with_size_accuracy, loss_shrinks_with_size_text
 from harness.claims.study import MissingEvidence, Study, study_of
 from harness.results import stats
 from harness.results.find import find
@@ -69,6 +73,18 @@ CLAIMS = (
     Claim("batch_slows", "Sparsity that speeds one token up helps a batch less", batch_slows),
     Claim("nominal_exceeds_measured", "Less of a step's time is saved than of its bytes", nominal_exceeds_measured),
     Claim("inconsistent_first", "Answers change while accuracy stays the same", inconsistent_first),
+    Claim(
+        "loss_shrinks_with_size_text",
+        "At equal sparsity larger models lose less on running text",
+        loss_shrinks_with_size_text,
+    ),
+    Claim(
+        "loss_shrinks_with_size_accuracy",
+        "At equal sparsity larger models lose a smaller share of the answers that they can give",
+        loss_shrinks_with_size_accuracy,
+    ),
+    Claim("order_is_the_same", "Schemes stand in the same order on every model", order_is_the_same),
+    Claim("bits_beat_channels", "At equal bytes a token, fewer bits lose less than fewer channels", bits_beat_channels),
 )
 COLUMNS = {
     "claim": "string",
@@ -86,7 +102,10 @@ COLUMNS = {
     "over": "string",  # what the n are
     "seeds": "Int64",  # training runs behind it (of models times seeds), and how the effect is on each model
     "models": "Int64",  # models of a family and size behind it
-    "by_model": "string",
+    "by_model": "string",  # with 95 % intervals where something was drawn
+    "tau": "Float64",  # standard deviation of the effect between models and pairs of them, in its unit
+    "i_squared": "Float64",  # share of their variance that is no error
+    "holds": "string",  # for which models the verdict holds, in words
     "cells": "string",  # ids, one a line
     "limited": "boolean",  # rests on smoke runs
     "note": "string",
@@ -117,11 +136,12 @@ def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     test says the same. limited: take rows of smoke runs in; the lines say so.
     """
     study = study_of(table, samples, limited)
-    lines, planned = [], []
+    lines, planned, seen = [], [], []
     for claim in CLAIMS:
-        line, tests = _line(claim, study)
+        line, tests, evidence = _line(claim, study)
         lines.append(line)
         planned += tests
+        seen.append(evidence)
     tests, level = possible(planned)
     _judge(tests, level)
     for test in planned:
@@ -131,7 +151,8 @@ def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
                 f"too few {test.line['over']} to tell: {test.n} of at least {least}; {test.line['note']}"
             )
     smoke = set(table.loc[table["limited"].fillna(False), "cell_id"])
-    for line in lines:
+    for line, evidence in zip(lines, seen, strict=True):
+        line["holds"] = None if evidence is None else models.holds(line, evidence)
         line["limited"] = bool(smoke & set((line["cells"] or "").split()))
     return pd.DataFrame(lines, columns=list(COLUMNS)).astype(COLUMNS)
 
@@ -167,27 +188,29 @@ def _judge(tests: Sequence[_Test], level: float) -> None:
             line["level"] = test.level
 
 
-def _line(claim: Claim, study: Study) -> tuple[dict[str, Any], list[_Test]]:
-    """The line of a claim before any test, and the tests that would tell more."""
+def _line(claim: Claim, study: Study) -> tuple[dict[str, Any], list[_Test], Evidence | None]:
+    """The line of a claim before any test, the tests that would tell more, and what it rests on, if anything."""
     line: dict[str, Any] = dict.fromkeys(COLUMNS) | {"claim": claim.name, "statement": claim.statement}
     line |= {"verdict": "inconclusive", "n": 0}
     left_out = f"; left out, they skip nothing: {', '.join(study.left_out)}" if study.left_out else ""
     try:
         evidence = claim.test(study)
     except MissingEvidence as missing:
-        return line | {"note": f"missing: {missing}{left_out}"}, []
+        return line | {"note": f"missing: {missing}{left_out}"}, [], None
     runs, bases = evidence.runs(), evidence.bases()
     line |= {"n": evidence.n, "over": evidence.over, "unit": evidence.unit, "cells": " ".join(evidence.cells)}
     line |= {"seeds": len(runs), "models": len(bases), "note": evidence.note, "level": "items"}
-    line["by_model"] = "; ".join(f"{model} {effect:+.3g}" for model, effect in evidence.by_model.items())
+    line["by_model"], (line["tau"], line["i_squared"]) = models.told(models.on_each(evidence)), evidence.spread()
     if not evidence.drawn:
         effect, low, high = evidence.described()
         line |= {"verdict": "described", "level": "measured", "effect": effect, "low": low, "high": high}
     over = {"seeds": runs if len(runs) > len(bases) else runs[:0], "models": bases}
+    if evidence.between:
+        line |= {"seeds": pd.NA, "models": len({models.lineage(model)[0] for model in evidence.between})}
     mixed = len({np.sign(effect) for effect in evidence.by_model.values() if effect}) > 1
     tests = [_Test(line, "items", evidence, evidence.n, mixed)] if evidence.drawn else []
     tests += [_Test(line, level, units, len(units)) for level, units in over.items() if len(units) > 1]
-    return line, tests
+    return line, tests, evidence
 
 
 def main(arguments: Sequence[str]) -> int:

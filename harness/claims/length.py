@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.claims.pairs import by_option, contrast, gaps, options, slopes, stretches
+from harness.claims.pairs import OnModels, by_option, contrast, gaps, on_models, options, slopes, stretches
 from harness.claims.study import POLICY, MissingEvidence, Study, need, numbers, used
+from harness.results import stats
 
 KV = "kv_skip with kv=skip beside kv=mask_output"
 PROMPT_FIXED = ("griffin", "tda")
@@ -31,9 +33,10 @@ def kv_skip_loses(study: Study) -> Evidence:
     if len(same):
         note += f"; recompute beside mask_output: {same.mean().mean():+.1e}"
     cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
-    values, over = stretches(study.in_text(gap.mean(axis=1)), pairs["length"].iloc[0])
-    by_model = {str(m): float(value) for m, value in gap.mean().groupby(pairs["model"]).mean().items()}
-    return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)
+    length = pairs["length"].iloc[0]
+    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
+    each = on_models(gap, pairs["model"], lambda series: stretches(study.in_text(series), length)[0])
+    return Evidence(values, over, "nats/token", cells, by_model=each.by_model, errors=each.errors, note=note)
 
 
 def kv_grows_with_sparsity(study: Study) -> Evidence:
@@ -53,10 +56,13 @@ def kv_grows_with_sparsity(study: Study) -> Evidence:
     cells = used(together["cell_id_worse"], together["cell_id_better"])
     shares = gap[together.index].mean().groupby(together["sparsity_requested"]).mean()
     note = "gap by share of heads: " + ", ".join(f"{share:.0%} {value:+.3f}" for share, value in shares.items())
-    models = pd.Series([str(key[0]) for key in rising], index=slope.columns)
-    by_model = {str(m): float(value) for m, value in slope.mean().groupby(models).mean().items()}
-    values, over = stretches(study.in_text(slope.mean(axis=1)), together["length"].iloc[0])
-    return Evidence(values, over, "nats/token for all of the heads", cells, by_model=by_model, note=note)
+    length = together["length"].iloc[0]
+    values, over = stretches(study.in_text(slope.mean(axis=1)), length)
+    models = [key[0] for key in rising]
+    each = on_models(slope, models, lambda series: stretches(study.in_text(series), length)[0])
+    return Evidence(
+        values, over, "nats/token for all of the heads", cells, by_model=each.by_model, errors=each.errors, note=note
+    )
 
 
 def growth(lossy: list[tuple[float, pd.Series]]) -> pd.Series:
@@ -97,12 +103,15 @@ def _grows_with_length(
     if not growths:
         raise MissingEvidence(f"{what}, on the same text in windows of two or more lengths")
     together = pd.concat(growths, axis=1).dropna()
-    by_model = {str(m): float(value) for m, value in together.mean().groupby(models).mean().items()}
+    longest = max(length for length, _ in means)
+    each = on_models(together, models, lambda series: stretches(series, longest)[0])
     by_length = pd.DataFrame(means, columns=["tokens", "loss"]).groupby("tokens")["loss"].mean()
     note = "by tokens of a window: " + ", ".join(f"{tokens:.0f} {loss:+.3f}" for tokens, loss in by_length.items())
     unit = "nats/token, longest minus shortest windows"
-    values, _ = stretches(together.mean(axis=1), max(length for length, _ in means))
-    return Evidence(values, "stretches of text", unit, used(*names), by_model=by_model, note=note)
+    values, _ = stretches(together.mean(axis=1), longest)
+    return Evidence(
+        values, "stretches of text", unit, used(*names), by_model=each.by_model, errors=each.errors, note=note
+    )
 
 
 def kv_grows_with_length(study: Study) -> Evidence:
@@ -144,9 +153,7 @@ def prompt_fixed_fails_generation(study: Study) -> Evidence:
     if not cells:
         raise MissingEvidence("griffin or tda on a generative and on a scored task in one cell")
     items = [pd.concat(parts[kind]) for kind in (True, False)]
-    by_model = dict(
-        zip(items[0]["model"], items[0]["model"].map(_share_by_model(items[0]) - _share_by_model(items[1])))
-    )
+    each = _shares_by_model(items)
     ours, theirs = (side[["lost", "at_stake"]].groupby(level=0).mean() for side in items)
     shares = [side["lost"].sum() / side["at_stake"].sum() for side in (ours, theirs)]
     note = f"{shares[0]:.1%} of it lost in {len(ours)} generated answers, {shares[1]:.1%} in {len(theirs)} scored"
@@ -157,14 +164,23 @@ def prompt_fixed_fails_generation(study: Study) -> Evidence:
         tuple(sorted(cells)),
         numbers(theirs["lost"]),
         (numbers(ours["at_stake"]), numbers(theirs["at_stake"])),
-        by_model={str(model): float(value) for model, value in by_model.items()},
+        by_model=each.by_model,
+        errors=each.errors,
         note=note,
     )
 
 
-def _share_by_model(items: pd.DataFrame) -> pd.Series:
-    sums = items.groupby("model")[["lost", "at_stake"]].sum()
-    return sums["lost"] / sums["at_stake"]
+def _shares_by_model(sides: Sequence[pd.DataFrame]) -> OnModels:
+    """The difference of shares lost on each model, each over its own items."""
+    effects: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for model in sorted(set(sides[0]["model"]) & set(sides[1]["model"])):
+        own = [side[side["model"] == model][["lost", "at_stake"]].groupby(level=0).mean() for side in sides]
+        share, other = (float(side["lost"].sum() / side["at_stake"].sum()) for side in own)
+        effects[str(model)] = share - other
+        sizes = [stats.share_error(stats.Lost(numbers(side["lost"]), numbers(side["at_stake"]))) for side in own]
+        errors[str(model)] = math.hypot(*sizes)
+    return OnModels(effects, errors)
 
 
 def prompt_fixed_fades(study: Study) -> Evidence:

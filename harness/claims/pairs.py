@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from harness.claims.study import POLICY, SKIPS, Study
+from harness.results import stats
 
 EQUAL_SPARSITY = 0.02  # a counterpart may skip so much less or more and still count as equally sparse
 STRETCH = 2048  # tokens of text that windows are joined to: neighbouring windows come from one article
@@ -162,6 +164,27 @@ def gaps(study: Study, pairs: pd.DataFrame, worse: str, better: str, kind: str) 
     usual = np.median([len(column) for column in columns.values()]) if columns else 0
     columns = {index: column for index, column in columns.items() if len(column) >= usual / 2}
     return pd.concat(columns, axis=1).dropna() if columns else pd.DataFrame()
+
+
+class OnModels(NamedTuple):
+    """What `Evidence` says of each model: the effect there and its standard error, by name."""
+
+    by_model: dict[str, float]
+    errors: dict[str, float]
+
+
+def on_models(
+    gap: pd.DataFrame, labels: Iterable[object], units: Callable[[pd.Series], NDArray[np.float64]]
+) -> OnModels:
+    """The mean effect on each model and its standard error.
+
+    gap: items x columns. labels: the model of each column. units: values by item -> what was drawn independently.
+    """
+    names = np.array([str(label) for label in labels])
+    own = {str(name): gap.loc[:, names == name] for name in np.unique(names)}
+    effects = {name: float(columns.mean().mean()) for name, columns in own.items()}
+    errors = {name: stats.standard_error(units(columns.mean(axis=1).dropna())) for name, columns in own.items()}
+    return OnModels(effects, errors)
 
 
 def slopes(gap: pd.DataFrame, at: NDArray[np.float64]) -> pd.Series:

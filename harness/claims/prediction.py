@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.claims.pairs import by_option, contrast, gaps, matched_models, stretches
+from harness.claims.pairs import by_option, contrast, gaps, matched_models, on_models, stretches
 from harness.claims.study import POLICY, Study, need, numbers, rows_by_layer, used
 
 EQUAL_DENSITY = 0.02  # recall is compared at densities this near
@@ -29,10 +29,11 @@ def prediction_costs(study: Study) -> Evidence:
 
 
 def _by_stretch(study: Study, gap: pd.DataFrame, pairs: pd.DataFrame, note: str) -> Evidence:
-    values, over = stretches(study.in_text(gap.mean(axis=1)), pairs["length"].iloc[0])
-    by_model = {str(m): float(value) for m, value in gap.mean().groupby(pairs["model"]).mean().items()}
+    length = pairs["length"].iloc[0]
+    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
+    each = on_models(gap, pairs["model"], lambda series: stretches(study.in_text(series), length)[0])
     cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
-    return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)
+    return Evidence(values, over, "nats/token", cells, by_model=each.by_model, errors=each.errors, note=note)
 
 
 def swiglu_harder_to_predict(study: Study) -> Evidence:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from harness.claims.evidence import Evidence
-from harness.claims.pairs import EQUAL_SPARSITY, equally_sparse, gaps, matched_models, slopes, stretches
+from harness.claims.pairs import EQUAL_SPARSITY, equally_sparse, gaps, matched_models, on_models, slopes, stretches
 from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used
 from harness.results.collect import ACHIEVED
 
@@ -41,20 +41,22 @@ def _mean_loss(study: Study, cell: str | None, kind: str, items: pd.Index) -> fl
     return 0.0 if loss is None else float(loss[loss.index.isin(items)].mean())
 
 
-def _by_pair(gap: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, float]:
-    return {str(pair): float(value) for pair, value in gap.mean().groupby(pairs["pair"]).mean().items()}
-
-
 def swiglu_loses_more_accuracy(study: Study) -> Evidence:
     """Loss of accuracy, SwiGLU minus ReLU, by item."""
     gap, pairs, corrected = _at_equal_sparsity(study, "accuracy", "items")
     swiglu, relu = (_share_lost(study, pairs[side], gap.index) for side in ("swiglu", "relu"))
     note = f"mean of {len(pairs)} pairs of cells; {corrected}; "
     note += f"of what the own dense model can do, SwiGLU loses {swiglu:.0%}, ReLU {relu:.0%}"
-    cells, by_model = used(pairs["swiglu"], pairs["relu"]), _by_pair(gap, pairs)
+    cells, each = used(pairs["swiglu"], pairs["relu"]), on_models(gap, pairs["pair"], numbers)
     return Evidence(
-        numbers(gap.mean(axis=1)), "items", "share of answers", cells, by_model=by_model, note=note
-    )  # fmt: skip
+        numbers(gap.mean(axis=1)),
+        "items",
+        "share of answers",
+        cells,
+        by_model=each.by_model,
+        errors=each.errors,
+        note=note,
+    )
 
 
 def _share_lost(study: Study, cells: pd.Series, items: pd.Index) -> float:
@@ -71,10 +73,19 @@ def _share_lost(study: Study, cells: pd.Series, items: pd.Index) -> float:
 def swiglu_loses_more_text(study: Study) -> Evidence:
     """Loss on running text, SwiGLU minus ReLU, by stretch of text."""
     gap, pairs, corrected = _at_equal_sparsity(study, "text", "text windows")
-    values, over = stretches(study.in_text(gap.mean(axis=1)), pairs["length"].iloc[0])
+    length = pairs["length"].iloc[0]
+    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
+    each = on_models(gap, pairs["pair"], lambda series: stretches(study.in_text(series), length)[0])
     note = f"mean of {len(pairs)} pairs of cells; {corrected}"
-    cells, by_model = used(pairs["swiglu"], pairs["relu"]), _by_pair(gap, pairs)
-    return Evidence(values, over, "nats/token", cells, by_model=by_model, note=note)
+    return Evidence(
+        values,
+        over,
+        "nats/token",
+        used(pairs["swiglu"], pairs["relu"]),
+        by_model=each.by_model,
+        errors=each.errors,
+        note=note,
+    )
 
 
 def gap_widens(study: Study) -> Evidence:
@@ -92,10 +103,12 @@ def gap_widens(study: Study) -> Evidence:
     cells = used(together["swiglu"], together["relu"])
     by_level = gap[together.index].mean().groupby(together["achieved"].round(1)).mean()
     note = "gap by MLP sparsity: " + ", ".join(f"{level:.0%} {value:+.3f}" for level, value in by_level.items())
-    values, over = stretches(study.in_text(slope.mean(axis=1)), pairs["length"].iloc[0])
-    by_model = {str(pair): float(value) for pair, value in slope.mean().groupby(level=0).mean().items()}
+    length = pairs["length"].iloc[0]
+    values, over = stretches(study.in_text(slope.mean(axis=1)), length)
+    names = [pair for pair, _ in rising]
+    each = on_models(slope, names, lambda series: stretches(study.in_text(series), length)[0])
     unit = "nats/token for all of the sparsity"
-    return Evidence(values, over, unit, cells, by_model=by_model, note=f"{note}; {corrected}")
+    return Evidence(values, over, unit, cells, by_model=each.by_model, errors=each.errors, note=f"{note}; {corrected}")
 
 
 def _natural(study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:

@@ -108,7 +108,7 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     decode = (lines["phase"] == "decode") & (lines["method"] != "dense") if len(lines) else []
     lines["length"] = lines["length"].where(~np.asarray(decode, dtype=bool), lines["length"] * 2)  # half is prompt
     achieved = lines.reindex(columns=["achieved_mlp", "achieved_model"]).astype("Float64").max(axis=1)
-    pretends = ((lines["sparsity_requested"] > 0) & (achieved < SKIPS)).fillna(False).astype(bool)
+    pretends = (wants_sparsity(lines) & (achieved < SKIPS)).fillna(False).astype(bool)
     left_out = tuple(lines.loc[pretends, "cell_id"])
     counted = frozenset(lines.loc[(achieved >= SKIPS).fillna(False).astype(bool), "cell_id"])
     kind_of = dict.fromkeys(ACCURACIES, "accuracy") | {"nll": "text"}
@@ -118,6 +118,11 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     return Study(
         rows, lines[~pretends], left_out, counted, items, chance, _informative(samples), dense_cells, tasks, names
     )
+
+
+def wants_sparsity(rows: pd.DataFrame) -> pd.Series:
+    """Whether they are of a method that is to skip something: bool, by row. An error budget asks for no level."""
+    return ((rows["sparsity_requested"] != 0).fillna(True) & (rows["method"] != "dense")).astype(bool)
 
 
 def _scored(samples: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:

@@ -52,7 +52,7 @@ def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
     right before; how far a point lies above it, the net change in accuracy hides. Bars: 95 % intervals of the paired
     difference on the same items.
     """
-    lines, _ = select.lines(df, limited, ["lost", "won", "change", "sparsity_requested"])
+    lines, _ = select.lines(df, limited, ["lost", "won", "change"])
     lines = lines.assign(changed=lines["lost"] + lines["won"], fall=-lines["change"])
     with mpl.rc_context(fname=style.STYLE):
         heading, panels = select.panels(lines, select.POLICY)

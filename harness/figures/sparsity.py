@@ -112,8 +112,6 @@ def reuse_and_union(df: pd.DataFrame, sparsity: float | None = None, limited: bo
         rows = pd.concat([rows[rows["method"] == "dense"], asked])
     asked = rows["sparsity_requested"].fillna(0)  # none where an error budget or the like settles it
     share = asked.map(lambda value: f" {value:.0%}" if value > 0 else "").astype("string")
-    budget = rows["variant"].astype("string").str.contains("cett=", regex=False).fillna(False)
-    share = share.mask(budget, "")  # as older rows have it
     rows = rows.assign(
         name=(rows["model"] + " " + select.names(rows).mask(rows["method"] == "dense", "")).str.strip() + share
     )

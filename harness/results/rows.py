@@ -54,6 +54,9 @@ COLUMNS: dict[str, str] = {
 
 LATER = ("needs", "needs_tokens", "calibration", "weight_format")  # columns that stored tables may be older than
 
+# Methods that settle by themselves how much they skip -> what their variant has in it then.
+SETTLED = {"cett": "cett=", "lte": ""}
+
 REQUIRED = ("metric", "unit", "n", "source", "status")
 
 
@@ -97,9 +100,27 @@ def with_engine(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def without_unread_requests(frame: pd.DataFrame) -> pd.DataFrame:
+    """A stored table whose methods of `SETTLED` name no sparsity: rows from before named one that nothing had read."""
+    if not {"method", "variant", "sparsity_requested"} <= set(frame):
+        return frame
+    options = frame["variant"].astype("string").fillna("")
+    unread = pd.Series(False, index=frame.index)
+    for method, mark in SETTLED.items():
+        unread |= (frame["method"] == method).fillna(False) & options.str.contains(mark, regex=False)
+    unread &= (frame["sparsity_requested"] > 0).fillna(False)
+    if not unread.any():
+        return frame
+    return frame.assign(sparsity_requested=frame["sparsity_requested"].mask(unread))
+
+
 def up_to_date(frame: pd.DataFrame) -> pd.DataFrame:
-    """A stored table with every column of today: `engine` as it was, those of `LATER` missing where it can't say."""
-    frame = with_engine(frame)
+    """A stored table with the columns and the words of today.
+
+    `engine` is as it was, columns of `LATER` are missing where the table can't say, and a request that nothing read is
+    missing too.
+    """
+    frame = without_unread_requests(with_engine(frame))
     order = list(COLUMNS)
     for name in LATER:
         before = order[order.index(name) - 1]

@@ -172,6 +172,42 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
+class Spread(NamedTuple):
+    """How much effects differ beyond their errors."""
+
+    tau: float  # standard deviation between them, in their unit
+    i_squared: float  # share of their variance that is no error
+
+
+def heterogeneity(effects: ArrayLike, errors: ArrayLike) -> Spread:
+    """How much effects on several models differ. effects, errors (standard errors, above zero): [models].
+
+    The moment estimate of DerSimonian and Laird, Controlled Clinical Trials 7 (1986), and I^2 of Higgins and Thompson,
+    Statistics in Medicine 21 (2002). Errors count as independent: of models that were scored on the same text they are
+    alike, differences are surer than that, and what is told is rather too little. nan for fewer than two.
+    """
+    x, error = _vector(effects), _vector(errors)
+    if len(x) < 2 or not (error > 0).all():
+        return Spread(math.nan, math.nan)
+    weight = 1 / error**2
+    q = float((weight * (x - np.average(x, weights=weight)) ** 2).sum())
+    beyond = max(0.0, q - (len(x) - 1))
+    scale = weight.sum() - (weight**2).sum() / weight.sum()
+    return Spread(math.sqrt(beyond / scale), beyond / q if q else 0.0)
+
+
+def share_error(side: Lost) -> float:
+    """Standard error of sum(lost) / sum(at_stake) over items, by the delta method."""
+    lost, stake = _vector(side.lost), _vector(side.at_stake, len(side.lost))
+    share = lost.sum() / stake.sum()
+    return standard_error(lost - share * stake) / abs(float(stake.mean()))
+
+
+def half_width(error: float, n: int) -> float:
+    """Half of the 95 % interval of a mean of n units, by the t distribution; nan for fewer than two."""
+    return float(error * stats.t.isf(0.025, n - 1)) if n > 1 else math.nan
+
+
 # --------------------------------------------------------------------------------------------------- power
 
 
