@@ -7,7 +7,6 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from harness.claims import field
 from harness.claims.evidence import Evidence
@@ -115,13 +114,8 @@ def _told_apart(boards: dict[tuple[float, str], pd.DataFrame]) -> tuple[dict[Pai
     for (level, model), losses in boards.items():
         for one, other in combinations(sorted(losses), 2):
             difference = (losses[one] - losses[other]).to_numpy(dtype=float)
-            error = stats.standard_error(difference)
-            mean = float(difference.mean())
-            signs[level, model, one, other] = float(np.sign(mean))
-            if error > 0:
-                p[level, model, one, other] = float(2 * scipy_stats.t.sf(abs(mean) / error, len(difference) - 1))
-            else:
-                p[level, model, one, other] = 1.0
+            signs[level, model, one, other] = float(np.sign(difference.mean()))
+            p[level, model, one, other] = stats.t_test(difference)
     return signs, dict(zip(p, stats.holm(list(p.values())), strict=True))
 
 

@@ -203,9 +203,16 @@ def share_error(side: Lost) -> float:
     return standard_error(lost - share * stake) / abs(float(stake.mean()))
 
 
+def t_test(differences: ArrayLike) -> float:
+    """Two-sided p of no mean difference, by Student's t: smaller than drawn signs can give. differences: [units]."""
+    x = _vector(differences)
+    error = standard_error(x)
+    return float(2 * scipy.stats.t.sf(abs(float(x.mean())) / error, len(x) - 1)) if error > 0 else 1.0
+
+
 def half_width(error: float, n: int) -> float:
     """Half of the 95 % interval of a mean of n units, by the t distribution; nan for fewer than two."""
-    return float(error * stats.t.isf(0.025, n - 1)) if n > 1 else math.nan
+    return float(error * scipy.stats.t.isf(0.025, n - 1)) if n > 1 else math.nan
 
 
 # --------------------------------------------------------------------------------------------------- power
