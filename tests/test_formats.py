@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, quants
 from rich.console import Console
 
 from harness.errors import ConfigError
-from harness.execution.attach import attached
+from harness.execution.attach import attached, overhead
 from harness.execution.check import check_kernels
 from harness.execution.fused_check import check_fused
 from harness.execution.fused_cpu import packed_weights
@@ -26,6 +26,7 @@ from harness.run.canonical import canonical
 from harness.run.config import CellConfig, check
 from harness.run.execute import run_all
 from harness.run.overrides import composed, rewrite
+from harness.run.scope import reached, to_native
 from tests import tiny
 from tests.matrix import CASES
 
@@ -172,6 +173,46 @@ def test_heads_take_whole_groups_along() -> None:
     assert ledger.scales[0, "o"].sum().item() == 48 * per_token / 2  # one of two groups of 32 channels
     assert ledger.scales[0, "q"].sum().item() == 48 * per_token / 4  # a quarter of the rows
     assert ledger.scales[1, "o"].sum().item() == 48 * per_token
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 32), (4, 64)])
+@pytest.mark.parametrize(("name", "requested"), [("teal", 0.5), ("cats", 0.3), ("topk", 0.3), ("griffin", 0.3)])
+def test_a_share_of_the_model_is_one_of_stored_bytes(name: str, requested: float, bits: int, group: int) -> None:
+    """Where columns are skipped their scales are read all the same, so more of the codes must go."""
+    view = quantised(bits, group=group)
+    method = CASES[name].make(requested)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    native = to_native(view, fitted, requested)
+    policy = Policy(method.phases[0])
+    phase = "decode" if policy.phase == "decode" else "all"
+    rows = measure(view, native, policy, tiny.tokens(8, 32))
+    [found] = [
+        r["value"]
+        for r in rows
+        if (r["metric"], r["site"], r["step_phase"], r["layer"]) == ("achieved", "model", phase, None)
+    ]
+    assert found == pytest.approx(requested, abs=0.015)
+    plain = to_native(tiny.view("llama"), fitted, requested)
+    assert native[0][0].sparsity > plain[0][0].sparsity
+
+
+def test_what_deciding_reads_counts_as_16_bits_a_weight() -> None:
+    view = quantised(4)
+    prox = CASES["prox"].make(0.2)
+    fitted = [(prox, prox.fit(view, tiny.calibration(view)))]
+    own = sum(overhead(view, fitted).values()) * 2
+    [(method, _)] = to_native(view, fitted, 0.1)
+    stored = view.n_layers * view.block_weights * (4 / 8 + 2 / 32)
+    assert reached(view, [method], method.sparsity) - own / stored == pytest.approx(0.1, abs=1e-6)
+
+
+def test_whole_heads_take_their_scales_along() -> None:
+    """Heads of 16 channels: two share a scale of o, while rows of q, k and v take their own along."""
+    view = quantised(4)
+    method = CASES["kv_skip_norm"].make(0.5)
+    assert method.skips(view) == {"q", "k", "v", "o"}
+    half = sum(map(view.weights, "qkv")) * 0.5 * (0.5 + 2 / 32) + view.weights("o") * (0.5 * 0.5 + 0.25 * 2 / 32)
+    assert reached(view, [method], 0.5) == pytest.approx(half / (view.block_weights * (0.5 + 2 / 32)))
 
 
 # ------------------------------------------------------------------------------------------- latency

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from harness.errors import UnsupportedError
@@ -29,19 +29,47 @@ def coverage(view: View, methods: Sequence[Method]) -> float:
     return sum(view.weights(p) for p in view.projection_names() if p in skipped) / view.block_weights
 
 
+def reached(view: View, methods: Sequence[Method], level: float) -> float:
+    """Share of the blocks' stored bytes that a native level skips. Of a view with a stored format.
+
+    Codes go with their weights. A scale goes with the inputs that share it: a row takes its own along, columns only
+    where all of a group are dropped, reckoned as if they were independent.
+    """
+    stored = view.stored
+    assert stored is not None
+    scale, whole = stored.bytes(0, 1 / stored.group), stored.bytes(1, 1 / stored.group)
+    together = {"neurons": stored.group, "heads": -(-stored.group // view.head_dim)}  # that share a scale of down, of o
+    scales: dict[str, float] = {}  # by projection, what goes of them; of several methods the one that skips most counts
+    for method in methods:
+        rows = ("gate", "up") * ("neurons" in method.sites) + ("q", "k", "v") * ("heads" in method.sites)
+        for name in method.skips(view):
+            by_heads = name == "o" and "heads" in method.sites
+            own = level if name in rows else level ** together["heads" if by_heads else "neurons"]
+            scales[name] = max(scales.get(name, 0.0), own)
+    skipped = sum(view.weights(name) * ((whole - scale) * level + scale * own) for name, own in scales.items())
+    return skipped / (view.block_weights * whole)
+
+
 def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
-    """The same methods at the native level at which they skip `requested` of all block weights.
+    """The same methods at the native level at which they skip `requested` of all block weights, as they are stored.
 
     Those at 0 stay there (a swapped activation outside of another method keeps its natural zeros, uncounted here).
     Raises `UnsupportedError` that names the most they can reach.
     """
-    share = coverage(view, [method for method, _ in methods if method.sparsity > 0])
+    level_ones = [method for method, _ in methods if method.sparsity > 0]
+    share = coverage(view, level_ones)
     cost = sum(overhead(view, methods).values()) / (view.block_weights * view.n_layers)
+    if view.stored is not None:  # what deciding reads has 16 bits a weight
+        cost *= 2 / view.stored.bytes(1, 1 / view.stored.group)
     if requested == 0 or share == 0:
         return methods
+    sparse_tokens = 1.0
     for method, _ in methods:  # what the others skip in all must be skipped in the tokens that are left to them
-        share *= 1 - method.dense_share
+        sparse_tokens *= 1 - method.dense_share
+    share *= sparse_tokens
     level = (requested + cost) / share
+    if view.stored is not None and level < 1:
+        level = _solved(lambda native: sparse_tokens * reached(view, level_ones, native), requested + cost, level)
     if level >= 1:
         names = "+".join(method.name for method, _ in methods)
         raise UnsupportedError(
@@ -49,3 +77,12 @@ def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
             f"so {requested} of the whole model is out of reach"
         )
     return [(replace(method, sparsity=level) if method.sparsity > 0 else method, state) for method, state in methods]
+
+
+def _solved(rising: Callable[[float], float], wanted: float, low: float) -> float:
+    """Where a rising function of a level comes to `wanted`, from `low` upwards, by bisection."""
+    high = 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+    return high
