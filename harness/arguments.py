@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from harness.console import complain, say, stderr
 from harness.errors import AssetError, ConfigError
@@ -16,9 +17,17 @@ def program() -> str:
     return "dynact" if Path(sys.argv[0]).stem == "dynact" else "python -m harness"
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence for arguments that make no sense, as for any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message}: {self.prog} --help says what can be given")
+        raise SystemExit(2)
+
+
 def parser(command: str, about: str) -> argparse.ArgumentParser:
     """A parser of one command's arguments."""
-    return argparse.ArgumentParser(prog=f"{program()} {command}", description=about)
+    return _Parser(prog=f"{program()} {command}", description=about)
 
 
 def add_results(to: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from harness.arguments import program
 from harness.console import complain, say, stdout
+from harness.values import did_you_mean
 
 # Command -> where its `main(arguments)` is, and what it does. It is imported when it is asked for.
 COMMANDS = {
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     name, *rest = given
     if name not in COMMANDS:
-        complain(f"{name!r} is no command: choose from {', '.join(COMMANDS)}")
+        complain(f"{name!r} is no command{did_you_mean(name, COMMANDS)}: choose from {', '.join(COMMANDS)}")
         return 2
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.errors import with_page
+
 Part = str | tuple[str, str]  # text, or text and its style
 
 PIPED_WIDTH = 160  # a file or a pipe has no width of its own; 80 columns would cut a table's headings
@@ -66,9 +68,9 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def complain(error: BaseException | str) -> None:
-    """Print the one sentence that a user's error ends with, on stderr."""
-    say(stderr(), ("error:", "bold red"), " ", error if isinstance(error, str) else sentence(error))
+def complain(error: Exception | str) -> None:
+    """Print the one sentence that a user's error ends with, and the page that explains it, on stderr."""
+    say(stderr(), ("error:", "bold red"), " ", with_page(error))
 
 
 def table(title: str = "") -> Table:

@@ -3,22 +3,36 @@
 import re
 
 PAGES = (  # what a sentence speaks of -> the page of docs/ that explains it; the first that fits
-    (r"latency|execution", "latency.md"),
+    (r"is no key|names several values|is not an override|is no command|arguments?\b.*--help", "cells.md"),
+    (r"probe\.latency|\blatency\b|\bexecution\b", "latency.md"),
     (r"\bscope\b|\bsparsity\b|\bphase\b|dense_prefix", "numbers.md"),
-    (r"calibration|\bmodel\b|\bmodel[=.]|GGUF|\bcache\b|package index|DYNACT_CACHE", "data.md"),
-    (r"\bmethod\b|\bmethod[=.]", "schemes.md"),
-    (r"\btasks?\b|\bprobe\b|\bprobe[=.]|override|experiment|workers", "cells.md"),
+    (r"_target_", "add_a_method.md"),
+    (r"\bengine\b|\barchived\b|\bworkers\b|\bSlurm\b|\bRay\b|sbatch", "machines.md"),
+    (r"calibration|\bmodel\b|GGUF|\bcache\b|package index|DYNACT_CACHE|^data=", "data.md"),
+    (r"\bmethods?\b", "schemes.md"),
+    (r"\bclaims?\b|\bstudy\b|\bstages\b|^train\b", "study.md"),
+    (
+        r"\btasks?\b|\bprobe\b|\boverride\b|experiment|^(dtype|device|size|logger|seed|batch_size)\b"
+        r"|\bcells?\b|\bresults\b",
+        "cells.md",
+    ),
 )
+# What follows is a list of choices or a reason, which speaks of other things too.
+_HEAD = re.compile(r": | must be | has no | can't be | is unknown| names a ")
 
 
 def page_of(sentence: str) -> str | None:
-    """The page of the manual that explains what a sentence speaks of, or None."""
-    return next((f"docs/{page}" for pattern, page in PAGES if re.search(pattern, sentence)), None)
+    """The page of the manual that explains what a sentence speaks of, or None. Its first part says that, as a rule."""
+    for part in (_HEAD.split(sentence)[0], sentence):
+        for pattern, page in PAGES:
+            if re.search(pattern, part):
+                return f"docs/{page}"
+    return None
 
 
-def with_page(error: Exception) -> str:
+def with_page(error: Exception | str) -> str:
     """What the error says, on one line, and where to read more."""
-    sentence = " ".join(str(error).split())
+    sentence = " ".join(str(error).split()) or type(error).__name__
     page = page_of(sentence)
     return sentence if page is None else f"{sentence} [see {page}]"
 

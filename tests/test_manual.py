@@ -82,8 +82,64 @@ def test_help_names_every_key():
 def test_errors_name_pages_that_exist():
     for _, page in PAGES_OF_ERRORS:
         assert (ROOT / "docs" / page).is_file()
-    assert page_of("sparsity is a share") == "docs/numbers.md"
-    assert page_of("method=tael is unknown") == "docs/schemes.md" and page_of("no such file") is None
+    assert page_of("no such file") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence", "page"),
+    [
+        ("metod=teal", "metod is no key (did you mean method?)", "cells"),
+        ("+x=1", "x is no key", "cells"),
+        ("+probe.perplexty.windows=2", "probe.perplexty is no key (did you mean perplexity?)", "cells"),
+        ("method=tael", "method=tael is unknown (did you mean teal?)", "schemes"),
+        ("method=teal,cats", "method=teal,cats names several values: a sweep", "cells"),
+        ("method.teal.alocation=greedy", "no option 'alocation' (did you mean allocation?)", "schemes"),
+        ("method=cats method.teal.allocation=greedy", "method teal is not run here", "schemes"),
+        (
+            "method=dense +method.mine._target_=mine.Mine",
+            "No module named 'mine' (is its folder",
+            "add_a_method",
+        ),
+        ("sparsity=1.5", "sparsity is a share", "numbers"),
+        ("probe=qality", "probe=qality is unknown (did you mean quality?)", "cells"),
+        ("model=smolm", "model=smolm is unknown", "data"),
+        ("model=local", "model.path must be given", "data"),
+        ("model=local model.path=/nowhere", "names a folder that does not exist", "data"),
+        ("model=local model.path=FILE", "neither a folder in Hugging Face format nor a GGUF file", "data"),
+        ("results=FILE", "results can't be stored", "cells"),
+        ("engine=slrm", "engine=slrm is unknown (did you mean slurm?)", "machines"),
+        ("experiment=pitfal", "experiment=pitfal is unknown (did you mean pitfalls?)", "cells"),
+        ("--hlp", "unrecognized arguments: --hlp", "cells"),
+    ],
+)
+def test_bad_input_is_one_sentence_that_names_its_page(words, sentence, page, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    given = words.replace("FILE", str(tmp_path / "file")).split()
+    given += [] if "results=" in words or words.startswith("--") else [f"results={tmp_path}"]
+    assert app.main(given) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert sentence in said and said.endswith(f"[see docs/{page}.md]\n")
+
+
+@pytest.mark.parametrize(
+    "command", [name for name in cli.COMMANDS if name not in ("run", "prefetch", "texts", "clean")]
+)
+def test_an_empty_folder_is_one_sentence_that_names_its_page(command, tmp_path, capsys):
+    cells = {"show": ["teal"], "diff": ["teal", "cats"]}.get(command, [])
+    assert cli.main([command, *cells, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith(".md]\n")
+
+
+@pytest.mark.parametrize(("words", "sentence"), [("reprot", "did you mean report?"), ("show", "required: cell")])
+def test_a_command_that_makes_no_sense_is_one_sentence(words, sentence, capsys):
+    try:
+        code = cli.main(words.split())
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err
+    assert code == 2 and sentence in said and said.count("\n") == 1 and said.endswith("[see docs/cells.md]\n")
 
 
 # ------------------------------------------------------------------------------------------- blocks that are commands

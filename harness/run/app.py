@@ -16,10 +16,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from harness.console import complain, say, stderr, stdout
-from harness.errors import AssetError, ConfigError, with_page
+from harness.errors import AssetError, ConfigError
 from harness.places import CONF
 from harness.run import plan
 from harness.run.config import CellConfig, check
@@ -38,17 +39,29 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and containers end a process by it
     try:
         if flags:
+            check_flags(arguments)
             sys.argv = [sys.argv[0], *arguments]
             do_job()
             return 0
         overrides = [a for a in arguments if not a.startswith("-")]
         return run(overrides, multirun=len(overrides) < len(arguments))
     except (ConfigError, AssetError) as error:
-        complain(with_page(error))
+        complain(error)
         return 2
     except KeyboardInterrupt:
         say(stderr(), "interrupted: finished probes are kept; the same command goes on from there")
         return 130
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raise `ConfigError` for a flag that Hydra does not have: its own usage would be twenty lines."""
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message}: keys are given as KEY=VALUE, and --help lists them")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[assignment]
+    parser.parse_args(arguments)
 
 
 def run(overrides: list[str], multirun: bool) -> int:

@@ -84,7 +84,11 @@ def _check_model(model: Mapping[str, Any]) -> None:
         embedded.check(model.get("embedded", EMBEDDED_MODEL), bool(model.get("accept_license")))
     if source == "path" or path is not None:
         if path is None or not Path(path).is_dir():
-            raise ConfigError(f"model.path names a folder that does not exist: {path}")
+            raise ConfigError(
+                f"model.path names a folder that does not exist: {path}"
+                if path is None or not Path(path).exists()
+                else f"model.path is neither a folder in Hugging Face format nor a GGUF file: {path}"
+            )
         if not (Path(path) / "config.json").is_file():
             raise ConfigError(f"model.path holds no config.json: {path}")
     elif source == "hub":

@@ -45,9 +45,10 @@ def _class(name: str, target: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"method {name}: _target_={target} can't be imported: {error}") from error
+        where = " (is its folder in PYTHONPATH?)" if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError(f"_target_={target} of method {name} can't be imported: {error}{where}") from error
     if not isinstance(found, type) or not is_dataclass(found) or not hasattr(found, "batch_coupled"):
-        raise ConfigError(f"method {name}: _target_={target} is no method (see CONTRIBUTING.md, Add a method)")
+        raise ConfigError(f"_target_={target} of method {name} is no method: it must derive from Method")
     return found
 
 

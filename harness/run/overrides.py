@@ -16,11 +16,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from harness.errors import ConfigError
 from harness.places import CONF
 from harness.run.checks import options
+from harness.run.keys import check_keys
 from harness.values import did_you_mean
 
 GROUPS = ("model", "method", "tasks", "probe", "data", "logger", "size", "experiment", "engine")
@@ -125,7 +126,10 @@ def opening(overrides: list[str]) -> dict[str, Any]:
 
 def composed(overrides: list[str]) -> dict[str, Any]:
     """The resolved config of one cell as plain types. Raises `ConfigError` with one sentence."""
-    with _composed(parse(overrides), without="sweeps") as cfg:
+    parsed = parse(overrides)
+    if several := next((o.input_line for o in parsed if o.is_sweep_override()), None):
+        raise ConfigError(f"{several} names several values: a sweep over them begins with `python run.py -m`")
+    with _composed(parsed, without="sweeps") as cfg:
         return to_plain(cfg, without=OF_EXPERIMENTS)
 
 
@@ -168,6 +172,7 @@ def _composed(overrides: list[Override], without: str | None = None) -> Iterator
         if not all(_alone(tuple(chosen), key) for key, _ in mounted):
             chosen, mounted = [*chosen, *(line for _, line in mounted)], []
         cfg = _mounted(tuple(chosen), tuple(mounted), without)
+        check_keys(cfg, values)
         with _put_back(cfg, [_place(cfg, override.key_or_group) for override in values]):
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
             yield cfg
@@ -249,5 +254,7 @@ def _alone(choices: tuple[str, ...], group: str) -> bool:
 
 
 def _one_sentence(error: Exception) -> ConfigError:
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(f"{error.full_key} must be given: {error.full_key}=")
     lines = [line for line in str(error).splitlines() if line.strip()]
     return ConfigError(" ".join(lines[:2]))
