@@ -54,4 +54,8 @@ class UnsupportedError(RuntimeError):
 
 
 class MeasurementError(RuntimeError):
-    """What a model gives is no number, or an item can't be given to it: the cell fails with this sentence."""
+    """What can't be measured (an item is longer than the model): the cell fails with this sentence."""
+
+
+class NotANumberError(MeasurementError):
+    """A number is NaN: the cell gets the status `invalid`, and no number of it counts."""

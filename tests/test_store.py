@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import ConfigError, UnsupportedError
+from harness.errors import ConfigError, NotANumberError, UnsupportedError
 from harness.results import lock
 from harness.results import store as store_module
 from harness.results.cells import SchemaError
@@ -140,6 +140,7 @@ def test_recommit_replaces_a_probe(store: Store) -> None:
     [
         (RuntimeError("boom"), "failed", "failed"),
         (MemoryError(), "oom", "failed"),
+        (NotANumberError("the logits are NaN"), "invalid", "failed"),
         (torch.OutOfMemoryError("CUDA out of memory"), "oom", "failed"),
         (RuntimeError("CUDA error: out of memory"), "oom", "failed"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", "failed"),

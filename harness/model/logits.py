@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.errors import MeasurementError
+from harness.errors import NotANumberError
 from harness.model.view import View
 
 PIECE = 1 << 25  # logits at once: 128 MiB in float32
@@ -47,7 +47,7 @@ def pieces(view: View, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 @contextmanager
 def watched_logits(view: View, where: str) -> Iterator[None]:
-    """Raise `MeasurementError` at the end if a logit of the forward passes inside is NaN. where: of what, in words."""
+    """Raise `NotANumberError` at the end if a logit of the forward passes inside is NaN. where: of what, in words."""
     broken = torch.zeros((), dtype=torch.bool, device=view.device)
 
     def look(_: torch.nn.Module, __: tuple, logits: Tensor) -> None:
@@ -64,7 +64,7 @@ def watched_logits(view: View, where: str) -> Iterator[None]:
         raise not_a_number(view, where)
 
 
-def not_a_number(view: View, where: str) -> MeasurementError:
+def not_a_number(view: View, where: str) -> NotANumberError:
     """The error that names NaN as NaN: a comparison of NaN is false, so that it would pass for a wrong answer."""
     hint = " (float16 overflows where bfloat16 does not)" if view.dtype == torch.float16 else ""
-    return MeasurementError(f"the logits of {view.name} are NaN, not a number, for {where}{hint}")
+    return NotANumberError(f"the logits of {view.name} are NaN, not a number, for {where}{hint}")

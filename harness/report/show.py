@@ -24,7 +24,14 @@ from harness.results.store import Store
 LISTED = 8  # names in a sentence that lets the user choose
 # What tells the rows of a cell apart, in the order in which it is read.
 PLACE = ["task", "metric", "site", "layer", "step_phase", "batch", "context", "execution", "engine", "variant"]
-STATUS_STYLES = {"done": "green", "failed": "red", "oom": "red", "unsupported": "yellow", "running": "yellow"}
+STATUS_STYLES = {
+    "done": "green",
+    "failed": "red",
+    "oom": "red",
+    "invalid": "red",
+    "unsupported": "yellow",
+    "running": "yellow",
+}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,13 @@ AGAIN = {  # where the user asks for it
     "failed": "run again: failed before",
     "unsupported": "try again: this method can't run on this model",
 }
-OUTCOMES = {"failed": "failed", "oom": "out of memory", "unsupported": "unsupported", "locked": "locked"}
+OUTCOMES = {
+    "failed": "failed",
+    "oom": "out of memory",
+    "invalid": "invalid",
+    "unsupported": "unsupported",
+    "locked": "locked",
+}
 PHASES = {"all": "every token sparse", "decode": "prompt dense, later tokens sparse"}
 LAYOUTS = ("tasks", "means", "short")  # by how much they show: every task, the mean over tasks, no KL either
 CUT = "†"  # beside a score some of whose items are longer than the model's maximum

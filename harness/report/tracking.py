@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import pandas as pd
 
 from harness.console import sentence
-from harness.results.cells import CellView, status_of
+from harness.results.cells import BROKEN, CellView, status_of
 from harness.results.collect import DERIVED, headline, relate
 
 if TYPE_CHECKING:
@@ -139,9 +139,9 @@ def track_sweep(
             run.log({"comparison": _table(headline(table).dropna(axis="columns", how="all"))})
             run.log({f"figures/{name}": image for name, image in _figures(table).items()})
         run.summary.update({"cells_asked": len(outcomes)} | {f"cells_{kind}": n for kind, n in counts.items()})
-        bad = counts["failed"] + counts["oom"]
+        bad = sum(counts[status] for status in BROKEN)
         if bad:
-            names = ", ".join(name for name, (status, _) in outcomes.items() if status in ("failed", "oom"))
+            names = ", ".join(name for name, (status, _) in outcomes.items() if status in BROKEN)
             WandbTracker(run).say_how("failed", f"{bad} of {len(outcomes)} cells failed: {names}")
         run.finish(exit_code=1 if bad else 0)
 

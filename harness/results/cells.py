@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from harness.errors import ConfigError, UnsupportedError
+from harness.errors import ConfigError, NotANumberError, UnsupportedError
 from harness.files import json_bytes, now, place_errors, read_json, remove_drafts, sync, write_atomic
 from harness.reading import ends_well, read_parquet, read_tensors, read_yaml, typed
 from harness.results.environment import environment
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 STORED = (".parquet", ".safetensors")  # of a probe
 STATUS: dict[str, type] = {"status": str, "versions": dict, "started": str, "ended": str, "message": str, "alike": list}
-STATUS_PROBE = "status"  # holds the one row that a failed, out-of-memory or unsupported cell leaves
+STATUS_PROBE = "status"  # holds the one row that a broken or unsupported cell leaves
+BROKEN = ("failed", "oom", "invalid")  # how a cell ends that has no results and is to be run again
 
 
 class SchemaError(ConfigError):
@@ -61,7 +62,7 @@ class CellView:
 
     @property
     def status(self) -> dict[str, Any]:
-        """Status (running, done, failed, oom, unsupported), versions, started, ended, message."""
+        """Status (running, done, failed, oom, invalid, unsupported), versions, started, ended, message."""
         found = read_json(self.path / "status.json")
         if not all(isinstance(found.get(key, kind()), kind) for key, kind in STATUS.items()):
             return {}
@@ -152,7 +153,7 @@ class Cell(CellView):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def fail(self, error: BaseException) -> None:
-        """Record why the cell ended: status failed, oom or unsupported, the traceback, and one row."""
+        """Record why the cell ended: its status (`status_of`), the traceback, and one row."""
         self.failed = True
         status = status_of(error)
         message = " ".join(str(error).split()) or type(error).__name__
@@ -196,9 +197,11 @@ class Cell(CellView):
 
 
 def status_of(error: BaseException) -> str:
-    """How a cell has ended that this error ended: failed, oom or unsupported."""
+    """How a cell has ended that this error ended: failed, oom, invalid or unsupported."""
     if isinstance(error, UnsupportedError):
         return "unsupported"
+    if isinstance(error, NotANumberError):
+        return "invalid"
     # By name: torch.cuda.OutOfMemoryError is torch.OutOfMemoryError. The CPU's allocator, CUDA itself and its libraries
     # have other types, and words, for it.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -215,7 +215,8 @@ def read_rows(store: Store) -> tuple[pd.DataFrame, dict[str, str]]:
     frames, dense_keys = [], {}
     for name in store.cells():
         view = store.view(name)
-        probes = view.probes() + ([STATUS_PROBE] if view.done(STATUS_PROBE) else [])
+        probes = [] if view.status.get("status") == "invalid" else view.probes()  # where one is NaN, no number counts
+        probes += [STATUS_PROBE] if view.done(STATUS_PROBE) else []
         frames += [view.read(probe) for probe in probes]
         dense_keys[name] = dense_key(view.config)
     return (pd.concat(frames, ignore_index=True) if frames else to_frame([])), dense_keys

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from harness.errors import NotANumberError
+
 SCHEMA_VERSION = 2
 
 # Column -> pandas dtype. Long format: the identity of the cell, then what was measured, then the value.
@@ -48,7 +50,7 @@ COLUMNS: dict[str, str] = {
     "source": "string",  # measured | published
     "paper": "string",
     "table": "string",
-    "status": "string",  # ok | failed | unsupported | oom
+    "status": "string",  # ok | failed | unsupported | oom | invalid
     "message": "string",
 }
 
@@ -65,7 +67,10 @@ class RowError(ValueError):
 
 
 def make_row(**facts: Any) -> dict[str, Any]:
-    """Return one row with every column; unknown columns and missing unit, count or source raise `RowError`."""
+    """Return one row with every column; unknown columns and missing unit, count or source raise `RowError`.
+
+    A value that is NaN raises `NotANumberError`.
+    """
     unknown = facts.keys() - COLUMNS.keys()
     if unknown:
         raise RowError(f"unknown column(s) {sorted(unknown)}")
@@ -74,8 +79,10 @@ def make_row(**facts: Any) -> dict[str, Any]:
         missing = [name for name in REQUIRED if row[name] is None or row[name] == ""]
         if missing:
             raise RowError(f"row {row['metric']!r} lacks {missing}")
-        if row["value"] is None or (isinstance(row["value"], float) and math.isnan(row["value"])):
+        if row["value"] is None:
             raise RowError(f"row {row['metric']!r} has no value")
+        if isinstance(row["value"], float) and math.isnan(row["value"]):
+            raise NotANumberError(f"{row['metric']} of the {row['probe']} probe is NaN, not a number")
     return row
 
 

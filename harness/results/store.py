@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from harness.errors import AssetError, ConfigError, DamagedError
 from harness.files import place_errors
-from harness.results.cells import Cell, CellView
+from harness.results.cells import BROKEN, Cell, CellView
 from harness.results.fits import Fits
 from harness.results.lock import Lock, LockedError, live_owner
 from harness.results.rows import SCHEMA_VERSION
@@ -54,7 +54,7 @@ class Store:
         """What a run of this cell would do now. Writes nothing.
 
         run: nothing is there; partial: some probes are; skip: finished; stale: made by other `versions` or
-        another row schema; failed, unsupported: how the last attempt ended (failed covers out of memory);
+        another row schema; failed, unsupported: how the last attempt ended (failed covers out of memory and invalid);
         locked: a live process is at work on it.
         """
         path = self._path(cell_id)
@@ -71,7 +71,7 @@ class Store:
             return "skip" if all(map(view.done, view.probes())) else "partial"
         if ended == "unsupported":
             return "unsupported"
-        if ended in ("failed", "oom"):
+        if ended in BROKEN:
             return "failed"
         return "partial" if self.view(cell_id).probes() else "run"
 

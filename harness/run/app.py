@@ -143,6 +143,7 @@ def report(store: Store, names: list[str], logger: dict[str, Any] | None) -> int
     """
     from harness.report.terminal import print_summary, print_table
     from harness.report.tracking import track_sweep
+    from harness.results.cells import BROKEN
     from harness.results.collect import collect
     from harness.run.execute import outcome
 
@@ -155,7 +156,7 @@ def report(store: Store, names: list[str], logger: dict[str, Any] | None) -> int
         track_sweep(logger["group"], rows, outcomes, root=store.root, logger=logger["name"])
     root = store.root
     say(stderr(), f"rows: {root / 'table.csv'} and {root / 'table.parquet'}; cells: {root / 'cells'}")
-    return 1 if any(status in ("failed", "oom") for status, _ in outcomes.values()) else 0
+    return 1 if any(status in BROKEN for status, _ in outcomes.values()) else 0
 
 
 def do_job() -> None:

@@ -2,7 +2,7 @@
 
     temporary    drafts, locks and jobs' folders that a killed process left
     orphaned     a cell's folder whose status can't be read; W&B runs of cells that are gone
-    failed       cells that failed or ran out of memory, with the probes that they had finished
+    failed       cells that failed, ran out of memory or are invalid, with the probes that they had finished
     unfinished   cells and fits that were interrupted: the same command goes on from them
     stale        cells of another version of their method or of the rows: whole, and run again when they are asked for
 
@@ -28,7 +28,7 @@ from harness.arguments import add_results, finish, parser
 from harness.console import say, stdout, styled, table
 from harness.errors import ConfigError
 from harness.files import place_errors
-from harness.results.cells import CellView
+from harness.results.cells import BROKEN, CellView
 from harness.results.lock import Lock, LockedError, live_owner
 from harness.results.rows import SCHEMA_VERSION
 from harness.results.store import HEARTBEAT_S, STALE_S, Store
@@ -74,7 +74,7 @@ def _of_cell(cell: CellView, named: bool) -> Iterator[Thing]:
     ended, whole = status.get("status"), f"{len(cell.probes())} probes are whole"
     if named:
         yield Thing("named", folder, str(ended), cell=True)
-    elif ended in ("failed", "oom"):
+    elif ended in BROKEN:
         yield Thing("failed", folder, f"{status.get('message', ended)}; {whole}", cell=True)
     elif not status:
         yield Thing("orphaned", folder, "it has no status that can be read", cell=True)

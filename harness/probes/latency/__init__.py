@@ -29,6 +29,8 @@ rows: what is told of it.
 from collections.abc import Mapping
 from typing import Any
 
+from harness.execution.attach import attached
+from harness.model.logits import watched_logits
 from harness.probes.bench import Bench
 from harness.probes.latency import low_bit
 from harness.probes.latency.plans import variants
@@ -54,6 +56,8 @@ def run(bench: Bench) -> None:
 
     def make() -> tuple[list[Row]]:
         view, settings, windows = bench.view, bench.config["probe"]["latency"], bench.windows(WINDOWS).tokens
+        with attached(view, bench.fitted, bench.policy), watched_logits(view, "the prompts that are timed"):
+            view.model(windows[:1].to(view.device), use_cache=False, logits_to_keep=1)
         asked = bench.config["sparsity"]
         if view.stored is not None:
             if sentence := low_bit.no_step(view, bench.fitted):

@@ -81,7 +81,9 @@ def tidy(store: Store) -> None:
 
 def left_behind(store: Store) -> dict[Path, bool]:
     """Folders of commands that are gone -> whether jobs of theirs are not. Logs stay where a cell has failed."""
-    failed = any(store.view(name).status.get("status") in ("failed", "oom") for name in store.cells())
+    from harness.results.cells import BROKEN
+
+    failed = any(store.view(name).status.get("status") in BROKEN for name in store.cells())
     found = {}
     for folder in sorted((store.root / "slurm").glob("*")):
         lock = folder / "lock.json"  # that of a command that was killed is still there
