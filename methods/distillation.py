@@ -19,7 +19,7 @@ from harness.model.step import Policy
 from harness.model.view import View
 from harness.progress import track
 
-HELD = 8 << 30  # bytes of activations, about, that a backward pass may need at once
+HELD = 4 << 30  # bytes of activations, about, that a backward pass may need at once
 
 
 def distil(

@@ -21,8 +21,8 @@ WINDOWS, ITEMS = 64, 400
 class Field:
     """A made-up field on one model: what each scheme loses is planted."""
 
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(1)
+    def __init__(self, model: str = "m") -> None:
+        self.rng, self.model = np.random.default_rng(1), model
         self.rows: list[dict] = []
         self.samples: list[pd.DataFrame] = []
         self.nll = self.rng.normal(3, 0.3, WINDOWS)
@@ -32,8 +32,8 @@ class Field:
     def cell(
         self, method: str, level: float, lost: float, off: float = 0.0, wrong: float = 0.0, **facts: object
     ) -> None:
-        name = f"{method}_{level}_{len(self.rows)}"
-        same = {"cell_id": name, "model": "m", "method": method, "sparsity_requested": level, "scope": "model"}
+        name = f"{self.model}_{method}_{level}_{len(self.rows)}"
+        same = {"cell_id": name, "model": self.model, "method": method, "sparsity_requested": level, "scope": "model"}
         same |= {"phase": "all", "dense_prefix": 0, "seed": 0, "limited": False, "execution": "masked"} | facts
         if facts.get("status", "ok") != "ok":
             self.rows.append(make_row(**same))
@@ -142,7 +142,7 @@ def test_views_say_the_same(lines, capsys):
     page = leaderboard.section(lines)
     assert page.count("<tr>") == len(lines) + 1 and 'data-column="1"' in page
     table = leaderboard.markdown(lines, "m")
-    assert "| `teal` | calibration |  | 1.2" in table and "<sup>a</sup>" in table and "kv_skip" not in table
+    assert "| `teal` | calibration |  | **1.2" in table and "<sup>a</sup>" in table and "kv_skip" not in table
 
 
 def test_nothing_near_a_level_is_no_error(found):
@@ -153,6 +153,80 @@ def test_nothing_near_a_level_is_no_error(found):
         lines.empty and "No cell" in leaderboard.section(lines) and "No committed" in leaderboard.markdown(lines, "m")
     )
     leaderboard.show(lines)
+
+
+# ------------------------------------------------------------------------------ several models, all four levels
+
+LOST = {"combined": 0.1, "spon+teal": 0.1, "teal": 0.3, "prox": 0.6, "wina": 0.4, "random": 3.0}  # nats at 50 %
+NEEDS = {"combined": "training", "spon+teal": "training", "teal": "calibration", "prox": "calibration"}
+
+
+@pytest.fixture(scope="module")
+def whole() -> pd.DataFrame:
+    """Two models; what each scheme loses grows with the level; timed cells, and what could not be run."""
+    rows, samples = [], []
+    for model, times in (("small", 1.0), ("large", 0.5)):
+        made = Field(model)
+        for level in field.LEVELS:
+            for method, lost in LOST.items():
+                facts = {"needs": NEEDS.get(method, "nothing"), "needs_tokens": 16384 if method in NEEDS else None}
+                made.cell(method, level, times * lost * level / 0.5, wrong=min(0.9, lost / 4), **facts)
+            why = {"status": "unsupported", "message": f"cats can skip at most 0.41, so {level} is out of reach"}
+            if level > 0.41:
+                made.cell("cats", level, 0.0, **why)
+        for method, value in (("teal", 1.5), ("combined", 1.4)):
+            facts = {"cell_id": f"{model} {method} timed", "model": model, "method": method, "scope": "model"}
+            facts |= {"sparsity_requested": 0.5, "phase": "all", "dense_prefix": 0, "seed": 0, "limited": False}
+            facts |= {"dtype": "bfloat16", "device": "NVIDIA H100 80GB HBM3", "batch": 1, "context": 128}
+            facts |= {"probe": "latency", "metric": "time_ratio", "unit": "ratio", "n": 5, "execution": "kernel"}
+            made.rows.append(make_row(**facts, value=value))
+        table, own = made.found()
+        rows.append(table)
+        samples.append(own)
+    return leaderboard.standings(pd.concat(rows, ignore_index=True), pd.concat(samples, ignore_index=True))
+
+
+def test_every_model_and_level_has_its_own_order_and_letters(whole):
+    for model in ("small", "large"):
+        for level in field.LEVELS:
+            lines = whole[(whole["model"] == model) & (whole["level"] == level) & whole["missing"].isna()]
+            assert set(lines["method"][:2]) == {"combined", "spon+teal"} and list(lines["method"])[-1] == "random"
+            groups = dict(zip(lines["method"], lines["text:group"], strict=True))
+            assert groups["combined"] == groups["spon+teal"] == "a" and not set(groups["wina"]) & set(groups["prox"])
+    half = whole[(whole["level"] == 0.5) & (whole["method"] == "teal")].set_index("model")["text"]
+    assert half["small"] == pytest.approx(np.exp(0.3), rel=0.02) and half["large"] == pytest.approx(
+        np.exp(0.15), rel=0.02
+    )
+
+
+def test_the_best_of_those_that_need_as_much_are_marked(whole):
+    leading = whole[whole["leads"]].groupby(["model", "level"])["method"].agg(list)
+    assert len(leading) == 8 and all(set(names) == {"combined", "spon+teal", "teal", "wina"} for names in leading)
+
+
+def test_speeds_stand_at_the_level_that_was_timed_and_reasons_at_theirs(whole):
+    timed = whole[whole["speedup:H100, bfloat16"].notna()]
+    assert set(zip(timed["model"], timed["method"], timed["level"], strict=True)) == {
+        (model, method, 0.5) for model in ("small", "large") for method in ("teal", "combined")
+    }
+    missing = whole[whole["missing"].notna()]
+    assert set(missing["level"]) == {0.5, 0.6} and missing["missing"].str.contains("at most 0.41").all()
+
+
+def test_all_views_hold_both_models_and_all_levels(whole, capsys):
+    leaderboard.show(whole)
+    out = capsys.readouterr().out
+    for model in ("small", "large"):
+        assert all(f"{model} · {level:.0%}" in out for level in field.LEVELS)
+        table = leaderboard.markdown(whole, model)
+        assert table.splitlines()[0].endswith("| 25% | 40% | 50% | 60% | speed-up, H100, bfloat16 |")
+        [combined] = [line for line in table.splitlines() if line.startswith("| `combined`")]
+        assert combined.count("<sup>a</sup>") == 4 and combined.count("**") == 8 and "1.40x" in combined
+        assert "random" not in table and "cats" not in table
+    assert "cats: cats can skip at most 0.41, so 0.6 is out of reach" in out and "a*" in out
+    page = leaderboard.section(whole)
+    assert all(f'data-column="{n}"' in page for n in (1, 10)) and page.count("<tr>") == len(whole) + 1
+    assert "any needs" in page and ">16,384<" in page
 
 
 # ------------------------------------------------------------------------------------------------- its statistics

@@ -30,15 +30,17 @@ HEADS = ("needs", "achieved", "perplexity\nx dense [95 %]", "", "accuracy\npoint
 NOTE = (
     "At equal achieved sparsity: the share of all block weights that was counted as skipped, what deciding reads "
     f"charged, within {100 * field.EQUAL_SPARSITY:g} points of the level. Brackets are 95 % intervals, paired with the "
-    "dense model. Schemes that share a letter can't be told apart (paired tests of all pairs, Holm)."
+    "dense model. Schemes that share a letter can't be told apart (paired tests of all pairs, Holm). A star marks the "
+    "best on text of those that need as much (nothing, calibration, training), and what can't be told apart from it."
 )
 
 
 def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> pd.DataFrame:
     """`field.board` with what else is known of each scheme, one line each.
 
-    scheme: its name. needs, needs_tokens: what it was given, and tokens of text. `speedup:<device>, <dtype>`: a column
-    for each that one was timed on.
+    scheme: its name. needs, needs_tokens: what it was given, and tokens of text. leads: whether it is the best on text
+    of those that need as much, or shares a letter with it; oracles and the floor lead nobody.
+    `speedup:<device>, <dtype>`: a column for each that one was timed on.
 
     Speed is the kernel's against the strongest dense step, at the smallest batch and context timed, of the same scheme
     at the same request, wherever it was timed.
@@ -51,6 +53,7 @@ def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     lines["needs_tokens"] = lines["cell_id"].map(told["needs_tokens"]).astype("Int64")
     variants = lines["variant"].fillna("")
     lines["scheme"] = lines["method"].str.cat(variants, sep=" ").str.strip()
+    lines["leads"] = _leads(lines)
     measured = rows[(rows["source"] == "measured") & (rows["status"] == "ok")]
     measured = measured if limited else measured[~measured["limited"].fillna(False).astype(bool)]
     times = adviser.times(measured)
@@ -62,6 +65,15 @@ def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
         name = f"speedup:{_short(str(device))}, {dtype}"
         lines = lines.merge(best.rename(columns={"speedup": name}), how="left", on=SAME)
     return lines
+
+
+def _leads(lines: pd.DataFrame) -> pd.Series:
+    fair = lines["text:group"].notna() & ~lines["oracle"].fillna(False).astype(bool) & ~lines["method"].isin(NO_SCHEME)
+    leads = pd.Series(False, lines.index)
+    for _, peers in lines[fair].groupby([*field.ARENA, "needs"], dropna=False):
+        best = set(peers.loc[peers["text"].astype(float).idxmin(), "text:group"])
+        leads[peers.index] = [bool(best & set(group)) for group in peers["text:group"]]
+    return leads
 
 
 def _needs(method: str, facts: dict[str, str]) -> str:
@@ -105,7 +117,7 @@ def show(lines: pd.DataFrame) -> None:
                 _given(line),
                 _form(line["achieved_model"], ".1%"),
                 _ratio(line),
-                _group(line, "text"),
+                _letters(line),
             ]
             cells += [_points(line, "accuracy"), _group(line, "accuracy"), _form(line["generated"], "+.1f", POINTS)]
             cells += [_lengths(line), *(_form(line[name], ".2f") for name in speeds)]
@@ -149,6 +161,11 @@ def _group(line: dict[str, Any], measure: str) -> str:
     return "" if pd.isna(line[f"{measure}:group"]) else str(line[f"{measure}:group"])
 
 
+def _letters(line: dict[str, Any]) -> str:
+    """Of its group on text, with a star where it leads those that need as much."""
+    return _group(line, "text") + ("*" if line["leads"] else "")
+
+
 def _lengths(line: dict[str, Any]) -> str:
     own, dense = _form(line["answer_tokens"], ".1f"), _form(line["dense:answer_tokens"], ".1f")
     return f"{own} / {dense}" if own and dense else own
@@ -156,7 +173,7 @@ def _lengths(line: dict[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- the page
 
-CHOICES = {"model": True, "level": False, "tokens": True}
+CHOICES = {"model": True, "level": False, "tokens": True, "needs": False}
 
 
 def section(lines: pd.DataFrame) -> str:
@@ -169,7 +186,7 @@ def section(lines: pd.DataFrame) -> str:
     head = {"scheme": False, "level": True, "achieved": True, "perplexity × dense": True, "group, text": False}
     head |= {"accuracy, points": True, "group, answers": False, "generated, points": True, "answer tokens": True}
     head |= {f"speed-up, {name.removeprefix('speedup:')}": True for name in speeds}
-    head |= {"needs": False, "not placed because": False, "model": False, "tokens": False}
+    head |= {"needs": False, "learnt from, tokens": True, "not placed because": False, "model": False, "tokens": False}
     body = [f"<tr>{''.join(_cells(line, speeds))}</tr>" for line in lines.to_dict("records")]
     return f"<p>{escape(NOTE)}</p>{tables.listing('leaderboard-table', head, body, choices=CHOICES)}"
 
@@ -187,14 +204,15 @@ def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
     yield tables.number(line["level"], f"{line['level']:.0%}")
     yield tables.number(line["achieved_model"], _form(line["achieved_model"], ".1%"))
     yield between("text", _ratio(line))
-    yield text(_group(line, "text"))
+    yield text(_letters(line))
     yield between("accuracy", _points(line, "accuracy"))
     yield text(_group(line, "accuracy"))
     yield between("generated", _points(line, "generated"))
     yield tables.number(line["answer_tokens"], _lengths(line))
     for name in speeds:
         yield tables.number(line[name], _form(line[name], ".2f") + ("×" if not pd.isna(line[name]) else ""))
-    yield text(_given(line))
+    yield text(line["needs"])
+    yield tables.number(line["needs_tokens"], "" if pd.isna(line["needs_tokens"]) else f"{line['needs_tokens']:,}")
     yield text("" if pd.isna(line["missing"]) else line["missing"])
     yield text(line["model"])
     yield text(PHASES.get(line["phase"], line["phase"]))
@@ -206,7 +224,8 @@ def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
 def markdown(lines: pd.DataFrame, model: str) -> str:
     """The short table of one model: a line a scheme, a column a level, empty where there is no cell; oracles left out.
 
-    A cell: perplexity over dense, letters of its group, points of accuracy. Schemes that keep the prompt dense are
+    A cell: perplexity over dense, bold where it leads those that need as much, letters of its group, points of
+    accuracy. Schemes that keep the prompt dense are
     marked; their letters are of their own group. A speed-up is the best of those at the scheme's levels.
     """
     own = lines[(lines["model"] == model) & ~lines["method"].isin(NO_SCHEME) & (lines["dense_prefix"] == 0)]
@@ -229,6 +248,8 @@ def markdown(lines: pd.DataFrame, model: str) -> str:
 
 def _brief(line: pd.Series) -> str:
     parts = [f"{_big(line['text'])}x", f"<sup>{line['text:group']}</sup>" if not pd.isna(line["text:group"]) else ""]
+    if line["leads"]:
+        parts[0] = f"**{parts[0]}**"
     points = "" if pd.isna(line["accuracy"]) else f", {_form(line['accuracy'], '+.1f', POINTS)}"
     return "".join(parts) + points
 
