@@ -36,7 +36,7 @@ run: setup assets
 
 test: setup assets
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n auto --dist loadfile --durations 15
+		$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
 test-slow: setup assets

@@ -230,7 +230,7 @@ def look(results: Path, reference: Path, kept: dict[str, int], verdict: Path) ->
     """Count what must not be, into `verdict`."""
     from harness.results.collect import read_table
     from harness.results.store import Store
-    from tests.test_cli import measured
+    from tests.runner import measured
 
     store, whole = Store(results), Store(reference)
     now = commits(results)

@@ -9,8 +9,24 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
+
+# Files that take longest begin first, so that no worker ends long after the others (`--no-loadscope-reorder` lets xdist
+# keep this order; it would begin with the files of most tests).
+LONGEST = (
+    *("slurm", "cli", "chaos", "notebooks", "families_matrix", "training", "clean", "kernels_triton", "kernels_cpu"),
+    *("lowbit", "experiments", "simulation", "heads_by_sequence", "methods", "families", "bad_input", "users_walk"),
+    *("html_report", "archive", "fused_cpu", "kv_skip", "lm", "wheel", "store", "text", "manual"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Sort files by how long they take, and nothing within a file."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +56,21 @@ def tiny_folder(tmp_path_factory, tokenizer):
     from tests.tiny import save_with_tokenizer
 
     return save_with_tokenizer(tmp_path_factory.mktemp("tiny"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """What commands are forked from, with all imports done."""
+    from tests.forks import Forks
+
+    kept = Forks()
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def runner(tiny_folder, forks, tmp_path: Path):
+    """run.py on a tiny model, in an empty folder."""
+    from tests.runner import Runner
+
+    return Runner(tiny_folder, tmp_path, forks)

@@ -10,7 +10,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from tests.chaos import left_processes, tiny_model
-from tests.test_cli import Runner, measured
+from tests.runner import Runner, measured
 from tests.test_slurm import owner, until
 
 pytest.importorskip("ray", reason="engine=ray can't be tested: pip install dynact[ray]")

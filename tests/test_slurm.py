@@ -19,13 +19,14 @@ from harness.results.store import Store
 from harness.run.engines import slurm
 from tests import slurm_cluster
 from tests.chaos import tiny_model
-from tests.test_cli import ROOT, Runner, measured
+from tests.forks import Forks, Process
+from tests.runner import ROOT, Runner, measured
 
 pytest.importorskip("submitit", reason="engine=slurm can't be tested: pip install dynact[slurm]")
 WHY_NOT = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"engine=slurm can't be tested: {WHY_NOT}")
 
-LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5]
 KILLED, PREEMPTED, LIMITED = 0.1, 0.2, 0.3
 SWEEP = [
     "-m",
@@ -40,7 +41,7 @@ SLURM = ["engine=slurm", "engine.sbatch.cpus_per_task=1", "engine.sbatch.time=10
 PATIENCE_S = 600.0
 
 
-def until(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(what: Callable[[], bool], process: subprocess.Popen[str] | Process) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not what():
         assert process.poll() is None and time.monotonic() < deadline, "".join(process.communicate())
@@ -61,9 +62,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def reference(model: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """The same sweep in one process, never stopped."""
-    runner = Runner(model, tmp_path_factory.mktemp("reference"))
+    runner = Runner(model, tmp_path_factory.mktemp("reference"), forks)
     process = runner.start(*SWEEP)  # it runs beside the cluster
     yield runner
     process.kill()
@@ -71,9 +72,9 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def runner(reference: Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def runner(reference: Runner, model: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("slurm")
-    runner = Runner(model, folder)
+    runner = Runner(model, folder, forks)
     (folder / "holds").mkdir()
     for level in (KILLED, PREEMPTED, LIMITED):
         (folder / f"holds/hold-{level}").touch()
@@ -106,9 +107,9 @@ def runner(reference: Runner, model: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_cell_that_is_killed_takes_no_other_with_it(runner: Runner) -> None:
-    assert runner.code == 1 and "7 of 8 cells have results" in runner.err, runner.err
+    assert runner.code == 1 and "4 of 5 cells have results" in runner.err, runner.err
     assert "failed" in runner.err and "its process ended by SIGKILL" in runner.err
-    assert sum("JobName=dynact" in job and "ArrayTaskId=" in job for job in runner.jobs) == 8, "one array of 8"
+    assert sum("JobName=dynact" in job and "ArrayTaskId=" in job for job in runner.jobs) == 5, "one array of 5"
 
 
 def test_preemption_and_the_time_limit_put_a_job_back_in_the_queue(runner: Runner) -> None:
@@ -119,8 +120,8 @@ def test_preemption_and_the_time_limit_put_a_job_back_in_the_queue(runner: Runne
 
 
 def test_the_same_command_does_what_is_missing_and_repeats_nothing(runner: Runner) -> None:
-    assert "8 of 8 cells have results" in runner.again[1]
-    assert runner.kept.items() <= runner.commits().items() and len(runner.commits()) == 8
+    assert "5 of 5 cells have results" in runner.again[1]
+    assert runner.kept.items() <= runner.commits().items() and len(runner.commits()) == 5
 
 
 def test_the_table_is_that_of_an_uninterrupted_run_and_nothing_is_left(runner: Runner, reference: Runner) -> None:

@@ -29,6 +29,7 @@ from harness.training.llama import Model, largest, make_block, norm, rotary
 from harness.training.loop import Recipe, Trainer
 from harness.training.losses import head_divergence
 from harness.training.sparsity import progressive_weight, square_gains, steer_threshold, threshold_target
+from tests.forks import ROOT, Forks
 
 CPU = torch.device("cpu")
 
@@ -322,8 +323,7 @@ def command(folders: tuple[Path, Path], *changes: str) -> list[str]:
     model, out = folders
     small = ["text.tokens=4000", "text.batch=20", "text.length=100", "text.heldout=500", "log_every=5"]
     return [
-        sys.executable,
-        "train.py",
+        str(ROOT / "train.py"),
         "train=smoke",
         "device=cpu",
         f"model.path={model}",
@@ -340,15 +340,13 @@ def environment(folders: tuple[Path, Path]) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DYNACT_CACHE": cache}
 
 
-def test_fifty_steps_killed_and_resumed(folders: tuple[Path, Path]) -> None:
+def test_fifty_steps_killed_and_resumed(folders: tuple[Path, Path], forks: Forks) -> None:
     """The smoke run through the app: text, training killed by SIGKILL, resumed to the same curve, evaluated."""
-    run = {"env": environment(folders), "check": True, "capture_output": True, "text": True}
-    subprocess.run(command(folders, "train.name=whole", "save_every_s=0"), **run)
-    victim = subprocess.Popen(
-        command(folders, "train.name=killed", "save_every_s=0", "do=[train]"),
-        env=environment(folders),
-        stdout=subprocess.PIPE,
-    )
+    env = environment(folders)
+    whole = [sys.executable, *command(folders, "train.name=whole", "save_every_s=0")]
+    subprocess.run(whole, env=env, check=True, capture_output=True)
+    train = command(folders, "train.name=killed", "save_every_s=0", "do=[train]")
+    victim = forks.start(train, ROOT, env)
     state = folders[1] / "model-killed" / "state.safetensors"
     deadline = time.monotonic() + 120
     while not state.exists() and victim.poll() is None and time.monotonic() < deadline:
@@ -356,8 +354,10 @@ def test_fifty_steps_killed_and_resumed(folders: tuple[Path, Path]) -> None:
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     assert not (folders[1] / "model-killed" / "adapter").exists(), "the run ended before it could be killed"
-    resumed = subprocess.run(command(folders, "train.name=killed", "save_every_s=0", "do=[train]"), **run)
-    assert "going on from step" in resumed.stdout
+    resumed = forks.start(train, ROOT, env)
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert "going on from step" in out
     whole, killed = (
         json.loads((folders[1] / name / "adapter" / "adapter.json").read_text())
         for name in ("model-whole", "model-killed")
@@ -370,10 +370,11 @@ def test_fifty_steps_killed_and_resumed(folders: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("change", ["do=[dance]", "train.wings=2", "train.rank=four"])
-def test_bad_input_ends_with_one_sentence(folders: tuple[Path, Path], change: str) -> None:
-    result = subprocess.run(command(folders, change), env=environment(folders), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+def test_bad_input_ends_with_one_sentence(folders: tuple[Path, Path], forks: Forks, change: str) -> None:
+    process = forks.start(command(folders, change), ROOT, environment(folders))
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
 
 
 def test_task_scores_are_paired_by_item_and_leave_smoke_runs_out(tmp_path, monkeypatch):

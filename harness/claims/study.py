@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness.results.collect import ACCURACIES, CELL, headline
+from harness.results.once import once
 from harness.results.samples import SAMPLES
 
 SKIPS = 0.005  # least achieved sparsity of a cell that is more than a pretence
@@ -88,6 +89,7 @@ class Study:
         return self.items[dense, "accuracy"] - self.chance[dense]
 
 
+@once
 def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> Study:
     """What counts as evidence of a collected table and of `read_samples`. limited: take smoke runs in."""
     rows = table[(table["source"] == "measured") & (table["status"] == "ok")]

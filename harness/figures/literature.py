@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from harness.figures import select, style
 from harness.results import published
-from harness.results.rows import COLUMNS
 
 
 def published_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:
@@ -20,10 +19,9 @@ def published_against_measured(df: pd.DataFrame, limited: bool = False) -> Figur
     conditions are the same, by the ratio to dense or only by order where they are not. Figures that can't be
     compared are not drawn. Limited runs are never compared.
     """
-    rows = select.drawable(df, limited=False)
-    claimed = df[df["source"] == "published"]
-    select.need(claimed, "no published figures in the table")
-    judged = published.compare(rows, claimed[list(COLUMNS)])
+    select.drawable(df, limited=False)
+    select.need(df[df["source"] == "published"], "no published figures in the table")
+    judged = published.judged(df)
     judged = judged[(judged["verdict"] != published.NOT_COMPARABLE) & judged["measured"].notna()]
     select.need(judged, "no published figure has a measured counterpart that it can be compared with")
     with mpl.rc_context(fname=style.STYLE):

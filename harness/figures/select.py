@@ -9,6 +9,7 @@ import pandas as pd
 
 from harness.errors import ConfigError
 from harness.results.collect import ACCURACIES, headline
+from harness.results.once import once
 
 # What a quality figure can show: its axis label, and whether more is better.
 QUALITIES = {
@@ -23,6 +24,7 @@ POLICY = ["model", "phase", "dense_prefix"]
 PHASES = {"all": "every token sparse", "decode": "prompt dense"}
 
 
+@once
 def drawable(df: pd.DataFrame, limited: bool) -> pd.DataFrame:
     """Measured rows that are no failure, nor (unless `limited`) of a smoke run."""
     rows = df[(df["source"] == "measured") & (df["status"] == "ok")]
@@ -50,14 +52,20 @@ def _scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
     A study scores some cells on more items, or on longer windows, than the others: their means are of another thing.
     """
-    scored = rows[(rows["probe"] == "quality") & rows["metric"].isin(["nll", *ACCURACIES])]
-    parts = [scored[name].astype("string").fillna("") for name in ("task", "n", "context")]
-    texts = parts[0] + " " + parts[1] + " " + parts[2]
-    texts = texts.groupby(scored["cell_id"]).agg(lambda each: ", ".join(sorted(set(each))))
+    texts = _scored_on(rows)
     usual = lines["cell_id"].map(texts.map(texts.value_counts()))
     order = lines.assign(usual=usual).sort_values("usual", ascending=False, kind="stable")
     again = order.duplicated([*POLICY, "method", "variant", "sparsity_requested", "scope", "seed"])
     return lines[~again.reindex(lines.index) | usual.isna()]
+
+
+@once
+def _scored_on(rows: pd.DataFrame) -> pd.Series:
+    """By cell, its tasks with their numbers of items and lengths, as one text."""
+    scored = rows[(rows["probe"] == "quality") & rows["metric"].isin(["nll", *ACCURACIES])]
+    parts = [scored[name].astype("string").fillna("") for name in ("task", "n", "context")]
+    texts = parts[0] + " " + parts[1] + " " + parts[2]
+    return texts.groupby(scored["cell_id"]).agg(lambda each: ", ".join(sorted(set(each))))
 
 
 def at_one_request(rows: pd.DataFrame, sparsity: float | None, otherwise: str) -> tuple[pd.DataFrame, float]:
@@ -96,8 +104,9 @@ def names(frame: pd.DataFrame) -> pd.Series:
 
 def methods(panel: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """(name, one line a requested sparsity, ascending), averaged over seeds."""
-    for name, cells in panel.groupby(names(panel)):
-        yield str(name), by_request(cells)
+    means = panel.groupby([names(panel).rename("_name"), "sparsity_requested"], dropna=False).mean(numeric_only=True)
+    for name, cells in means.reset_index().groupby("_name"):
+        yield str(name), cells.drop(columns="_name").reset_index(drop=True)
 
 
 def by_request(cells: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from harness.files import guarded, place_errors, remove_drafts, write_atomic
 from harness.reading import read_csv, read_parquet, typed
 from harness.results.cells import STATUS_PROBE, SchemaError
 from harness.results.identity import content_key, measured
+from harness.results.once import once
 from harness.results.rows import COLUMNS, to_frame, up_to_date
 from harness.results.store import Store
 
@@ -141,8 +142,13 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     sparse); `kv_read` (of the bytes of the KV cache that dense attention reads for these tokens, the share that was);
     `tpot_ms`, `dense:tpot_ms` (interleaved with it, if it was) and `ttft_ms` (smallest batch and context;
     kernel before masked), `execution` and `speedup` (paired by round where that was measured), missing for masked
-    execution. What was not measured is missing.
+    execution. What was not measured is missing. Of one table it is computed once.
     """
+    return _headline(table).copy()
+
+
+@once
+def _headline(table: pd.DataFrame) -> pd.DataFrame:
     table = table.reset_index(drop=True)
     lines = table.drop_duplicates("cell_id")[CELL].set_index("cell_id")
     lines["limited"] = table["limited"].fillna(False).groupby(table["cell_id"]).any()

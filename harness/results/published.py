@@ -20,6 +20,7 @@ from harness.errors import ConfigError
 from harness.places import RESULTS
 from harness.reading import read_csv, typed
 from harness.results.collect import ACHIEVED, headline
+from harness.results.once import once
 from harness.results.rows import COLUMNS, up_to_date
 
 PUBLISHED = RESULTS / "published.csv"
@@ -107,6 +108,13 @@ def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     return frame.astype({name: COLUMNS.get(name, kinds.get(name, "string")) for name in frame.columns})
 
 
+@once
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare` of a table's own measured and published rows."""
+    claimed = table[table["source"] == "published"]
+    return compare(table[table["source"] == "measured"], claimed[list(COLUMNS)])
+
+
 def _here(whole: pd.DataFrame) -> Here:
     """Look-ups of measured rows, none of them limited."""
     if whole.empty:
@@ -123,7 +131,7 @@ def _here(whole: pd.DataFrame) -> Here:
     counted = counted[counted["task"].isna()]
     shares: dict[tuple[str, ...], dict[int | None, float]] = {}
     columns = ["cell_id", "metric", "site", "step_phase", "layer", "value"]
-    for cell, metric, site, phase, layer, value in counted[columns].itertuples(index=False):
+    for cell, metric, site, phase, layer, value in zip(*(counted[name].to_numpy(dtype=object) for name in columns)):
         by_layer = shares.setdefault((cell, metric, site, phase), {})
         by_layer.setdefault(None if pd.isna(layer) else int(layer), float(value))
     return Here(cells, devices, shares)
