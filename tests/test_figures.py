@@ -318,6 +318,53 @@ def test_cells_of_an_error_budget_are_drawn_among_the_flips(study: pd.DataFrame)
     assert "cett cett=0.2" in words(figures.flips(study))
 
 
+def test_published_losses_stand_beside_the_measured_ones_by_size(study: pd.DataFrame) -> None:
+    """Over the dense model of their own table, hollow; faint where they were recalled."""
+    fig = figures.loss_by_size(study)
+    ax = next(ax for ax in fig.axes if ax.get_title(loc="left").startswith("25%"))
+    published = study[(study["source"] == "published") & (study["metric"] == "token_perplexity")]
+    seven = published[published["paper"].str.contains("TEAL") & (published["model"] == "llama-3-8b")]
+    values = {row.sparsity_requested: row.value for row in seven[seven["method"].isin(["teal", "dense"])].itertuples()}
+    points = [(x, y, line.get_alpha()) for line in ax.lines for x, y in zip(line.get_xdata(), line.get_ydata())]
+    assert (8e9, pytest.approx(values[0.25] / values[0.0]), 1.0) in points
+    assert any(x == 7e10 and alpha == 0.4 for x, _, alpha in points)
+    assert "published: teal" in words(fig) and "recalled" in words(fig)
+    assert "published" not in words(figures.loss_by_size(_two_sizes(study)))
+
+
+def _two_sizes(study: pd.DataFrame) -> pd.DataFrame:
+    """The measured rows, once more under the name of a larger model."""
+    measured = study[(study["source"] == "measured") & (study["model"] == "smollm2-135m")]
+    larger = measured.assign(model="qwen2.5-coder-1.5b", cell_id=measured["cell_id"] + "-larger")
+    return pd.concat([measured, larger], ignore_index=True)
+
+
+def test_a_forest_has_each_model_with_its_interval_and_says_how_they_differ() -> None:
+    facts = {
+        "claim": "a",
+        "statement": "That one, and no other",
+        "verdict": "reproduced",
+        "p": 0.001,
+        "unit": "nats/token",
+    }
+    facts |= {"effect": 0.3, "low": 0.2, "high": 0.4, "tau": 0.25, "i_squared": 0.8, "holds": "on each of 2 models"}
+    facts |= {"by_model": "b-1b +0.5 [+0.4, +0.6]; a-2b and a-2b-relu +0.1 [+0.05, +0.15]"}
+    alone = facts | {"by_model": "b-1b +0.3 [+0.2, +0.4]", "tau": pd.NA, "holds": "on one model only: b-1b"}
+    fig = figures.effects_by_model(pd.DataFrame([facts, alone, alone | {"p": pd.NA}]))
+    assert_nothing_is_covered(fig)
+    first, second = fig.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["together", "a-2b: relu and itself", "b-1b"]
+    assert [label.get_text() for label in second.get_yticklabels()] == ["b-1b"]
+    assert "tau 0.25, I² 80%" in first.get_title(loc="left").replace(
+        "\n", " "
+    ) and "on one model only" in second.get_title(loc="left")
+    assert [list(line.get_xdata()) for line in first.lines if line.get_marker() == "o"] == [[0.1], [0.5]]
+    spans = [segment[:, 0].tolist() for container in first.containers for segment in container[2][0].get_segments()]
+    assert [[0.2, 0.4], [0.05, 0.15], [0.4, 0.6]] == [pytest.approx(span) for span in spans]
+    with pytest.raises(ConfigError, match="no claim has an effect"):
+        figures.effects_by_model(pd.DataFrame([alone | {"p": pd.NA}]))
+
+
 def test_published_figures_need_both_sides(study: pd.DataFrame) -> None:
     assert "time_ratio" in words(figures.published_against_measured(study))
     with pytest.raises(ConfigError, match="no published figures"):

@@ -116,9 +116,9 @@ def test_the_choice_and_the_verdicts_come_first_and_name_every_claim(page: Page,
 
 def test_every_figure_is_there_with_its_words(page: Page) -> None:
     drawn = [attrs["id"] for attrs in page.all("figure")]
-    assert drawn == [f"figure-{name}" for name in FEW]
+    assert drawn == [f"figure-{name}" for name in (*FEW, "effects_by_model")]
     images = list(page.all("img"))
-    assert len(images) == len(FEW) and all(image["alt"] for image in images)
+    assert len(images) == len(FEW) + 1 and all(image["alt"] for image in images)
     assert all(image["src"].startswith("data:image/svg+xml,") for image in images)
     assert "dense straight across" in page.under("figure-perplexity")
     assert "metric:" not in page.under("figures")

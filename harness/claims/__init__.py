@@ -14,7 +14,7 @@ from harness.claims.consistency import MARGIN, MATERIAL_FLIPS
 from harness.claims.evidence import ALPHA, LEVELS, Claim, Evidence
 from harness.claims.judge import CLAIMS, COLUMNS, main, verdicts
 from harness.claims.length import growth
-from harness.claims.show import POWER, VERDICTS, effect, levels, print_verdicts
+from harness.claims.show import POWER, REACH, VERDICTS, effect, levels, print_verdicts, spread
 
 __all__ = [
     "ALPHA",
@@ -26,11 +26,13 @@ __all__ = [
     "MARGIN",
     "MATERIAL_FLIPS",
     "POWER",
+    "REACH",
     "VERDICTS",
     "effect",
     "growth",
     "levels",
     "main",
     "print_verdicts",
+    "spread",
     "verdicts",
 ]

@@ -16,6 +16,12 @@ VERDICTS = {  # and the colour of each
     "inconclusive": "yellow",
     "described": "blue",  # what was averaged over is no sample, so no test is made
 }
+REACH = {  # what each of `LEVELS` reaches, for a table
+    "measured": "what was measured",
+    "items": "other text and questions like these",
+    "seeds": "other training runs",
+    "models": "other models like these",
+}
 POWER = "power: the smallest effect that these data would have shown in 80 % of cases"
 
 
@@ -45,12 +51,23 @@ def effect(line: Any) -> str:
 
 
 def facts_of(line: Any) -> list[str]:
-    """p, power, n and level of a line of verdicts, as far as it has them."""
-    words = [] if pd.isna(line.p_holm) else [f"p (Holm) {line.p_holm:.2g}"]
+    """For which models it holds, p, power, n, level and how much models differ, as far as a line has them."""
+    words = [] if pd.isna(line.holds) or not line.holds else [str(line.holds)]
+    words += [] if pd.isna(line.p_holm) else [f"p (Holm) {line.p_holm:.2g}"]
     words += [] if pd.isna(line.power) else [f"power from {line.power:.2g}"]
     if line.n:
-        words += [f"n {line.n} {line.over}", f"level {line.level}", f"training runs {line.seeds}, models {line.models}"]
-    return words
+        words += [f"n {line.n} {line.over}", f"level {line.level}"]
+        words += [
+            f"models {line.models}" if pd.isna(line.seeds) else f"training runs {line.seeds}, models {line.models}"
+        ]
+    return [*words, *spread(line)]
+
+
+def spread(line: Any) -> list[str]:
+    """How much the effect differs between models, in words, where it has intervals on two or more of them."""
+    if pd.isna(line.tau):
+        return []
+    return [f"between them it differs by tau {line.tau:.2g}, I² {line.i_squared:.0%}"]
 
 
 def levels(lines: pd.DataFrame) -> list[str]:

@@ -8,7 +8,8 @@ nothing to draw raises `ConfigError`.
 
 from harness.figures import draw
 from harness.figures.cache import KV_MODES, KV_ZEROS, kv_against_length, kv_modes, prompt_fixed_against_length
-from harness.figures.draw import FIGURES, committed, draw_all, load, main, only_limited, save
+from harness.figures.draw import FIGURES, OF_VERDICTS, committed, draw_all, load, main, only_limited, save
+from harness.figures.forest import effects_by_model
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
 from harness.figures.literature import published_against_measured
 from harness.figures.quality import (
@@ -18,6 +19,7 @@ from harness.figures.quality import (
     swiglu_against_relu,
     truncation,
 )
+from harness.figures.size import loss_by_size
 from harness.figures.sparsity import (
     achieved_by_layer,
     experts_by_text,
@@ -34,6 +36,7 @@ from harness.figures.style import FRONTIER, STYLE
 __all__ = [
     "FIGURES",
     "FRONTIER",
+    "OF_VERDICTS",
     "KV_MODES",
     "KV_ZEROS",
     "STYLE",
@@ -41,12 +44,14 @@ __all__ = [
     "committed",
     "draw",
     "draw_all",
+    "effects_by_model",
     "experts_by_text",
     "flips",
     "kv_against_length",
     "kv_modes",
     "latency_against_load",
     "load",
+    "loss_by_size",
     "magnitudes",
     "main",
     "natural_by_layer",

@@ -11,11 +11,13 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
+from harness import claims
 from harness.arguments import add_results, finish
 from harness.arguments import parser as arguments_of
 from harness.console import say, stdout
 from harness.errors import ConfigError
 from harness.figures.cache import kv_against_length, kv_modes, prompt_fixed_against_length
+from harness.figures.forest import effects_by_model
 from harness.figures.latency import latency_against_load, nominal_against_measured, pareto
 from harness.figures.literature import published_against_measured
 from harness.figures.quality import (
@@ -25,6 +27,7 @@ from harness.figures.quality import (
     swiglu_against_relu,
     truncation,
 )
+from harness.figures.size import loss_by_size
 from harness.figures.sparsity import (
     achieved_by_layer,
     experts_by_text,
@@ -41,6 +44,7 @@ from harness.files import place_errors, write_atomic
 from harness.results import published
 from harness.results.collect import relate
 from harness.results.find import Results, find, stored
+from harness.results.samples import read_samples
 
 # Every figure of the project: name of its files -> how it is drawn from the table.
 FIGURES: dict[str, Callable[..., Figure]] = {
@@ -68,7 +72,10 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "nominal_against_measured": nominal_against_measured,
     "latency_against_load": latency_against_load,
     "published_against_measured": published_against_measured,
+    "loss_by_size": loss_by_size,
 }
+# And those that are drawn from the verdicts.
+OF_VERDICTS: dict[str, Callable[[pd.DataFrame], Figure]] = {"effects_by_model": effects_by_model}
 
 
 def save(fig: Figure, path: Path | str) -> list[Path]:
@@ -119,16 +126,24 @@ def only_limited(df: pd.DataFrame) -> bool:
     return bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
 
 
-def draw_all(df: pd.DataFrame, limited: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
+def draw_all(
+    df: pd.DataFrame, limited: bool = False, verdicts: pd.DataFrame | None = None
+) -> tuple[dict[str, Figure], dict[str, str]]:
     """Every figure that the rows allow, by name, and for each of the others why it can't be drawn.
 
-    limited: draw limited runs too, under their mark. A table without any other cell is drawn that way anyhow.
+    limited: draw limited runs too, under their mark. A table without any other cell is drawn that way anyhow. verdicts:
+    of `harness.claims.verdicts`; without them what is drawn from them is left out.
     """
     limited = limited or only_limited(df)
+    plans: dict[str, Callable[[], Figure]] = {
+        name: partial(draw, df, limited=limited) for name, draw in FIGURES.items()
+    }
+    if verdicts is not None:
+        plans |= {name: partial(draw, verdicts) for name, draw in OF_VERDICTS.items()}
     drawn, missing = {}, {}
-    for name, draw in FIGURES.items():
+    for name, draw in plans.items():
         try:
-            drawn[name] = draw(df, limited=limited)
+            drawn[name] = draw()
         except ConfigError as error:
             missing[name] = str(error)
     return drawn, missing
@@ -143,7 +158,9 @@ def main(arguments: Sequence[str]) -> int:
 
     def do() -> None:
         table, found = load(given.results)
-        drawn, missing = draw_all(table, given.limited)
+        limited = given.limited or only_limited(table)
+        verdicts = claims.verdicts(table[table["source"] == "measured"], read_samples(found), limited)
+        drawn, missing = draw_all(table, limited, verdicts)
         if not drawn:
             raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
         for name, fig in drawn.items():

@@ -54,11 +54,11 @@ def build(table: pd.DataFrame, found: Path, limited: bool = False) -> str:
     """
     measured = table[table["source"] == "measured"]
     limited = limited or figures.only_limited(table)
-    drawn, missing = figures.draw_all(table, limited)
     lines = headline(measured)
     lines = lines if limited else lines[~lines["limited"].fillna(False).astype(bool)]
     samples = read_samples(found)
     verdicts = claims.verdicts(measured, samples, limited)
+    drawn, missing = figures.draw_all(table, limited, verdicts)
     mark = '<p class="warn">LIMITED RUN: smoke runs are shown here. They are not results.</p>'
     return Template(TEMPLATE.read_text()).substitute(
         title="Dynamic activation: quality, achieved sparsity and speed of the same model",
@@ -86,50 +86,57 @@ def _summary(lines: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     return escape(f"{tested} {len(lines)} cells of {methods} methods beside dense on {models or 'no model'}.")
 
 
+HEADS = ("claim", "verdict", "how much [95 %]", "holds for", "could have seen", "p", "counted", "what it rests on")
+
+
 def _claims(verdicts: pd.DataFrame) -> str:
-    head = ("claim", "verdict", "level", "effect [95 %]", "power", "p (Holm)", "n", "what it rests on")
     body = []
     for row in verdicts.itertuples():
         line: Any = row
         badge = f'<span class="badge {line.verdict.replace(" ", "-")}">{MARKS[line.verdict]} {line.verdict}</span>'
         if line.limited:
             badge += " LIMITED RUN"
+        if not pd.isna(line.holds) and line.holds:
+            badge += f'<span class="more">{escape(line.holds)}</span>'
         effect = ""
         if not pd.isna(line.effect):
             words, _, unit = claims.effect(line).partition("] ")
             effect = f'<span>{escape(words)}]</span> <span class="more">{escape(unit)}</span>'
-        level = "" if pd.isna(line.level) else line.level
+        reach = "" if pd.isna(line.level) else claims.REACH[line.level]
         power = "" if pd.isna(line.power) else f"{line.power:.2g}"
         p = "" if pd.isna(line.p_holm) else f"{line.p_holm:.2g}"
         n = f"{line.n} {escape(line.over)}" if line.n and not pd.isna(line.over) else ""
         note = "" if pd.isna(line.note) else escape(line.note)
         if not pd.isna(line.by_model) and line.by_model:
-            runs = f"training runs {line.seeds}, models {line.models}"
-            note += f'<br><span class="more">{escape(f"{runs}: {line.by_model}")}</span>'
+            each = "; ".join([f"On each model: {line.by_model}", *claims.spread(line)])
+            note += f'<br><span class="more">{escape(each)}.</span>'
         cells = [] if pd.isna(line.cells) else line.cells.split()
         if cells:
             note += f"<details><summary>{len(cells)} cells</summary><pre>{escape(chr(10).join(cells))}</pre></details>"
         body.append(
-            f'<tr><td>{escape(line.statement)}</td><td>{badge}</td><td data-label="level">{level}</td>'
-            f"{tables.number(line.effect, effect, head[3], 'effect')}{tables.number(line.power, power, head[4])}"
-            f"{tables.number(line.p_holm, p, head[5])}"
-            f'<td data-label="n">{n}</td><td class="note">{note}</td></tr>'
+            f'<tr><td>{escape(line.statement)}</td><td class="verdict">{badge}</td>'
+            f'{tables.number(line.effect, effect, HEADS[2], "effect")}<td data-label="{HEADS[3]}">{reach}</td>'
+            f"{tables.number(line.power, power, HEADS[4])}{tables.number(line.p_holm, p, HEADS[5])}"
+            f'<td data-label="{HEADS[6]}">{n}</td><td class="note">{note}</td></tr>'
         )
-    levels = "; ".join(claims.levels(verdicts))
-    return (
-        "<p>Each claim is judged over the rows; an effect as claimed is above zero. What another study would draw anew "
-        "(items, stretches of text) is tested by a sign-flip test with a studentised bootstrap interval, paired where "
-        "they are the same, and p is corrected by Holm for all tests made. Layers, methods and settings are described, "
-        "with the range over them. "
-        f"{escape(levels)}. {escape(claims.POWER)}.</p>"
-        f"{tables.listing('verdicts', dict.fromkeys(head, False), body, filtered=False)}"
-    )
+    return f"{EXPLAINED}{tables.listing('verdicts', dict.fromkeys(HEADS, False), body, filtered=False)}"
+
+
+EXPLAINED = """<p>Each claim is judged over the measured rows. <b>How much</b> is above zero where it is as claimed;
+brackets hold the true value in 95 % of cases, or, of what is described, the range over what was measured.
+<b>Reproduced</b> and <b>not reproduced</b>: the effect is as claimed, or the contrary, beyond chance.
+<b>Inconclusive</b>: these data can't tell, or models differ in sign. <b>Described</b>: layers, methods and settings are
+all there are, so nothing is tested. Below each verdict stand the models that it holds for.</p>
+<p><b>Holds for</b>: what it can be carried to. <b>Could have seen</b>: the smallest effect that these data would have
+shown in 80 % of cases. <b>p</b>: how often chance alone gives so much, by sign flips of text and questions, corrected
+for all tests made (Holm). <b>tau</b> and <b>I²</b>: the standard deviation of the effect between models, and the share
+of their variance that is no error.</p>"""
 
 
 def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
     parts = []
     for name, fig in drawn.items():
-        function = figures.draw.FIGURES[name]
+        function = (figures.draw.FIGURES | figures.draw.OF_VERDICTS)[name]
         title = name.replace("_", " ").replace("kv", "KV").replace("kl", "KL")
         title = title[0].upper() + title[1:]
         image = quote(svg(fig), safe=' /:;=,.()-+*!@<>"')
