@@ -228,3 +228,38 @@ def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layo
                 got = added()
         assert error(got, want) < 5e-2  # roundings, and what they carry past a threshold
         assert torch.equal(view.model(torch.arange(5)[None]).logits, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_chained_step_passes_the_check_and_a_wrong_one_does_not(
+    on_host: None, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the latency probe asks before it times the step: thresholds as masks have them, and other ones."""
+    from harness.execution import chained_step
+    from harness.execution.block_check import check_blocks
+    from harness.execution.chained_step import Format, chained_decode
+    from harness.execution.check import KernelMismatchError
+    from harness.model.step import Policy
+    from harness.probes.latency.plans import static_thresholds
+    from methods.teal import Teal
+    from tests import tiny
+
+    monkeypatch.setattr(chained_step, "_norm_forward", lambda norm: norm.forward)  # Triton's, before the head
+    view = tiny.view("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
+    for weight in view.model.parameters():
+        weight.data *= 5
+    view.model.bfloat16()
+    methods = [(Teal(0.4), Teal(0.4).fit(view, tiny.calibration(view)))]
+    limits = static_thresholds(view, methods)
+    form = Format(bits, 128 if bits < 16 else 0)
+    prompt = tiny.tokens(1, 12)
+
+    def check(thresholds: Any) -> float:
+        return check_blocks(view, methods, Policy(), prompt, lambda: chained_decode(view, thresholds, 64, form))
+
+    if bits == 16:
+        assert check(limits) < 5e-2
+    wrong = {key: 3 * t for key, t in limits.items()}
+    with pytest.raises(KernelMismatchError, match="block 0, sequence 0: the step differs"):
+        check(wrong)

@@ -21,6 +21,7 @@ from harness.model.step import Policy
 from harness.probes import latency
 from harness.probes.latency import plans, reads, timing
 from harness.probes.latency import rows as latency_rows
+from harness.probes.latency.chained import no_chain
 from harness.probes.latency.timing import Timing
 from harness.results.collect import relate
 from harness.results.rows import make_row, to_frame
@@ -30,7 +31,7 @@ from methods.kv_skip import KvSkip
 from methods.random import Random
 from methods.teal import Teal
 from tests import tiny
-from tests.timed import CHOICE, CONFIG, executions, fitted_teal, planned
+from tests.timed import CONFIG, executions, fitted_teal, planned
 
 
 @pytest.fixture(scope="module")
@@ -285,9 +286,10 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     tokens = torch.randint(0, 32000, (4, 512), generator=torch.Generator().manual_seed(1))
     method = Teal(0.5)
     fitted = [(method, method.fit(view, Calibration(view, tokens.split(2))))]
-    variants = latency.variants(view, fitted, Policy(), 0.5, CHOICE, tokens)
-    assert [v.engine for v in variants] == ["eager", "eager", *["graph"] * 4]
     config = CONFIG | {"batch": [1, 2, 16], "context": [128], "new_tokens": 16, "repeats": 5}
+    variants = latency.variants(view, fitted, Policy(), 0.5, config, tokens)
+    chain = [] if no_chain(view) else ["chained"]
+    assert [v.engine for v in variants] == ["eager", "eager", *["graph"] * 2, *chain, *["graph"] * 2, *chain]
     rows = latency.measure(view, variants, tokens, config)
     times = {
         (r["batch"], r["engine"], r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
@@ -295,9 +297,10 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
         if r["metric"] == "tpot_median"
     }
     print(times)
-    assert len(times) == 18
+    assert len(times) == 18 + 2 * len(chain)
     for batch in config["batch"]:
-        assert executions(rows, batch) == ["dense", "dense", "dense", "dense", "kernel", "kernel"]
+        more = len(chain) if batch == 1 else 0
+        assert executions(rows, batch) == ["dense"] * (4 + more) + ["kernel"] * (2 + more)
 
 
 @pytest.mark.gpu

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import kernels
-from harness.execution.check import NoKernelRanError, check_kernels
+from harness.execution.check import KernelMismatchError, NoKernelRanError, check_kernels
 from harness.execution.layouts import own_gemv
-from harness.probes.latency import reads, timing
+from harness.probes.latency import chained, plans, reads, timing
 from harness.probes.latency import rows as latency_rows
 from harness.probes.latency.timing import Timing
 from harness.probes.latency.variants import Variant
@@ -148,7 +148,14 @@ def point(*runs):
         decoder = torch.nn.Linear(1, 1) if engine == "compiled" else None
         columns = {"variant": "tuned GEMV"} if tuned else {}
         variants.append(
-            Variant(execution, columns=columns, captured=engine == "graph", fused=engine == "fused", decoder=decoder)
+            Variant(
+                execution,
+                columns=columns,
+                captured=engine == "graph",
+                fused=engine == "fused",
+                chained=engine == "chained",
+                decoder=decoder,
+            )  # fmt: skip
         )
         timings.append(Timing([0.1], [seconds], [seconds]))
     return latency_rows.Point(1, 16, variants, timings, None, 1e9, "resident_memory")
@@ -187,6 +194,66 @@ def test_a_fused_cpu_step_is_compared_with_the_fused_dense_one_and_with_the_eage
     )
     assert ratios(at, 3) == {"time_ratio": 2 / 3, "time_ratio_engine": 4 / 3, "time_ratio_library": 8 / 3}
     assert ratios(at, 4) == {"time_ratio": 2.0, "time_ratio_engine": 2.0, "time_ratio_library": 8.0}
+
+
+def test_the_time_to_the_first_token_says_how_the_prompt_ran(teal):
+    view, fitted = teal
+    said = {}
+    for phase in ("all", "decode"):
+        plan = planned(view, fitted, phase=phase, fused=True) + planned(view, fitted, "masked", phase=phase)[-1:]
+        rows = latency_rows.measure(view, plan, tiny.tokens(2, 96), CONFIG | {"repeats": 1})
+        first = [r for r in rows if r["metric"] == "ttft_median"]
+        notes = [(r["message"] or "").partition("prompt ")[2].partition(";")[0] for r in first]
+        said[phase] = [(r["execution"], r["engine"], note) for r, note in zip(first, notes, strict=True)]
+        assert {r["step_phase"] for r in first} == {"prefill"}
+    masked = "masked, every byte read"
+    dense = [("dense", "eager", ""), ("dense", "eager", ""), ("dense", "fused", "")]
+    rest = [("kernel", "eager", "dense"), ("kernel", "eager", masked), ("dense_slice", "eager", "dense")]
+    assert said["all"] == [*dense, *rest, ("kernel", "fused", masked), ("masked", "eager", masked)]
+    assert masked not in str(said["decode"])
+
+
+def test_a_chained_step_is_compared_with_the_chained_dense_one_and_with_the_modules_graph():
+    at = point(
+        ("dense", "eager", False, 8.0),
+        ("dense", "graph", False, 4.0),
+        ("dense", "chained", True, 2.0),
+        ("kernel", "graph", False, 1.6),
+        ("kernel", "chained", False, 1.0),
+    )
+    assert ratios(at, 3) == {"time_ratio": 1.25, "time_ratio_engine": 2.5, "time_ratio_library": 2.5}
+    assert ratios(at, 4) == {"time_ratio": 2.0, "time_ratio_engine": 2.0, "time_ratio_library": 4.0}
+
+
+def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
+    """The choice of engines and the rows, with the eager module's kernels in the place of the chained launches."""
+    view, fitted = teal
+    asked = []
+
+    def stand_in(view, thresholds, capacity):
+        asked.append((len(thresholds), capacity))
+        return own_gemv(view, thresholds)
+
+    monkeypatch.setattr(chained, "no_chain", lambda view: None)
+    monkeypatch.setattr(chained, "chained_decode", stand_in)
+    monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
+    monkeypatch.setattr(plans, "fused", lambda view, linear, limits=None, expected=0.5: lambda: own_gemv(view, limits))
+    monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense"), Variant("dense", captured=True)])
+    plan = planned(view, fitted)
+    assert [(v.execution, v.engine) for v in plan] == [
+        ("dense", "eager"), ("dense", "graph"), ("dense", "chained"),
+        ("kernel", "graph"), ("kernel", "graph"), ("kernel", "chained"),
+    ]  # fmt: skip
+    assert dict.fromkeys(asked) == dict.fromkeys([(0, 65), (7 * view.n_layers, 65)]), "checked, for the longest cache"
+    assert "fused step equals masked within" in plan[4].columns["message"]
+    rows = latency_rows.measure(view, plan, tiny.tokens(2, 96), CONFIG | {"batch": [1, 2]})
+    of = [r for r in rows if r.get("engine") == "chained" and r["metric"] == "tokens_per_second"]
+    assert [(r["batch"], r["execution"]) for r in of] == [(1, "dense"), (1, "kernel")]
+    assert all("chained step equals masked within" in r["message"] for r in of)
+
+    monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, {}))
+    with pytest.raises(KernelMismatchError, match="block 0"):
+        planned(view, fitted)
 
 
 def test_the_fused_cpu_step_of_a_method_is_timed_at_batch_1(teal):

@@ -7,8 +7,8 @@ from harness.probes import latency
 from methods.teal import Teal
 from tests import tiny
 
-CHOICE = {"execution": "auto", "compile": False}
-CONFIG = CHOICE | {"batch": [1], "context": [16], "new_tokens": 5, "repeats": 3, "min_seconds": 0.0}
+CHOICE = {"execution": "auto", "compile": False, "context": [16], "new_tokens": 5}
+CONFIG = CHOICE | {"batch": [1], "repeats": 3, "min_seconds": 0.0}
 
 
 def fitted_teal():

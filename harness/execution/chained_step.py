@@ -219,6 +219,15 @@ def chained(
         yield blocks
 
 
+@contextmanager
+def chained_decode(
+    view: View, thresholds: ThresholdOf | None, capacity: int, form: Format | None = None
+) -> Iterator[list[ChainedBlock]]:
+    """`chained` on weights of its own, in the model's own type unless a format says otherwise."""
+    with step_weights(view, form or Format()) as weights, chained(view, weights, thresholds or {}, capacity) as blocks:
+        yield blocks
+
+
 def no_chained_step(view: View) -> str | None:
     """Why the chained step can't run this model, or None."""
     reason = no_fused_step(view)

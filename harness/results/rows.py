@@ -39,7 +39,7 @@ COLUMNS: dict[str, str] = {
     "n": "Int64",  # how many items, tokens or repeats the value rests on
     "unit": "string",
     "execution": "string",  # masked | kernel | dense_slice | dense; a compiled step: kernel_compiled | dense_compiled
-    "engine": "string",  # what launched the timed step: eager | graph (CUDA) | fused (CPU) | compiled
+    "engine": "string",  # what launched the timed step: eager | graph, chained (CUDA) | fused (CPU) | compiled
     "batch": "Int64",
     "context": "Int64",  # latency: tokens already in the KV cache; perplexity: tokens a window
     "dtype": "string",  # in which it was computed

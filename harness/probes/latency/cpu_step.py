@@ -46,4 +46,5 @@ def method_step(
     found = check_fused(view, methods, policy, windows[:1, :64])
     message = f"fused step equals masked within {found.part:.1e} by part"
     attach = lambda: fused_decode(view, methods, policy)  # noqa: E731
-    return [Variant("kernel", attach, {"message": message}, 1 - skipped, fused=True)], None
+    masks = policy.phase == "all"
+    return [Variant("kernel", attach, {"message": message}, 1 - skipped, fused=True, masks_prompt=masks)], None

@@ -46,7 +46,8 @@ def _step(view: View, methods: Fitted, policy: Policy, windows: Tensor, executio
     columns = {"message": f"fused step equals masked within {found.part:.1e} by part; {NOTE}"}
     size = sum(weight.codes.nbytes + weight.peaks.nbytes for weight in packed.values())
     attach = lambda: fused_decode(view, methods, policy, packed)  # noqa: E731
-    return Variant(execution, attach, columns, 1 - skipped, fused=True, block_bytes=size)
+    masks = bool(methods) and policy.phase == "all"
+    return Variant(execution, attach, columns, 1 - skipped, fused=True, masks_prompt=masks, block_bytes=size)
 
 
 def _skipped(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> float:

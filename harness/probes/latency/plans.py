@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from harness.execution.attach import Fitted, attached
+from harness.execution.block_check import check_blocks
 from harness.execution.check import Check, NoKernelRanError, check_kernels
 from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_fused_step
 from harness.execution.kernel import has_kernels, kernel_execution
@@ -23,6 +24,7 @@ from harness.model.sees import OUTPUT
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
+from harness.probes.latency.chained import dense_chain, method_chain
 from harness.probes.latency.cpu_step import check_dense_step, dense_step, method_step
 from harness.probes.latency.reads import ideal_slice, union_read
 from harness.probes.latency.timing import prompts
@@ -57,16 +59,18 @@ def variants(
 ) -> list[Variant]:
     """Dense first, then (for a method) its kernels at 0 %, itself, and the ideal slice. Kernels are checked before.
 
-    config: `execution` (auto, kernel or masked) and `compile` (also the compiled step, on a CPU). Raises
+    config: `execution` (auto, kernel or masked), `compile` (also the compiled step, on a CPU) and the grid. Raises
     `KernelMismatchError` where kernels and masks disagree, and with execution=kernel `NoKernelRanError` where torch's
     operators took the place of every kernel; with auto the method is then masked, and its rows say why.
     """
     plan = dense_variants(view)
     check_dense_step(view, windows)
+    plan += dense_chain(view, config, windows)
     compiles = config["compile"] and view.device.type != "cuda"
     if not any(method.sites for method, _ in methods):
         return plan + (compiled(view, None, {}, 1.0) if compiles else [])
     masked = Variant("masked", lambda: attached(view, methods, policy), no_kernel(view, methods))
+    masked.masks_prompt = policy.phase == "all"
     possible = "kernels" not in view.limits and any(has_kernels(method) for method, _ in methods)
     if config["execution"] == "masked" or (config["execution"] == "auto" and not possible):
         return [*plan, masked]
@@ -78,8 +82,12 @@ def variants(
         masked.columns = {"message": str(error)}
         return [*plan, masked]
     union = None if known.no_batch else partial(union_read, view, methods, policy, known.ran)
-    if fits_fused_step(view) and known.thresholds is not None:
-        return plan + fused_plan(view, known, sparsity, union)
+    if fits_fused_step(view) and (limits := known.thresholds) is not None:
+        attach = fused(view, "columns", limits, sparsity)
+        error = check_blocks(view, methods, policy, windows[:1, :64].to(view.device), attach)
+        known = replace(known, message=f"{known.message}; fused step equals masked within {error:.1e} by block")
+        chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
+        return plan + fused_plan(view, known, sparsity, union) + chain
     steps, reason = method_step(view, methods, policy, known.skipped, windows)
     if reason is not None:
         known = replace(known, message=f"{known.message}; not fused: {reason}")
@@ -144,7 +152,7 @@ def module_plan(
         Variant(
             "kernel", lambda: kernel_execution(view, methods, policy), {"message": message}, 1 - known.skipped,
             known.cache, no_batch=known.no_batch, union=union,
-            most=ANY_BATCH if "attention" in known.ran else kernels.MAX_ROWS,
+            most=ANY_BATCH if "attention" in known.ran else kernels.MAX_ROWS, masks_prompt=policy.phase == "all",
         ),
         Variant("dense_slice", lambda: sliced(view, shares), {}, 1 - weights / view.block_weights),
     ]  # fmt: skip

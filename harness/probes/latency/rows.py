@@ -20,6 +20,9 @@ from harness.probes.latency.timing import Sample, Timing, compile_steps, interle
 from harness.probes.latency.variants import Row, Variant
 from harness.probes.latency.watch import Watch, memory_of, watch
 
+# Engines that the library has no step in, and the one of its step that stands beside theirs.
+LIBRARY = {"fused": "eager", "chained": "graph"}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -112,12 +115,23 @@ def rows_of(view: View, point: Point, variant: Variant, timing: Timing, union: t
     rest = [common | {"metric": m, "value": v, "unit": u, "n": k} for m, v, u, k in facts]
     energy = energy_row(point.meter, timing.joules, timing.each, point.batch, rounds)
     if energy is not None and point.meter is not None:
-        notes = [common["message"], f"counted: {point.meter.what}"]
-        rest.append(common | energy | {"message": "; ".join(note for note in notes if note)})
+        rest.append(common | energy | {"message": _joined(common["message"], f"counted: {point.meter.what}")})
     if variant.decoder is not None:  # its prompt is eager and dense: nothing to report
         return [common | each, *rest]
     first = {"metric": "ttft_median", "value": statistics.median(timing.first), "unit": "s", "n": rounds}
-    return [common | first | {"step_phase": "prefill"}, common | each, *rest]
+    first |= {"step_phase": "prefill", "message": _joined(common["message"], prompt_note(variant))}
+    return [common | first, common | each, *rest]
+
+
+def prompt_note(variant: Variant) -> str | None:
+    """How the prompt ran. Kernels skip nothing of it: of its many tokens some one needs each channel."""
+    if variant.masks_prompt:
+        return "prompt masked, every byte read"
+    return "prompt dense" if variant.execution in ("kernel", "dense_slice") else None
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 def described(point: Point, variant: Variant, union: tuple[float, int] | None) -> tuple[Row, float, float]:
@@ -136,7 +150,7 @@ def described(point: Point, variant: Variant, union: tuple[float, int] | None) -
         if no_batch is not None:
             cache, common["execution"] = 1.0, "masked"
             notes.append(f"{no_batch}: masked, the library's matmul on the transposed weight")
-    common["message"] = "; ".join(note for note in notes if note) or None
+    common["message"] = _joined(*notes)
     return common, reads, cache
 
 
@@ -150,7 +164,7 @@ def baselines(point: Point, variant: Variant) -> dict[str, Timing]:
     compared: dict[str, Timing | None] = {
         "time_ratio": point.fastest(lambda dense: (dense.engine == "compiled") == compiled),
         "time_ratio_engine": point.fastest(lambda dense: dense.engine == variant.engine),
-        "time_ratio_library": point.first("eager" if variant.engine == "fused" else variant.engine),
+        "time_ratio_library": point.first(LIBRARY.get(variant.engine, variant.engine)),
     }
     compared |= {"time_ratio_eager": point.first("eager")} if compiled else {}
     return {metric: timing for metric, timing in compared.items() if timing is not None}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 
 Row = dict[str, Any]
-Engine = Literal["eager", "graph", "compiled", "fused"]
+Engine = Literal["eager", "graph", "chained", "compiled", "fused"]
 Attach = Callable[[], AbstractContextManager[Any]]
 
 
@@ -26,7 +26,9 @@ class Variant:
     reads: share of the block weights that a step reads. reads_cache: share of the KV cache that it reads.
     no_batch: what keeps it masked above batch 1, in words; None where kernels take batches of up to `most`.
     union: of a prompt [batch, context], the share of the block weights that a step after it reads, and tokens counted.
-    captured: the step runs in a CUDA graph. fused: it runs as one C++ operator, on a CPU, for one sequence.
+    captured: the step runs in a CUDA graph. chained: its launches begin before the one before them ends. fused: it runs
+        as one C++ operator, on a CPU. Both for one sequence.
+    masks_prompt: its prompt is masked as the method says; else that of a method's step is dense.
     block_bytes: bytes that the blocks' weights are stored in; None: those of the module's dtype.
     decoder: a model of this variant's own whose step is compiled; None decodes the view's. held: what its forwards live
         in. step: its compiled forward, for the shapes of one grid point.
@@ -42,7 +44,9 @@ class Variant:
     most: int = kernels.MAX_ROWS
     union: Callable[[Tensor], tuple[float, int]] | None = None
     captured: bool = False
+    chained: bool = False
     fused: bool = False
+    masks_prompt: bool = False
     block_bytes: int | None = None
     decoder: nn.Module | None = None
     held: ExitStack = field(default_factory=ExitStack)
@@ -55,6 +59,8 @@ class Variant:
             return "compiled"
         if self.fused:
             return "fused"
+        if self.chained:
+            return "chained"
         return "graph" if self.captured else "eager"
 
     @property
@@ -65,7 +71,7 @@ class Variant:
     @property
     def single(self) -> bool:
         """Whether it is for batch 1 only. Each shape of a compiled step takes a minute or more."""
-        return self.decoder is not None or self.fused
+        return self.decoder is not None or self.fused or self.chained
 
     def attached(self, batch: int) -> AbstractContextManager[Any]:
         """The context in which a batch of this size decodes that way."""

@@ -1,0 +1,130 @@
+"""Whole blocks of a step against masked execution, each shown what the masked module showed it.
+
+For steps whose parts can't be looked at one by one (chained launches, a batch's attention). Rounding may move a value
+over a threshold, and what that changes moves others, so a block may be off by what one rounding of its input does to
+the masked block itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from harness.execution.attach import Fitted, attached
+from harness.execution.check import TOLERANCE, KernelMismatchError
+from harness.model.step import Policy, Step
+from harness.model.view import View
+
+ROUNDINGS = 3  # of the input, that a block may be off by
+CHOSEN = 0.9  # share of blocks that must agree where heads are chosen: a tie that turns out the other way is no error
+
+
+@dataclass
+class Shown:
+    """One block of a masked step. x: its input [batch, 1, d_model]; kwargs: what else it was called with.
+
+    added: what it added to x, float64; moved: the same for an input that is off by half a rounding.
+    """
+
+    x: Tensor
+    kwargs: dict[str, Any]
+    added: Tensor
+    moved: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@torch.no_grad()
+def check_blocks(
+    view: View, methods: Fitted, policy: Policy, prompt: Tensor, attach: Callable[[], AbstractContextManager[Any]]
+) -> float:
+    """The largest relative L2 error of what a block adds to the residual stream, for the last token of a prompt.
+
+    prompt: int64 [batch, tokens]. attach: the step to be checked. Where a method drops heads, the largest of all blocks
+    and sequences but a tenth. Raises `KernelMismatchError` where that is above the dtype's tolerance and above what
+    roundings do, and where logits of the whole step are not finite.
+    """
+    cache = StaticCache(config=view.model.config, max_cache_len=prompt.shape[1] + 1)
+    with attached(view, methods, policy):
+        view.model(prompt[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        shown = _shown(view, prompt[:, -1:], cache)
+        step = view.tracker.step
+    errors, limits = [], []
+    with attach(), _at_step(view, step):
+        for layer, one in enumerate(shown):
+            _back(cache, layer)
+            added = _added(view.blocks[layer].layer, one.x, one.kwargs)
+            errors.append(_errors(added, one.added))
+            limits.append(ROUNDINGS * _errors(one.moved, one.added))
+    with attach():
+        for layer in range(view.n_layers):
+            _back(cache, layer)
+        logits = view.model(prompt[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    wrong, allowed = torch.stack(errors), torch.stack(limits).clamp(min=TOLERANCE[view.dtype])
+    share = CHOSEN if any("heads" in method.sites for method, _ in methods) else 1.0
+    agree = (wrong <= allowed).double().mean().item()
+    if not agree >= share or not torch.isfinite(logits).all():
+        layer, sequence = divmod(int((wrong / allowed).nan_to_num(torch.inf).argmax()), wrong.shape[1])
+        raise KernelMismatchError(
+            f"block {layer}, sequence {sequence}: the step differs from masked execution by "
+            f"{wrong[layer, sequence]:.1e} (tolerance {allowed[layer, sequence]:.0e}); {agree:.0%} of blocks agree"
+        )
+    return wrong.flatten().quantile(share).item()
+
+
+@contextmanager
+def _at_step(view: View, step: Step | None) -> Iterator[None]:
+    """Blocks that are called by themselves decide as in this step."""
+    before, view.tracker.step = view.tracker.step, step
+    try:
+        yield
+    finally:
+        view.tracker.step = before
+
+
+def _shown(view: View, token: Tensor, cache: StaticCache) -> list[Shown]:
+    """Decode a token in the module as it stands, and see what goes into every block and what it adds."""
+    shown: list[Shown] = []
+    with _watching(view, shown):
+        view.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    generator = torch.Generator().manual_seed(0)
+    for layer, one in enumerate(shown):
+        noise = torch.randn(one.x.shape, generator=generator).to(one.x.device)
+        half = torch.finfo(view.dtype).eps / 2
+        _back(cache, layer)
+        one.moved = _added(view.blocks[layer].layer, (one.x.float() * (1 + half * noise)).to(one.x.dtype), one.kwargs)
+    return shown
+
+
+@contextmanager
+def _watching(view: View, shown: list[Shown]) -> Iterator[None]:
+    def after(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], out: Any) -> None:
+        y = out[0] if isinstance(out, tuple) else out
+        x = args[0].clone() if args else kwargs["hidden_states"].clone()
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        shown.append(Shown(x, rest, y.double() - x.double()))
+
+    with ExitStack() as stack:
+        for block in view.blocks:
+            stack.callback(block.layer.register_forward_hook(after, with_kwargs=True).remove)
+        yield
+
+
+def _added(layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    out = layer(x.clone(), **kwargs)
+    return (out[0] if isinstance(out, tuple) else out).double() - x.double()
+
+
+def _back(cache: StaticCache, layer: int) -> None:
+    """The newest token of a layer is written again."""
+    cache.layers[layer].cumulative_length.sub_(1)
+
+
+def _errors(y: Tensor, expected: Tensor) -> Tensor:
+    """Relative L2 error of each sequence, [batch]."""
+    norm = expected.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return (y - expected).flatten(1).norm(dim=1) / norm
