@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.errors import ConfigError
 from harness.execution import kernel_heads, masked_heads
+from harness.execution.fused_batch import Router
 from harness.execution.masked_heads import Decide
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
@@ -157,19 +158,25 @@ class Polar(Method):
         """Skip entries of the cache, and for a single token rows of q and columns of o too."""
         return kernel_heads.skipping(view, self.sites["heads"], self._rule(view, state), "mask_output")
 
+    def routers(self, view: View, state: State) -> Mapping[int, Router] | None:
+        """Those of the blocks that are not dense, in the model's type."""
+        if self.sparsity == 0 or self.select_by != "router":
+            return None
+        top = top_k_count(view.n_kv_heads, self.sparsity)
+        weights, biases = (state[key].to(view.device, view.dtype) for key in ("weight", "bias"))
+        return {self.dense_layers + i: Router(w, b, top) for i, (w, b) in enumerate(zip(weights, biases, strict=True))}
+
     def _rule(self, view: View, state: State) -> Decide:
-        routers = {
-            layer: (state["weight"][i].to(view.device, view.dtype), state["bias"][i].to(view.device, view.dtype))
-            for i, layer in enumerate(range(self.dense_layers, view.n_layers))
-            if self.select_by == "router"
-        }
+        routers = self.routers(view, state) or {}
         generator = torch.Generator().manual_seed(self.seed)
         tables = [random_table(view.n_kv_heads, generator).to(view.device) for _ in view.blocks]
 
         def scores(layer: int, x: Tensor, step: Step) -> Tensor:
             if self.select_by == "random":
                 return of_position(tables[layer], step)
-            return group_energy(view, x) if self.select_by == "norm" else F.linear(x, *routers[layer])
+            if self.select_by == "norm":
+                return group_energy(view, x)
+            return F.linear(x, routers[layer].weight, routers[layer].bias)
 
         def decide(layer: int, x: Tensor, step: Step) -> Tensor:
             if layer < self.dense_layers:

@@ -17,10 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import kernels
 import kernels.cuda as kc
 from harness.execution import masked_heads
+from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
 from harness.model.sees import INPUT
 from harness.model.step import Policy
 from kernels import reference
+from methods.polar import Polar
+from methods.teal import Teal
+from tests.tiny import tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
@@ -204,6 +208,32 @@ def test_the_fused_batch_equals_masked_execution(kv_heads):
         assert error(decoded(view), masked) <= 1e-4
     assert error(masked, dense) > 1e-2, "the routers drop something"
     assert torch.equal(decoded(view), dense)
+
+
+@interpreted
+def test_what_the_latency_probe_checks_before_it_times_passes():
+    """Thresholds in the fused step, and routed heads in the step of a batch, block by block against masks."""
+    from harness.execution.block_check import check_blocks
+    from harness.execution.check import KernelMismatchError
+    from harness.execution.fused_batch import batch_decode
+    from harness.execution.fused_step import fast_decode
+    from harness.probes.latency.plans import static_thresholds
+
+    view = tiny(4)
+    text = Calibration(view, tokens(8, 64).remainder(32).split(4))
+    prompt = torch.arange(18).view(2, 9)
+    teal, polar = Teal(0.4), Polar(0.5, epochs=1)
+    teals, polars = ([(method, method.fit(view, text))] for method in (teal, polar))
+    limits = static_thresholds(view, teals)
+    attach = lambda t: lambda: fast_decode(view, "columns", t)  # noqa: E731
+    assert check_blocks(view, teals, Policy(), prompt[:1], attach(limits)) < 1e-4
+    with pytest.raises(KernelMismatchError, match="block 0"):
+        check_blocks(view, teals, Policy(), prompt[:1], attach({}))
+    assert check_blocks(view, (), Policy(), prompt, lambda: batch_decode(view)) < 1e-4
+    routers = polar.routers(view, polars[0][1])
+    assert check_blocks(view, polars, Policy("decode"), prompt, lambda: batch_decode(view, routers)) < 1e-4
+    with pytest.raises(KernelMismatchError, match="of blocks agree"):
+        check_blocks(view, polars, Policy("decode"), prompt, lambda: batch_decode(view))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")

@@ -289,7 +289,7 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     config = CONFIG | {"batch": [1, 2, 16], "context": [128], "new_tokens": 16, "repeats": 5}
     variants = latency.variants(view, fitted, Policy(), 0.5, config, tokens)
     chain = [] if no_chain(view) else ["chained"]
-    assert [v.engine for v in variants] == ["eager", "eager", *["graph"] * 2, *chain, *["graph"] * 2, *chain]
+    assert [v.engine for v in variants] == ["eager", "eager", *["graph"] * 2, *chain, *["graph"] * 3, *chain]
     rows = latency.measure(view, variants, tokens, config)
     times = {
         (r["batch"], r["engine"], r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
@@ -297,10 +297,10 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
         if r["metric"] == "tpot_median"
     }
     print(times)
-    assert len(times) == 18 + 2 * len(chain)
+    assert len(times) == 21 + 2 * len(chain)
     for batch in config["batch"]:
         more = len(chain) if batch == 1 else 0
-        assert executions(rows, batch) == ["dense"] * (4 + more) + ["kernel"] * (2 + more)
+        assert executions(rows, batch) == ["dense"] * (5 + more) + ["kernel"] * (2 + more)
 
 
 @pytest.mark.gpu

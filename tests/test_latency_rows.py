@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pandas as pd
 import pytest
 import torch
 
 import kernels
+from harness.execution.attach import attached
 from harness.execution.check import KernelMismatchError, NoKernelRanError, check_kernels
 from harness.execution.layouts import own_gemv
-from harness.probes.latency import chained, plans, reads, timing
+from harness.model.step import Policy
+from harness.probes.latency import batched, chained, plans, reads, timing
 from harness.probes.latency import rows as latency_rows
 from harness.probes.latency.timing import Timing
 from harness.probes.latency.variants import Variant
@@ -18,6 +22,7 @@ from harness.results.rows import make_row, to_frame, with_engine
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
+from methods.polar import Polar
 from methods.random import Random
 from methods.teal import Teal
 from methods.topp import TopP
@@ -254,6 +259,33 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
     monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, {}))
     with pytest.raises(KernelMismatchError, match="block 0"):
         planned(view, fitted)
+
+
+def test_routed_heads_of_a_batch_are_checked_then_timed(monkeypatch):
+    """The choice and the rows, with masked execution in the place of the GPU's step; a dense one is found out."""
+    view = tiny.view("llama", num_attention_heads=8, num_key_value_heads=8)
+    method = Polar(0.5, dense_layers=0, epochs=1)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    policy = Policy("decode")
+
+    def stand_in(view, routers=None):
+        assert routers is None or (sorted(routers) == list(range(view.n_layers)) and routers[0].top == 4)
+        return nullcontext() if routers is None else attached(view, fitted, policy)
+
+    monkeypatch.setattr(batched, "no_batch_step", lambda view: None)
+    monkeypatch.setattr(batched, "batch_decode", stand_in)
+    plan = planned(view, fitted, phase="decode")
+    graphs = [v for v in plan if v.engine == "graph"]
+    assert [(v.execution, v.columns.get("variant")) for v in graphs] == [("dense", "fused attention"), ("kernel", None)]
+    rows = latency_rows.measure(view, graphs, tiny.tokens(2, 96), CONFIG | {"batch": [1, 3], "repeats": 1})
+    sparse = [r for r in rows if r["execution"] == "kernel" and r["metric"] in ("kv_bytes", "step_bytes")]
+    whole = [r for r in rows if r["execution"] == "dense" and r["metric"] in ("kv_bytes", "step_bytes")]
+    assert {r["batch"] for r in sparse} == {1, 3} and "equals masked within" in sparse[0]["message"]
+    assert all(ours["value"] < theirs["value"] for ours, theirs in zip(sparse, whole, strict=True))
+
+    monkeypatch.setattr(batched, "batch_decode", lambda view, routers=None: nullcontext())
+    with pytest.raises(KernelMismatchError, match="of blocks agree"):
+        planned(view, fitted, phase="decode")
 
 
 def test_the_fused_cpu_step_of_a_method_is_timed_at_batch_1(teal):

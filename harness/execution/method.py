@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from harness.execution.fused_batch import Router
 from harness.execution.masked import Decide, install
 from harness.fitting.calibration import Calibration
 from harness.model.sees import GATE, Sees
@@ -171,6 +172,10 @@ class Method:
     def attach_kernels(self, view: View, state: State) -> AbstractContextManager[Any]:
         """As `attach`, through kernels; yields an object whose `residual` maps layers to the residual stream."""
         raise NotImplementedError(f"{type(self).__name__} has no kernels of its own")
+
+    def routers(self, view: View, state: State) -> Mapping[int, Router] | None:
+        """By layer the linear router that picks the KV heads of each sequence, where it comes to that alone."""
+        return None
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:
         """What the method changes in the model itself, reversibly: a rotation, an activation. Default: nothing."""

@@ -24,6 +24,7 @@ from harness.model.sees import OUTPUT
 from harness.model.selection import PROJECTIONS, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
+from harness.probes.latency.batched import dense_batch, method_batch
 from harness.probes.latency.chained import dense_chain, method_chain
 from harness.probes.latency.cpu_step import check_dense_step, dense_step, method_step
 from harness.probes.latency.reads import ideal_slice, union_read
@@ -65,7 +66,7 @@ def variants(
     """
     plan = dense_variants(view)
     check_dense_step(view, windows)
-    plan += dense_chain(view, config, windows)
+    plan += dense_chain(view, config, windows) + dense_batch(view, windows)
     compiles = config["compile"] and view.device.type != "cuda"
     if not any(method.sites for method, _ in methods):
         return plan + (compiled(view, None, {}, 1.0) if compiles else [])
@@ -88,10 +89,11 @@ def variants(
         known = replace(known, message=f"{known.message}; fused step equals masked within {error:.1e} by block")
         chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
         return plan + fused_plan(view, known, sparsity, union) + chain
+    batch = method_batch(view, methods, policy, known.cache, windows)
     steps, reason = method_step(view, methods, policy, known.skipped, windows)
     if reason is not None:
         known = replace(known, message=f"{known.message}; not fused: {reason}")
-    return plan + module_plan(view, methods, policy, known, union, compiles) + steps
+    return plan + module_plan(view, methods, policy, known, union, compiles) + steps + batch
 
 
 def fits_fused_step(view: View) -> bool:
