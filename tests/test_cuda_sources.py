@@ -231,14 +231,13 @@ def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [16, 4])
 def test_a_chained_step_passes_the_check_and_a_wrong_one_does_not(
-    on_host: None, bits: int, monkeypatch: pytest.MonkeyPatch
+    on_host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the latency probe asks before it times the step: thresholds as masks have them, and other ones."""
     from harness.execution import chained_step
     from harness.execution.block_check import check_blocks
-    from harness.execution.chained_step import Format, chained_decode
+    from harness.execution.chained_step import chained_decode
     from harness.execution.check import KernelMismatchError
     from harness.model.step import Policy
     from harness.probes.latency.plans import static_thresholds
@@ -250,16 +249,16 @@ def test_a_chained_step_passes_the_check_and_a_wrong_one_does_not(
     for weight in view.model.parameters():
         weight.data *= 5
     view.model.bfloat16()
-    methods = [(Teal(0.4), Teal(0.4).fit(view, tiny.calibration(view)))]
+    # at a low level, or a single value moved over its threshold would weigh much among so few
+    methods = [(Teal(0.1), Teal(0.1).fit(view, tiny.calibration(view)))]
     limits = static_thresholds(view, methods)
-    form = Format(bits, 128 if bits < 16 else 0)
     prompt = tiny.tokens(1, 12)
 
     def check(thresholds: Any) -> float:
-        return check_blocks(view, methods, Policy(), prompt, lambda: chained_decode(view, thresholds, 64, form))
+        return check_blocks(view, methods, Policy(), prompt, lambda: chained_decode(view, thresholds, 64))
 
-    if bits == 16:
-        assert check(limits) < 5e-2
-    wrong = {key: 3 * t for key, t in limits.items()}
+    assert check(limits) < 0.1
+    assert check_blocks(view, (), Policy(), prompt, lambda: chained_decode(view, {}, 64)) < 2e-2
+    wrong = {key: 8 * t for key, t in limits.items()}
     with pytest.raises(KernelMismatchError, match="block 0, sequence 0: the step differs"):
         check(wrong)

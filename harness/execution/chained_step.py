@@ -220,11 +220,9 @@ def chained(
 
 
 @contextmanager
-def chained_decode(
-    view: View, thresholds: ThresholdOf | None, capacity: int, form: Format | None = None
-) -> Iterator[list[ChainedBlock]]:
-    """`chained` on weights of its own, in the model's own type unless a format says otherwise."""
-    with step_weights(view, form or Format()) as weights, chained(view, weights, thresholds or {}, capacity) as blocks:
+def chained_decode(view: View, thresholds: ThresholdOf, capacity: int) -> Iterator[list[ChainedBlock]]:
+    """`chained` in the model's own type."""
+    with step_weights(view, Format()) as weights, chained(view, weights, thresholds, capacity) as blocks:
         yield blocks
 
 
