@@ -7,7 +7,7 @@ a speed-up from it.
 
 Rows say by which engine a step ran:
     eager: the module, launched operation by operation.
-    graph: a CUDA graph of the step, fused where the model allows it.
+    graph: a CUDA graph of the step, fused where the model allows it; fused attention takes batches too.
     chained: a CUDA graph of seven launches a block, each begun before the one before it ends, on a GPU of capability 9
         or more, at batch 1, in 16 bits; its library baseline is the module's graph.
     fused: the whole step as one C++ operator, on a CPU at batch 1; its library baseline is the eager module.
@@ -23,7 +23,8 @@ of a method's projections, its rows are masked and say which.
 
 Of quantised weights only steps that read them are timed; where there is none, a row says so.
 
-variants: what is timed. low_bit: the variants of quantised weights. plans: which variants a method gets otherwise.
+variants: what is timed. low_bit: the variants of quantised weights. plans: which variants a method gets otherwise;
+cpu_step, chained, batched: those of whole fused steps. energy: joules, where the device counts them.
 timing: rounds, and the clock. watch: who else was at work meanwhile, and peak memory. reads: what a step must read.
 rows: what is told of it.
 """
