@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 endif
 
-.PHONY: run test test-slow test-gpu lint written figures report docs study archive fuzz bundle bench bench-gpu setup assets clean
+.PHONY: run test test-slow test-gpu test-browser lint written figures report docs study archive fuzz bundle bench bench-gpu setup assets clean
 
 run: setup assets
 	$(BIN)/python run.py -m experiment=quickstart
@@ -41,6 +41,12 @@ test: setup assets
 
 test-slow: setup assets
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m "slow"
+
+# The report and the manual in headless Chromium: axe, phones, keys. The browser is the system's (`apt install chromium`)
+# or Playwright's (`.venv/bin/playwright install chromium`).
+test-browser: setup
+	$(PIP) -c constraints.txt -e ".[dev,docs,browser]"
+	$(BIN)/python -m pytest -m slow tests/test_browser.py
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
@@ -85,7 +91,7 @@ report: setup
 # The manual: build/site/index.html, which opens without a server.
 docs: setup
 	$(PIP) -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # The study's matrix; size=smoke, cpu or full (a GPU). Runs what is missing, then judges the claims. `make archive` adds
 # the whole cells to results/study.
