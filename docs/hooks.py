@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDE = ("families.md", "schemes.md", "methods/index.md")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -20,3 +22,10 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for path, content in pages(ROOT / "conf", read_table(ROOT / "results" / "study" / "table.parquet")):
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Pages that are one wide table get the room of the table of contents."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    return markdown

@@ -41,12 +41,13 @@ def chromium() -> Iterator[Any]:
 
 
 def look(browser: Any, page: Path, width: int, scheme: str, picture: Path | None = None) -> dict[str, Any]:
-    """CPU seconds until the page is loaded and its scripts have run; pixels that it is too wide; what axe finds; errors."""
+    """CPU seconds until the page is loaded and its scripts ran; pixels that it is too wide; what axe finds; errors."""
     from axe_playwright_python.sync_playwright import Axe
 
     errors: list[str] = []
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("request", lambda request: request.url.startswith("http") and errors.append(f"asks for {request.url}"))
     metrics = tab.context.new_cdp_session(tab)
     metrics.send("Performance.enable", {"timeDomain": "threadTicks"})  # neighbours of this machine don't count
     tab.goto(page.as_uri(), wait_until="load")

@@ -27,7 +27,7 @@ def table() -> str:
     for family, view in views.items():
         view.name = family
     numbers: dict[str, int] = {}
-    lines = [f"| | {' | '.join(views)} |", f"|---|{'---|' * len(views)}"]
+    lines = [f"| method | {' | '.join(views)} |", f"|---|{'---|' * len(views)}"]
     for name, case in CASES.items():
         method = case.make(0.5)
         cells = []

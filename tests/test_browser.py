@@ -1,4 +1,4 @@
-"""The report and the manual in a browser: soon usable, no wider than a phone, nothing that axe objects to, by keys too."""
+"""The report and the manual in a browser: soon usable, as narrow as a phone, nothing that axe objects to, by keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MISSING = browser.missing()
 USABLE_S = 2.0
 # One of each type: prose and commands, wide tables, a matrix, figures of speed, a method with its curve, the API.
-KINDS = ("index", "add_a_method", "schemes", "families", "schema", "latency", "methods/index", "methods/teal", "reference")
+KINDS = "index add_a_method schemes families schema latency methods/index methods/teal reference".split()
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not looked at: {MISSING}")]
 

@@ -10,7 +10,7 @@ import inspect
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import matplotlib
@@ -81,7 +81,7 @@ def _page(entry: Entry, own: pd.DataFrame) -> str:
         ("rows of a batch influence each other", "yes" if entry.cls.batch_coupled else "no"),
         ("families", ", ".join(entry.cls.families) or "all that have its sites"),
     ]
-    parts = [f"# {entry.name}", _plain(module), _plain(inspect.getdoc(entry.cls) or "")]
+    parts = [f"# {entry.name}", _plain(module), _listed(_plain(inspect.getdoc(entry.cls) or ""), entry.cls)]
     parts.append(
         "\n".join(["| fact | what it is |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)])
     )
@@ -109,6 +109,12 @@ def _plain(text: str) -> str:
     return re.sub(r"^ {4,}", "", text, flags=re.MULTILINE)
 
 
+def _listed(text: str, cls: type[Method]) -> str:
+    """What a docstring says of each option ("allocation: ...") as a list, which Markdown would run together."""
+    names = "|".join(re.escape(field.name) for field in fields(cls))
+    return re.sub(rf"^((?:{names})(?:, (?:{names}))*): ", r"\n- `\1`: ", text, flags=re.MULTILINE)
+
+
 def _curve(own: pd.DataFrame) -> pd.DataFrame:
     return own[own["achieved_model"].notna() & own["dense:perplexity"].notna()]
 
@@ -116,19 +122,21 @@ def _curve(own: pd.DataFrame) -> pd.DataFrame:
 def _results(name: str, own: pd.DataFrame) -> str:
     if own.empty:
         return "The committed study has no rows of it."
-    lines = [
-        "| model | options | requested | achieved, MLPs | achieved, blocks | perplexity over dense | accuracy |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["model", "requested", "achieved, MLPs", "achieved, blocks", "perplexity over dense", "accuracy, points"]
+    varied = own["variant"].notna().any()
+    if varied:
+        heads.insert(1, "options")
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for _, line in own.sort_values(["model", "variant", "sparsity_requested"], na_position="first").iterrows():
+        over = line["perplexity"] / line["dense:perplexity"]
         cells = [
-            str(line["model"]),
-            "" if pd.isna(line["variant"]) else f"`{line['variant']}`",
+            f"`{line['model']}`",
+            *([] if not varied else ["" if pd.isna(line["variant"]) else f"`{line['variant']}`"]),
             _number(line["sparsity_requested"], "g"),
             _number(line["achieved_mlp"], ".1%"),
             _number(line["achieved_model"], ".1%"),
-            _number(line["perplexity"] / line["dense:perplexity"], ".2f"),
-            _number(100 * line["change"], "+.1f"),  # points
+            _number(over, ".2f" if over < 100 else ",.0f"),
+            _number(100 * line["change"], "+.1f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     picture = f"![Perplexity over dense, by achieved sparsity]({name}.svg)\n\n" if len(_curve(own)) else ""
