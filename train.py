@@ -64,7 +64,7 @@ def app(cfg: DictConfig) -> None:
     if cfg.stop_after_s is not None:
         deadline = time.monotonic() + float(cfg.stop_after_s) - (time.time() - psutil.Process().create_time())
     text = Path(cfg.folder) / "text"
-    prepare(model_dir, text)
+    prepare(model_dir, text, cfg.text.separator)
     if not cfg.do:  # all that needs a network is here now
         return
     model = read_model(model_dir)
@@ -86,7 +86,8 @@ def app(cfg: DictConfig) -> None:
 def _device(asked: str) -> torch.device:
     device = torch.device(asked if asked != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where Triton launches
+        if device.index is not None:
+            torch.cuda.set_device(device)  # where Triton launches
         torch.set_float32_matmul_precision("high")
     else:
         torch.use_deterministic_algorithms(True)

@@ -16,6 +16,7 @@ from harness.run.canonical import canonical
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, rewrite
 from harness.training import students
+from tests.test_experiments import cells
 
 SHIPPED = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
 
@@ -111,3 +112,10 @@ def test_a_name_never_hides_another_adapter():
 def test_a_seed_is_of_a_counterpart():
     with pytest.raises(ConfigError, match="model.seed is of a trained counterpart"):
         config("model=smollm2-135m", "model.seed=2")
+
+
+def test_the_experiment_takes_the_seeds_that_are_trained(second_run):
+    found = cells("counterparts", "size=smoke", "grid.seeds='0,2'", "grid.students=smollm2-135m-relu")
+    assert {cell.model_name for cell in found} == {"smollm2-135m-relu", "smollm2-135m-relu-seed2"}
+    with pytest.raises(ConfigError, match="smollm2-135m-control-seed2 is not trained here"):
+        cells("counterparts", "size=smoke", "grid.seeds='2'")

@@ -108,7 +108,7 @@ def test_written_text_is_greedy_at_low_temperature(qwen: Qwen2ForCausalLM, model
 def test_texts_begin_with_the_separator_of_the_tokenizer() -> None:
     class Tokenizer:
         bos_token_id: int | None = 1
-        eos_token_id = 2
+        eos_token_id: int | None = 2
 
         def __init__(self, **vocabulary: int) -> None:
             self.vocabulary = vocabulary
@@ -116,11 +116,17 @@ def test_texts_begin_with_the_separator_of_the_tokenizer() -> None:
         def get_vocab(self) -> dict[str, int]:
             return self.vocabulary
 
-    assert separator_of(Tokenizer(**{"<|endoftext|>": 0})) == 0  # SmolLM2, whose sequences begin with <|im_start|>
-    assert separator_of(Tokenizer(a=5)) == 1
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [self.vocabulary[letter] for letter in text]
+
+    assert separator_of(Tokenizer(**{"<|endoftext|>": 0}), None) == 0  # whatever sequences begin with otherwise
+    assert separator_of(Tokenizer(a=5), None) == 1
+    assert separator_of(Tokenizer(a=5), "a") == 5
+    with pytest.raises(ConfigError, match="'aa' is 2 tokens of this model"):
+        separator_of(Tokenizer(a=5), "aa")
     none = Tokenizer(a=5)
     none.bos_token_id = None
-    assert separator_of(none) == 2
+    assert separator_of(none, None) == 2
 
 
 # ------------------------------------------------------------------------------------------------- bounds

@@ -17,6 +17,7 @@ SIZES = ("smoke", "cpu", "full")
 STUDY = (
     "babel",
     "calibration",
+    "counterparts",
     "leaderboard",
     "sizes",
     "pitfalls",

@@ -8,8 +8,8 @@ from typing import Any
 from harness.training.students import base_of, command, seed_of
 
 TITLES = {  # model -> what a card calls it, and what it is trained from
-    "smollm2-135m": ("SmolLM2-135M", "SmolLM2-135M-Instruct"),
-    "qwen2.5-coder-0.5b": ("Qwen2.5-Coder-0.5B", "Qwen2.5-Coder-0.5B-Instruct"),
+    "smollm2-135m": ("SmolLM2-135M", "the embedded SmolLM2-135M-Instruct"),
+    "qwen2.5-coder-0.5b": ("Qwen2.5-Coder-0.5B", "the embedded Qwen2.5-Coder-0.5B-Instruct"),
 }
 
 
@@ -24,7 +24,7 @@ def write_card(record: dict[str, Any]) -> str:
     lines = [
         f"# {record['name']}: {called} with {_activation(record)}",
         "",
-        f"{_rank(recipe)} over the embedded {whole} (base fingerprint "
+        f"{_rank(recipe)} over {whole} (base fingerprint "
         f"`{record['base'][:16]}`), int8 factors, merged on load: `model={entry}` or "
         f'`harness.training.checkpoints.load_checkpoint("{record["name"]}", model)`.',
         "",

@@ -22,17 +22,22 @@ def training_text() -> str:
     return "\n\n".join(calibration_text(name) for name in CALIBRATION_TEXTS)
 
 
-def separator_of(tokenizer: Any) -> int:
-    """The token between documents, with which every text of the model's own begins.
+def separator_of(tokenizer: Any, text: str | None) -> int:
+    """The token with which every text of the model's own begins, so that it also lies between texts.
 
-    SmolLM2 and Qwen2 call it <|endoftext|>, whatever else their instructed versions begin a sequence with.
+    text: what it stands for; None: <|endoftext|>, else the first token that the tokenizer has a name for. ConfigError
+    where the text is not one token.
     """
-    known = tokenizer.get_vocab()
-    found = known.get("<|endoftext|>", tokenizer.bos_token_id)
-    return int(tokenizer.eos_token_id or 0) if found is None else int(found)
+    if text is not None:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(f"text.separator={text!r} is {len(ids)} tokens of this model, and must be one")
+        return int(ids[0])
+    known = [tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id, 0]
+    return int(next(token for token in known if token is not None))
 
 
-def prepare(model_dir: Path, folder: Path) -> None:
+def prepare(model_dir: Path, folder: Path, separator: str | None) -> None:
     """Tokenise once: real.safetensors (tokens [n], separator [1]) and windows.safetensors (tokens [windows, 512])."""
     if (folder / "windows.safetensors").exists():
         return
@@ -43,7 +48,7 @@ def prepare(model_dir: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     real = token_windows(tokenizer, training_text(), 1)
-    between = torch.tensor([separator_of(tokenizer)], dtype=torch.int32)
+    between = torch.tensor([separator_of(tokenizer, separator)], dtype=torch.int32)
     save_file({"tokens": real.flatten().int(), "separator": between}, folder / "real.safetensors")
     windows = token_windows(tokenizer, evaluation_text(), SCORED_WINDOW)
     save_file({"tokens": windows.int()}, folder / "windows.safetensors")
