@@ -15,7 +15,8 @@ def tune(bench: Bench) -> None:
     """Candidate tiles of every kernel: what the defaults in kernels/cuda were chosen from."""
     from kernels.cuda import compact
     from kernels.cuda.attention import attend_step
-    from kernels.cuda.column import SCALAR, batch, column, column_list
+    from kernels.cuda.column import batch, column, column_list
+    from kernels.cuda.column_kernels import SCALAR
     from kernels.cuda.rows import neurons, rows
     from kernels.cuda.step import rms_norm
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.column import channel_values
+from kernels.cuda.column_kernels import channel_values
 from kernels.cuda.common import DTYPES, act_code, cdiv, power_of_two
 
 
