@@ -116,14 +116,12 @@ def _encoded(lines: Tensor, peak: Tensor, bits: int, align: bool) -> Tensor:
 def unpacked(packed: Packed) -> tuple[Tensor, Tensor]:
     """Codes fp32 [panels, lines, padded width] without their offset, and scales fp32 [panels, lines, groups]."""
     bits, groups = packed.bits, packed.peaks.shape[1]
-    body = packed.codes[..., : groups * GROUP * bits // 8].contiguous()
-    words = body.view(torch.int16).int().unflatten(-1, (-1, 32)) & 0xFFFF
-    codes = (words[..., None] >> (bits * torch.arange(16 // bits))) & (2**bits - 1)  # [P, L, chunks, 32, n]
-    flat = torch.empty_like(codes.flatten(-2))
-    flat[..., _order(bits).flatten()] = codes.flatten(-2)
-    at = body.shape[-1]
+    at = groups * GROUP * bits // 8
+    chunks = packed.codes[..., :at].unflatten(-1, (-1, _LINE))
+    codes = torch.stack([chunks & 15, chunks >> 4], -1).flatten(-2) if bits == 4 else chunks  # of a word, lowest first
+    codes = codes[..., _order(bits).flatten().argsort()]
     scales = packed.codes[..., at : at + 2 * groups].contiguous().view(torch.int16)
-    return flat.flatten(-2).float() - 2 ** (bits - 1), scales.float()
+    return codes.flatten(-2).float() - 2 ** (bits - 1), scales.float()
 
 
 def columns(x: Tensor, packed: Packed, t: Tensor | None = None, idx: Tensor | None = None) -> Tensor:
