@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+EXTRAS := dev,notebooks,slurm
 # Compiling thousands of modules that nothing imports would take half of the set-up.
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # Where there is no GPU, the CPU build of torch that the constraints name is enough. A GPU machine takes the newest torch
@@ -58,7 +59,7 @@ bundle: setup
 	rm -rf build/bundle && mkdir -p build/bundle/dynact
 	git archive HEAD | tar -x -C build/bundle/dynact
 	$(BIN)/python -m pip download -q --disable-pip-version-check -d build/bundle/dynact/bundled/wheels \
-		-c $(VENV)/constraints.txt "$(TORCH)" "setuptools>=77" wheel ".[dev,notebooks]"
+		-c $(VENV)/constraints.txt "$(TORCH)" "setuptools>=77" wheel ".[$(EXTRAS)]"
 	rm -f build/bundle/dynact/bundled/wheels/dynact-*
 	DYNACT_CACHE=$(CURDIR)/build/bundle/dynact/bundled/cache $(BIN)/python -m harness prefetch $(models)
 	tar -cf build/dynact-bundle.tar -C build/bundle dynact
@@ -124,7 +125,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
 	grep -vE '$(FREE)' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) -c $(VENV)/constraints.txt -e ".[dev,notebooks,slurm]"
+	$(PIP) -c $(VENV)/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 assets: setup
