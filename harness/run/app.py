@@ -83,7 +83,7 @@ def run(overrides: list[str], multirun: bool) -> int:
     states = plan.states(cells, store)
     again = rules(settings)
     todo = {n: cell for n, cell in cells.items() if states[n] != "locked" and not again.settled(states[n])}
-    for cell in todo.values():
+    for cell in {c.reads: c for c in todo.values()}.values():
         check_tokens(cell)
     print_plan(states, stderr(), seconds(todo, store))
     if settings["plan"] or settings["dry"]:

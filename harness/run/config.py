@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
-from harness.results.identity import RUN_KEYS, cell_id
+from harness.results.identity import RUN_KEYS, cell_id, content_key
 from harness.run import probing
 from harness.run.canonical import DENSE, canonical
 from harness.run.checks import check_values
@@ -28,7 +29,7 @@ class CellConfig:
     def __getitem__(self, key: str) -> Any:
         return self.plain[key]
 
-    @property
+    @cached_property
     def id(self) -> str:
         """`<model>_<method>_<what was asked for>_<hash>`."""
         return cell_id(self.plain, self.asked)
@@ -56,6 +57,11 @@ class CellConfig:
     def device(self) -> str:
         """cpu, cuda or cuda:N."""
         return self["device"] if self.index is None else f"{self['device']}:{self.index}"
+
+    @property
+    def reads(self) -> str:
+        """Equal for cells of one tokenizer that read the same texts."""
+        return content_key({key: self[key] for key in ("model", "tasks", "probe", "calibration")})
 
     @property
     def timed(self) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,13 @@ SHARED = ("sparsity", "latency")  # settings that have been a part of every id s
 
 def names() -> list[str]:
     """Every probe."""
-    room = Path(harness.probes.__path__[0])
-    yamls = sorted(path.stem for path in (CONF / "probe").glob("*.yaml"))
+    return list(_names(CONF, tuple(harness.probes.__path__)))
+
+
+@lru_cache(maxsize=16)  # asked several times a cell
+def _names(conf: Path, rooms: tuple[str, ...]) -> list[str]:
+    room = Path(rooms[0])
+    yamls = sorted(path.stem for path in (conf / "probe").glob("*.yaml"))
     return [name for name in yamls if (room / f"{name}.py").exists() or (room / name / "__init__.py").exists()]
 
 
