@@ -20,6 +20,7 @@ from harness.errors import with_page
 Part = str | tuple[str, str]  # text, or text and its style
 
 PIPED_WIDTH = 160  # a file or a pipe has no width of its own; 80 columns would cut a table's headings
+_of_stderr: list[Any] = []  # the stream, and its console
 # An escape sequence in a file name would steer the terminal.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -33,8 +34,10 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Where plans, progress and errors go."""
-    return _console(sys.stderr, stderr=True)
+    """Where plans, progress and errors go: the same console each time, so that lines appear above what is live."""
+    if not _of_stderr or _of_stderr[0] is not sys.stderr:
+        _of_stderr[:] = [sys.stderr, _console(sys.stderr, stderr=True)]
+    return _of_stderr[1]
 
 
 def to_file(file: IO[str], width: int | None = None) -> Console:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.console import duration, say, stdout, styled, table
-from harness.results.collect import headline
+from harness.results.cells import CellView
+from harness.results.collect import headline, relate
 from harness.results.store import State
 
 PLAN = {
@@ -100,6 +101,21 @@ def print_summary(outcomes: Mapping[str, tuple[str, str]], console: Console | No
     say(console, f"{done} of {len(outcomes)} cells have results", style="bold red" if bad else "bold green")
     for name, (status, message) in bad.items():
         say(console, f"  {name}: {OUTCOMES[status]}: {message}", style="red")
+
+
+def in_brief(cell: CellView) -> str:
+    """What was found of a cell, in a few words: "perplexity 20.81, accuracy 0.52, 48 % of weights skipped"."""
+    rows = [cell.read(probe) for probe in cell.probes()]
+    if not rows:
+        return ""
+    line = headline(relate(pd.concat(rows, ignore_index=True), {})).iloc[0]
+    forms = (
+        ("perplexity", "perplexity {:.4g}"),
+        ("accuracy", "accuracy {:.3f}"),
+        ("achieved_model", "{:.1%} of weights skipped"),
+        ("tpot_ms", "{:.3g} ms a token"),
+    )
+    return ", ".join(form.format(line[name]) for name, form in forms if not pd.isna(line.get(name, pd.NA)))
 
 
 def truncated_note(lines: pd.DataFrame) -> str:

@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 STORED = (".parquet", ".safetensors")  # of a probe
-STATUS: dict[str, type] = {"status": str, "versions": dict, "started": str, "ended": str, "message": str, "alike": list}
+STATUS: dict[str, type] = {
+    "status": str,
+    "versions": dict,
+    "started": str,
+    "ended": str,
+    "message": str,
+    "alike": list,
+    "probe": str,
+}
 STATUS_PROBE = "status"  # holds the one row that a broken or unsupported cell leaves
 BROKEN = ("failed", "oom", "invalid")  # how a cell ends that has no results and is to be run again
 
@@ -62,7 +70,7 @@ class CellView:
 
     @property
     def status(self) -> dict[str, Any]:
-        """Status (running, done, failed, oom, invalid, unsupported), versions, started, ended, message."""
+        """Status (running, done, failed, oom, invalid, unsupported), versions, started, ended, message, probe."""
         found = read_json(self.path / "status.json")
         if not all(isinstance(found.get(key, kind()), kind) for key, kind in STATUS.items()):
             return {}
@@ -164,11 +172,16 @@ class Cell(CellView):
             self._write_status(status=status, message=message, ended=now())
         self.commit(STATUS_PROBE, [{"metric": "status", "status": status, "message": message}])
 
+    def at(self, probe: str) -> None:
+        """Say which probe is under way, to whoever looks on."""
+        with place_errors(self.path):
+            self._write_status(probe=probe)
+
     def finish(self, **facts: Any) -> None:
         """Mark the cell as finished: every probe that it was to have is committed. facts: more to say in its status."""
         self._lock.check()
         with place_errors(self.path):
-            self._write_status(status="done", ended=now(), **facts)
+            self._write_status(status="done", ended=now(), probe=None, **facts)
 
     def _complete(self, row: Mapping[str, Any], probe: str) -> dict[str, Any]:
         given = {name: value for name, value in row.items() if value is not None}
@@ -193,7 +206,8 @@ class Cell(CellView):
             )
 
     def _write_status(self, **changes: Any) -> None:
-        write_atomic(self.path / "status.json", json_bytes(self.status | changes))
+        told = {key: value for key, value in (self.status | changes).items() if value is not None}
+        write_atomic(self.path / "status.json", json_bytes(told))
 
 
 def status_of(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from harness.execution.method import Method
 from harness.execution.nest import refusal
 from harness.model.step import Policy
 from harness.probes.goals import at_level
+from harness.progress import tell
 from harness.report.tracking import track
 from harness.results.cells import Cell, CellView
 from harness.results.rows import SCHEMA_VERSION
@@ -58,6 +59,8 @@ def run_cell(
             run = Run(config, store, cell, methods, store.view(dense.id) if dense else None, console)
             try:
                 for probe in config["probe"]["names"]:
+                    cell.at(probe)
+                    tell(under_way(config, probe))
                     importlib.import_module(f"harness.probes.{probe}").run(run)
             except SystemExit as error:  # a library's; it must not take the other cells with it
                 raise RuntimeError(f"something in it called exit({error.code})") from error
@@ -65,6 +68,14 @@ def run_cell(
             cell.finish(**took)
             log.log(pd.concat([cell.read(probe) for probe in cell.probes()], ignore_index=True))
     return "done"
+
+
+def under_way(config: CellConfig, probe: str) -> str:
+    """A cell and its current probe, in a few words: "teal 0.5: quality, 1 of 3"."""
+    names, level = config["probe"]["names"], config["sparsity"]
+    asked = config.method_name if level is None or config.method_name == "dense" else f"{config.method_name} {level:g}"
+    place = f", {names.index(probe) + 1} of {len(names)}" if probe in names and len(names) > 1 else ""
+    return f"{asked}: {probe}{place}"
 
 
 def record_death(config: CellConfig, store: Store, error: Exception) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from harness.console import duration, say, sentence
 from harness.errors import AssetError, ConfigError, DamagedError, UnsupportedError
-from harness.progress import quiet_libraries
+from harness.progress import quiet_libraries, sweeping
+from harness.report.terminal import in_brief
 from harness.results.cells import CellView
 from harness.results.lock import LockedError
 from harness.results.store import State, Store
@@ -63,13 +65,22 @@ def run_all(
     asked = list(cells)
     left = [cell for cell in asked if not again.settled(state_of(cell, store))]
     pace = Pace(len(left))
-    for cell in asked:
-        start, settled = time.perf_counter(), again.settled(state_of(cell, store))
-        state, _ = attempt(cell, store, logger, console, again)
-        if not settled and len(left) > 1:
-            say(console, f"  {pace.line(state, time.perf_counter() - start)}", style="dim")
-        if again.stop and state == "failed":
-            return
+    with sweeping(len(left)) if len(left) > 1 else nullcontext() as bar:
+        for cell in asked:
+            start, settled = time.perf_counter(), again.settled(state_of(cell, store))
+            state, _ = attempt(cell, store, logger, console, again)
+            if not settled and bar is not None:
+                line = pace.line(state, time.perf_counter() - start)
+                say(console, f"  {line}{found(cell, state, store)}", style="dim")
+                bar.left(pace.about())
+                bar()
+            if again.stop and state == "failed":
+                return
+
+
+def found(cell: CellConfig, state: str, store: Store) -> str:
+    """The last results in a few words, or nothing."""
+    return f"; {words}" if state == "done" and (words := in_brief(store.view(cell.id))) else ""
 
 
 @dataclass
@@ -83,9 +94,17 @@ class Pace:
     def line(self, state: str, seconds: float) -> str:
         """Count a cell that has ended: how, how many are left, and how long they take at the pace so far."""
         self.done, self.spent = self.done + 1, self.spent + seconds
+        return f"[{self.done}/{self.total}] {state}, {duration(seconds)}{self.rest()}"
+
+    def rest(self) -> str:
+        """How many are left and for how long; nothing where none is."""
         left = self.total - self.done
-        rest = f", {left} left, about {duration(left * self.spent / self.done)}" if left > 0 else ""
-        return f"[{self.done}/{self.total}] {state}, {duration(seconds)}{rest}"
+        return f", {left} left, {self.about()}" if left > 0 else ""
+
+    def about(self) -> str:
+        """How long the rest will take; nothing where none is left."""
+        left = self.total - self.done
+        return f"about {duration(left * self.spent / self.done)}" if left > 0 else ""
 
 
 def attempt(

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from harness.console import say
+from harness.progress import Bar, sweeping
 from harness.results.identity import content_key
-from harness.run.cell import state_of
-from harness.run.execute import NO_DENSE, Rules
+from harness.run.cell import state_of, under_way
+from harness.run.execute import NO_DENSE, Pace, Rules, found
 from harness.run.plan import with_dense
 from harness.run.sweep import Share, Sweep
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from harness.results.store import Store
     from harness.run.child import Answer
     from harness.run.config import CellConfig
+
+
+MOST = 4  # cells under way that are named
 
 
 class Engine(Protocol):
@@ -83,8 +87,9 @@ def _side_by_side(carrier: Engine, cells: Sequence[CellConfig], sweep: Sweep, sh
     cells = [cell for cell in cells if not sweep.again.settled(state_of(cell, sweep.store))]
     if not cells:
         return False
-    tally = Tally(len(cells), console, sweep.again.stop)
-    carrier.run(cells, sweep, share, tally)
+    with sweeping(len(cells)) as bar:
+        tally = Tally(len(cells), console, sweep.again.stop, sweep.store, bar)
+        carrier.run(cells, sweep, share, tally)
     if tally.fatal is not None:
         raise tally.fatal
     return tally.failed
@@ -118,10 +123,23 @@ def landed(answer: Answer, cell: CellConfig, store: Store) -> Answer:
 
 
 class Tally:
-    """How many cells have ended, and how: a line each as they do. total: of cells. stop: at the first that fails."""
+    """How many cells have ended, and how: a line each as they do, and on a terminal what is under way.
 
-    def __init__(self, total: int, console: Console, stop: bool = False) -> None:
+    total: of cells. stop: at the first that fails. store: where the cells say what they are at, and what they found.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        console: Console,
+        stop: bool = False,
+        store: Store | None = None,
+        bar: Bar | None = None,
+    ) -> None:
         self.total, self.done, self.failed, self.stop = total, 0, False, stop
+        self._store, self._bar = store, bar
+        self._start = time.monotonic()
+        self._under_way: dict[str, CellConfig] = {}
         self.fatal: Exception | None = None  # what the user must mend: no more cells are begun
         self._console = console
         self._since: dict[str, float] = {}
@@ -134,9 +152,24 @@ class Tally:
     def begin(self, cell: CellConfig) -> None:
         """The cell has been handed out."""
         self._since[cell.id] = time.monotonic()
+        self._under_way[cell.id] = cell
+        self.look()
+
+    def look(self) -> None:
+        """Tell what is under way, by what the cells say of themselves in the results folder."""
+        if self._store is None or self._bar is None or not self._bar.seen:
+            return
+        said = []
+        for name, cell in self._under_way.items():
+            status = self._store.view(name).status
+            if status.get("status") == "running" and "probe" in status:
+                said.append(under_way(cell, status["probe"]))
+        more = f" and {len(said) - MOST}" if len(said) > MOST else ""
+        self._bar.tell(", ".join(said[:MOST]) + more)
 
     def end(self, cell: CellConfig, answer: Answer) -> None:
         """The cell has ended."""
+        self._under_way.pop(cell.id, None)
         if answer.error is not None:
             self.fatal = self.fatal or answer.error
             return
@@ -145,15 +178,21 @@ class Tally:
         tail = (f", {answer.peak / 2**30:.1f} GiB" if answer.peak else "") + (
             f": {answer.message}" if answer.message else ""
         )
-        self._say(f"{cell.id}  {answer.state}{took}{tail}")
+        last = found(cell, answer.state, self._store) if self._store is not None else ""
+        self._say(f"{cell.id}  {answer.state}{took}{tail}", last)
 
     def never(self, name: str, why: str) -> None:
         """The cell of this id will not run."""
         self._say(f"{name}  {why}")
 
-    def _say(self, words: str) -> None:
+    def _say(self, words: str, last: str = "") -> None:
         self.done += 1
-        say(self._console, f"[{self.done}/{self.total}] {words}")
+        pace = Pace(self.total, self.done, time.monotonic() - self._start)
+        say(self._console, f"[{self.done}/{self.total}] {words}{pace.rest()}{last}")
+        if self._bar is not None:
+            self._bar.left(pace.about())
+            self._bar()
+        self.look()
 
 
 @dataclass

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from harness.results.store import Store
 
 
+LOOK_S = 1.0
+
+
 def check(settings: Mapping[str, Any], workers: int) -> None:
     """There is always this machine."""
 
@@ -69,6 +72,7 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
                 break
             for seat in _answered(busy):
                 _take(seat, sweep, tally)
+            tally.look()
         for seat in seats:
             seat.child.end()
     except BaseException:
@@ -77,11 +81,11 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
 
 
 def _answered(busy: Sequence[Seat]) -> list[Seat]:
-    """Wait for the processes that have something to say, or have died."""
+    """Wait, but not long, for the processes that have something to say, or have died."""
     with selectors.DefaultSelector() as selector:
         for seat in busy:
             selector.register(seat.child.answers, selectors.EVENT_READ, seat)
-        return [key.data for key, _ in selector.select()]
+        return [key.data for key, _ in selector.select(LOOK_S)]
 
 
 def _take(seat: Seat, sweep: Sweep, tally: Tally) -> None:

@@ -72,6 +72,7 @@ def run(cells: Sequence[CellConfig], sweep: Sweep, share: Share, tally: Tally) -
             for ended in ray.wait(list(under_way), timeout=1.0)[0]:
                 cell = under_way.pop(ended)
                 tally.end(cell, _answer(ended, cell, sweep))
+            tally.look()
     except BaseException:
         for told in under_way:
             ray.cancel(told, force=False)

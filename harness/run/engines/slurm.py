@@ -167,6 +167,7 @@ def _follow(jobs: dict[Any, CellConfig], sweep: Sweep, tally: Tally) -> None:
         for job in [job for job in jobs if job.done()]:
             cell = jobs.pop(job)
             tally.end(cell, _answer(job, cell, sweep.store))
+        tally.look()
         time.sleep(LOOK_S)
 
 
