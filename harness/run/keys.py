@@ -13,7 +13,7 @@ from harness.values import did_you_mean
 
 # What a user may add below a node: options of a method of one's own, sbatch's options, shots by task, ...
 FREE = ("method", "engine.sbatch", "tasks.num_fewshot", "model.shape", "grid", "hydra")
-OF_SOME_MODELS = ("adapter", "embedded", "accept_license", "weight_format", "weight_group", "device_map")
+OF_SOME_MODELS = ("adapter", "seed", "embedded", "accept_license", "weight_format", "weight_group", "device_map")
 
 
 def check_keys(cfg: DictConfig, overrides: Sequence[Override]) -> None:
