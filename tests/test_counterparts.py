@@ -227,6 +227,7 @@ def test_a_carried_state_is_small_and_its_curve_the_same(model: Model, batches: 
     assert resumed.history[:5] == whole.history[:5]
     assert resumed.history[5]["rate"] < whole.history[5]["rate"]
     first, last = whole.history[0]["kl"], end(whole)
+    assert abs(resumed.history[5]["kl"] - whole.history[5]["kl"]) < 0.1 * (first - last), "nothing learnt is lost"
     assert abs(end(resumed) - last) < 0.05 * (first - last)
 
 
