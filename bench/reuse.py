@@ -3,7 +3,8 @@
 Three things are timed, in fresh processes and folders, round by round: the sweep by run.py; the same cells a process
 each (the dense cell is made in the first); and eight plain lm-eval runs (HFLM, dense) of the same tasks and items, a
 process each. The sweep's forward passes are the time inside of the model's own calls, masks and all;
-`over_forward` is what loading, fitting, scoring and storing add. Goals: at most 1.15, and 0.5 of either other way.
+`over_forward` is what loading, fitting, scoring and storing add. Goals: at most 1.15, and 0.5 of either other way. Both
+are told in seconds by the clock and in seconds of the CPU, which others at work on the machine hardly change.
 
 Run: python -m bench.reuse --out results/bench/reuse.json
 """
@@ -13,12 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 from harness.data.assets import embedded_model_dir
 from harness.results.environment import environment
@@ -32,21 +36,22 @@ FORWARD = (
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from harness.run.app import main
-spent, depth = [0.0], [0]
+spent, depth = [0.0, 0.0], [0]
 call = torch.nn.Module.__call__
 def timed(self, *args, **kwargs):
     if not isinstance(self, PreTrainedModel) or depth[0]:
         return call(self, *args, **kwargs)
     depth[0] += 1
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     try:
         return call(self, *args, **kwargs)
     finally:
         spent[0] += time.perf_counter() - start
+        spent[1] += time.process_time() - cpu
         depth[0] -= 1
 PreTrainedModel.__call__ = timed
 code = main(sys.argv[1:])
-print("FORWARD", spent[0], file=sys.stderr)
+print("FORWARD", *spent, file=sys.stderr)
 sys.exit(code)
 """
 )
@@ -67,13 +72,19 @@ simple_evaluate(model=lm, tasks=load_tasks(tasks.split(",")), task_manager=task_
 )
 
 
-def timed(*command: str) -> tuple[float, str]:
-    """(wall seconds, stderr) of a Python process that must succeed."""
-    start = time.perf_counter()
+def cpu_of_children() -> float:
+    """Seconds of the CPU that processes of this one took which have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(*command: str) -> tuple[np.ndarray, str]:
+    """([seconds by the clock, of the CPU], stderr) of a Python process that must succeed."""
+    start, cpu = time.perf_counter(), cpu_of_children()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return time.perf_counter() - start, done.stderr
+    return np.array([time.perf_counter() - start, cpu_of_children() - cpu]), done.stderr
 
 
 def main() -> None:
@@ -89,7 +100,7 @@ def main() -> None:
     common += ["probe.perplexity.windows=4", "probe.perplexity.kl_windows=0"]
     folder = str(embedded_model_dir())
     ways = ("one sweep", "its forward passes", "eight processes", "eight lm-eval")
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as root:
             sweep = [
@@ -102,18 +113,26 @@ def main() -> None:
             seconds, said = timed("-c", FORWARD, *sweep)
             times["one sweep"].append(seconds)
             told = next(line for line in said.splitlines() if line.startswith("FORWARD"))
-            times["its forward passes"].append(float(told.split()[1]))
+            times["its forward passes"].append(np.array([float(word) for word in told.split()[1:]]))
             cells = [
                 [f"method={m}", f"sparsity={s}", *common, f"results={root}/eight"] for m in METHODS for s in LEVELS
             ]
             times["eight processes"].append(sum(timed("run.py", *cell)[0] for cell in cells))
         plain = [timed("-c", PLAIN, folder, args.tasks, str(args.limit), args.dtype)[0] for _ in cells]
         times["eight lm-eval"].append(sum(plain))
-    one = times["one sweep"]
     names = {"its forward passes": "over_forward", "eight processes": "of_processes", "eight lm-eval": "of_lm_eval"}
+    kinds: dict[str, dict[str, list[float]]] = {
+        kind: {way: [float(one[index]) for one in found] for way, found in times.items()}
+        for index, kind in enumerate(("wall", "cpu"))
+    }
     ratios = {
-        short: statistics.median(mine / theirs for mine, theirs in zip(one, times[name], strict=True))
-        for name, short in names.items()
+        kind: {
+            short: statistics.median(
+                mine / theirs for mine, theirs in zip(found["one sweep"], found[name], strict=True)
+            )
+            for name, short in names.items()
+        }
+        for kind, found in kinds.items()
     }
     result = {
         "what": "one sweep of 2 methods x 4 sparsities (and its dense cell) over its own forward passes, over eight "
@@ -122,15 +141,16 @@ def main() -> None:
         "tasks": args.tasks.split(","),
         "limit": args.limit,
         "dtype": args.dtype,
-        "seconds": times,
+        "seconds": kinds,
         "ratio": ratios,
         "environment": environment(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
-    for name, seconds in times.items():
-        print(f"{name:20s} {statistics.median(seconds):7.1f} s")
-    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    for kind, found in kinds.items():
+        for name, seconds in found.items():
+            print(f"{kind:5s}{name:20s} {statistics.median(seconds):7.1f} s")
+        print(kind, "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios[kind].items()))
 
 
 if __name__ == "__main__":
