@@ -117,9 +117,9 @@ def main() -> None:
             cells = [
                 [f"method={m}", f"sparsity={s}", *common, f"results={root}/eight"] for m in METHODS for s in LEVELS
             ]
-            times["eight processes"].append(sum(timed("run.py", *cell)[0] for cell in cells))
+            times["eight processes"].append(np.sum([timed("run.py", *cell)[0] for cell in cells], axis=0))
         plain = [timed("-c", PLAIN, folder, args.tasks, str(args.limit), args.dtype)[0] for _ in cells]
-        times["eight lm-eval"].append(sum(plain))
+        times["eight lm-eval"].append(np.sum(plain, axis=0))
     names = {"its forward passes": "over_forward", "eight processes": "of_processes", "eight lm-eval": "of_lm_eval"}
     kinds: dict[str, dict[str, list[float]]] = {
         kind: {way: [float(one[index]) for one in found] for way, found in times.items()}
@@ -148,8 +148,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
     for kind, found in kinds.items():
-        for name, seconds in found.items():
-            print(f"{kind:5s}{name:20s} {statistics.median(seconds):7.1f} s")
+        for name, spent in found.items():
+            print(f"{kind:5s}{name:20s} {statistics.median(spent):7.1f} s")
         print(kind, "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios[kind].items()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,6 +43,36 @@ def test_in_an_unpacked_bundle_pip_and_prefetch_stay_in_it(tmp_path: Path) -> No
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_a_bundle_is_this_commit_with_wheels_data_and_the_models_that_are_named() -> None:
     done = subprocess.run(["make", "-n", "bundle", "models=a b"], cwd=ROOT, capture_output=True, text=True, check=True)
+    installs = subprocess.run(["make", "-nB", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
+    extras = [re.findall(r"\.\[([\w,]+)\]", said) for said in (done.stdout, installs.stdout)]
+    assert extras[0][-1:] == extras[1] and len(extras[1]) == 1, "wheels of all that set-up installs"
     steps = ("git archive HEAD", "pip download", "-m harness prefetch a b", "tar -cf build/dynact-bundle.tar")
     places = [done.stdout.index(step) for step in steps]
     assert places == sorted(places)
+
+
+def no_network() -> bool:
+    """Whether a command can be run in a namespace without routes here."""
+    unshare = shutil.which("unshare")
+    return unshare is not None and subprocess.run([unshare, "-n", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.skipif(not no_network(), reason="needs unshare, and the right to make a network namespace")
+def test_a_bundle_runs_without_a_network(tmp_path: Path) -> None:
+    """Packed here, with the network; unpacked, set up and run where nothing can be reached. Takes many minutes."""
+    subprocess.run(["make", "bundle"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["tar", "-xf", ROOT / "build/dynact-bundle.tar", "-C", tmp_path], check=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "HF_", "DYNACT_"))}
+    done = subprocess.run(
+        ["unshare", "-n", "make", "run"],
+        cwd=tmp_path / "dynact",
+        env=plain | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "cells have results" in done.stderr and list((tmp_path / "dynact/results/figures").glob("*.*"))

@@ -1,10 +1,12 @@
-"""`engine=ray` on this machine: one cell killed, the others done, then resumed; runs where Ray is installed."""
+"""`engine=ray`: a cell killed, a node lost, all resumed, here and on a cluster; runs where Ray is installed."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pandas.testing import assert_frame_equal
@@ -15,12 +17,17 @@ from tests.test_slurm import owner, until
 
 pytest.importorskip("ray", reason="engine=ray can't be tested: pip install dynact[ray]")
 
+from harness.run.engines.ray import _needs, shares  # noqa: E402  without Ray there is nothing to test
+
 LEVELS = [0.1, 0.2, 0.3]
 KILLED = 0.1
 SWEEP = [
     *("-m", "method=random", "method.random._target_=tests.dying.Waits", f"sparsity={','.join(map(str, LEVELS))}"),
     *("probe=sparsity", "probe.sparsity.windows=4", "tasks=none"),
 ]
+
+# What a busy machine needs before Ray's own processes have started.
+PATIENT = {"RAY_raylet_start_wait_time_s": "180", "RAY_agent_register_timeout_ms": "180000"}
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +36,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = tmp_path_factory.mktemp("ray")
     runner = Runner(tiny_model(folder / "model"), folder)
     runner.env["DYNACT_CHAOS"] = str(runner.results)
-    # What a busy machine needs before Ray's own processes have started.
-    runner.env |= {"DYNACT_TEST_HOLDS": str(folder), "RAY_raylet_start_wait_time_s": "180"}
-    runner.env["RAY_agent_register_timeout_ms"] = "180000"
+    runner.env |= {"DYNACT_TEST_HOLDS": str(folder)} | PATIENT
     (folder / f"hold-{KILLED}").touch()
     process = runner.start(*SWEEP, "engine=ray")
     try:
@@ -57,3 +62,59 @@ def test_the_same_command_goes_on_and_leaves_what_one_process_leaves(runner: Run
     reference.run(*SWEEP)
     assert_frame_equal(measured(runner.table()), measured(reference.table()), check_exact=True)
     assert left_processes(runner.results) == []
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """A sweep on a cluster of two nodes, named by its address, of which one is lost with a cell on it."""
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path_factory.mktemp("cluster")
+    runner = Runner(tiny_model(folder / "model"), folder)
+    (folder / f"hold-{KILLED}").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (PATIENT | {"DYNACT_TEST_HOLDS": str(folder)}).items():
+            patch.setenv(name, value)
+            runner.env[name] = value
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        process = runner.start(*SWEEP, "engine=ray", f"engine.address={cluster.address}")
+        try:
+            until(lambda: (folder / f"held-{KILLED}").exists(), process)
+            place = owner(runner.store, KILLED)[1]["RAY_RAYLET_PID"]
+            raylets = {str(node.all_processes["raylet"][0].process.pid): node for node in nodes}
+            cluster.remove_node(raylets[place], allow_graceful=False)
+            runner.out, runner.err = process.communicate(timeout=600)
+            runner.code = process.returncode
+        finally:
+            process.kill()
+            cluster.shutdown()
+    yield runner
+
+
+def test_a_cell_whose_node_is_lost_is_begun_again_on_another(lost: Runner) -> None:
+    assert lost.code == 0 and "3 of 3 cells have results" in lost.err, lost.err
+    assert len(lost.commits()) == 3 and not list(lost.results.glob("cells/*/lock.json"))
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "gpus", "needs", "sharing"),
+    [
+        ("cuda", "shared", 0.5, {"num_cpus": 2, "num_gpus": 0.5}, 2),
+        ("cuda", "gpu", 0.5, {"num_cpus": 2, "num_gpus": 1}, 1),
+        ("cuda", "shared", 2, {"num_cpus": 2, "num_gpus": 2}, 1),
+        ("cuda", "machine", 0.5, {"num_cpus": 16, "num_gpus": 8}, 1),
+        ("cpu", "shared", 0.5, {"num_cpus": 2, "num_gpus": 0}, 1),
+        ("cpu", "machine", 0.5, {"num_cpus": 64, "num_gpus": 0}, 1),
+    ],
+)
+def test_what_a_cell_takes_of_a_node(
+    monkeypatch: pytest.MonkeyPatch, device: str, share: str, gpus: float, needs: dict, sharing: float
+) -> None:
+    """Two cells of half a GPU each share one; a timed cell takes all of the largest node that has what it needs."""
+    import ray
+
+    nodes = [{"CPU": 16, "GPU": 8}, {"CPU": 4}, {"CPU": 64}]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": each, "Alive": True} for each in nodes])
+    assert _needs({"device": device}, {"cpus": 2, "gpus": gpus}, share) == (needs, sharing)  # type: ignore[arg-type]
+    assert shares(SimpleNamespace(engine={"gpus": gpus})) is (gpus < 1)  # type: ignore[arg-type]
