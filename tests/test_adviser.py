@@ -30,10 +30,12 @@ def test_baselines_and_dense_are_no_schemes(table):
 
 def test_a_point_says_what_its_rows_say(table):
     lines, rows = measured(table)
-    point = next(p for p in adviser.points(lines, rows) if p["perplexity"] is not None)
+    points = [p for p in adviser.points(lines, rows) if p["perplexity"] is not None]
+    point = next(p for p in points if p["sparsity_requested"] is not None)
     line = lines.set_index("cell_id").loc[point["cell"]]
     assert point["perplexity"] == pytest.approx(line["perplexity"] / line["dense:perplexity"], rel=1e-4)
     assert point["sparsity_requested"] == line["sparsity_requested"]
+    assert any(p["sparsity_requested"] is None and p["variant"] == "cett=0.2" for p in points)  # nobody asked for one
 
 
 def test_an_oracle_is_marked(table):

@@ -13,6 +13,9 @@ from harness import claims
 from harness.claims import judge, models, ranks, size
 from harness.claims.bits import bits
 from harness.claims.evidence import Evidence
+from harness.claims.study import study_of
+from harness.errors import ConfigError
+from harness.figures import select
 from harness.results import stats
 from tests.planted_models import BETWEEN, EIGHT, FEW, LARGE, MIDDLE, MODELS, SMALL, PlantedModels
 from tests.test_claims import EMPTY
@@ -174,3 +177,18 @@ def test_what_is_told_by_model_can_be_read():
     assert alone.effect == 1.5 and math.isnan(alone.low)
     assert models.read(pd.NA) == models.read("") == []
     assert SMALL in MODELS
+
+
+def test_quantised_cells_stand_for_no_cell_in_16_bits():
+    """The same method at the same request in int4 is another model: it is on no ladder, board or pair of any claim."""
+    study = PlantedModels(1.0)
+    before = study_of(study.table(), pd.concat(study.samples))
+    for model in MODELS:
+        study.cell(model, "teal", 0.5, stored="int4-g32", text=9.0, wrong=0.4)
+    table = study.table()
+    after = study_of(table, pd.concat(study.samples))
+    assert list(after.lines["cell_id"]) == list(before.lines["cell_id"])
+    assert set(after.rows["cell_id"]) == set(before.rows["cell_id"])
+    assert set(after.quantised["weight_format"]) == {EIGHT, "int4-g32"}
+    with pytest.raises(ConfigError, match="no rows but those"):
+        select.drawable(table[table["weight_format"] == "int4-g32"], limited=False)

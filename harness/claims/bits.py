@@ -75,7 +75,8 @@ def _pairs(study: Study) -> pd.DataFrame:
 
     read: bytes of the 16-bit cell over those of 16-bit weights; more: what that is more than the quantised cell's.
     """
-    lines = study.lines.reindex(columns=[*study.lines.columns.difference(["achieved_model"]), "achieved_model"])
+    lines = pd.concat([study.lines, study.quantised], ignore_index=True)
+    lines = lines.reindex(columns=[*lines.columns.difference(["achieved_model"]), "achieved_model"])
     scored = np.array([(str(cell), "text") in study.items for cell in lines["cell_id"]], dtype=bool)
     dense = lines["method"] == "dense"
     known = dense | (lines["cell_id"].isin(study.counted) & ~lines["method"].isin(BASELINES))

@@ -18,6 +18,7 @@ from harness.claims.pairs import EQUAL_SPARSITY, stretches
 from harness.claims.study import Study, study_of
 from harness.results import stats
 from harness.results.collect import ANSWER_TOKENS
+from harness.results.rows import quantised
 
 LEVELS = (0.25, 0.4, 0.5, 0.6)  # of all block weights
 ARENA = ["model", "phase", "dense_prefix", "level"]  # lines that are compared with one another
@@ -91,6 +92,7 @@ def placed(study: Study) -> Iterator[dict[str, Any]]:
 def _absent(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Schemes that were asked for a level of all block weights and have no results there: why."""
     broken = table[(table["status"] != "ok") & (table["scope"] == "model") & table["sparsity_requested"].isin(LEVELS)]
+    broken = broken[~quantised(broken)]
     for line in broken.to_dict("records"):
         why = line["message"] if not pd.isna(line["message"]) else line["status"]
         yield _identity(line) | {"level": line["sparsity_requested"], "missing": why, "oracle": False}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from harness.results.collect import ACCURACIES, CELL, headline
 from harness.results.once import once
+from harness.results.rows import quantised
 from harness.results.samples import SAMPLES
 
 SKIPS = 0.005  # least achieved sparsity of a cell that is more than a pretence
@@ -25,8 +26,9 @@ class MissingEvidence(Exception):
 class Study:
     """What claims may look at.
 
-    rows: rows that count. lines: their headline, one a cell, with `length` (tokens of a text window). left_out: cells
-    that only pretend to be sparse. counted: cells that were counted to skip something. items: (cell, kind) -> value by
+    rows: rows that count. lines: their headline, one a cell, with `length` (tokens of a text window). quantised: lines
+    of cells of quantised weights, which are in neither: another model under the same name. left_out: cells that only
+    pretend to be sparse. counted: cells that were counted to skip something. items: (cell, kind) -> value by
     item, kind accuracy or text (nats a token); chance: cell -> chance of an answer by item. An item is a number that
     `tasks_of` and `names_of` read. informative: the (dense cell, task) that can show a loss, because the dense model is
     above chance. dense_cells: (cell, kind) -> its dense cell.
@@ -42,6 +44,7 @@ class Study:
     dense_cells: dict[tuple[str, str], str]
     tasks: pd.Index
     names: pd.Index
+    quantised: pd.DataFrame
 
     def select(self, *methods: str) -> pd.DataFrame:
         """Lines of methods by name, alone or in a nest; of all but baselines if none is named."""
@@ -117,9 +120,12 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     quality = quality.assign(kind=quality["metric"].str.replace(r":.*", "", regex=True).map(kind_of))
     related = quality.dropna(subset=["kind", "dense_cell"])[["cell_id", "kind", "dense_cell"]].drop_duplicates()
     dense_cells = {(str(row.cell_id), str(row.kind)): str(row.dense_cell) for row in related.itertuples()}
-    return Study(
-        rows, lines[~pretends], left_out, counted, items, chance, _informative(samples), dense_cells, tasks, names
-    )
+    small = quantised(lines)
+    rows = rows[~rows["cell_id"].isin(lines.loc[small, "cell_id"])]
+    informative = _informative(samples)
+    kept = lines[~pretends & ~small]
+    found = (rows, kept, left_out, counted, items, chance, informative, dense_cells, tasks, names)
+    return Study(*found, quantised=lines[~pretends & small])
 
 
 def wants_sparsity(rows: pd.DataFrame) -> pd.Series:

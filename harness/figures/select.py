@@ -10,6 +10,7 @@ import pandas as pd
 from harness.errors import ConfigError
 from harness.results.collect import ACCURACIES, headline
 from harness.results.once import once
+from harness.results.rows import quantised
 
 # What a quality figure can show: its axis label, and whether more is better.
 QUALITIES = {
@@ -26,9 +27,13 @@ PHASES = {"all": "every token sparse", "decode": "prompt dense"}
 
 @once
 def drawable(df: pd.DataFrame, limited: bool) -> pd.DataFrame:
-    """Measured rows that are no failure, nor (unless `limited`) of a smoke run."""
+    """Measured rows that are no failure, nor (unless `limited`) of a smoke run, nor of quantised weights.
+
+    A quantised model is another one under the same name: beside 16 bits its cells would be drawn as repeats of theirs.
+    """
     rows = df[(df["source"] == "measured") & (df["status"] == "ok")]
     rows = rows if limited else rows[~rows["limited"].fillna(False)]
+    rows = rows[~quantised(rows)]
     need(rows, "no rows but those of limited or failed runs")
     return rows
 

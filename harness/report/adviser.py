@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from harness.results.collect import TIME_RATIO
+from harness.results.rows import quantised
 
 SCRIPT = Path(__file__).with_name("adviser.js")
 MARKUP = Path(__file__).with_name("adviser.html")
@@ -35,8 +36,8 @@ def section(lines: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry a scheme at one sparsity; empty where nothing was measured of one."""
-    lines = lines[~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok")]
+    """One entry a scheme at one sparsity, in 16 bits; empty where nothing was measured of one."""
+    lines = lines[~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok") & ~quantised(lines)]
     times_ = times(rows)
     oracles = set(rows.loc[rows["message"].fillna("").str.startswith("oracle:"), "cell_id"])
     found = []
@@ -65,7 +66,7 @@ def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
 def times(rows: pd.DataFrame) -> pd.DataFrame:
     """Speed-ups of kernels over the strongest dense step: cell_id, device, dtype, batch, context, speedup."""
     wanted = rows[(rows["metric"] == TIME_RATIO) & rows["execution"].isin(["kernel", "kernel_compiled"])]
-    wanted = wanted[wanted["sparsity_requested"].fillna(1) > 0]
+    wanted = wanted[(wanted["sparsity_requested"].fillna(1) > 0) & ~quantised(wanted)]
     keys = ["cell_id", "device", "dtype", "batch", "context"]
     best = wanted.groupby(keys, dropna=False)["value"].max().rename("speedup").reset_index()
     best["speedup"] = best["speedup"].astype(float).round(3)

@@ -21,7 +21,7 @@ from harness.places import RESULTS
 from harness.reading import read_csv, typed
 from harness.results.collect import ACHIEVED, headline
 from harness.results.once import once
-from harness.results.rows import COLUMNS, up_to_date
+from harness.results.rows import COLUMNS, quantised, up_to_date
 
 PUBLISHED = RESULTS / "published.csv"
 
@@ -93,6 +93,7 @@ def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     whole = measured[
         (measured["source"] == "measured") & (measured["status"] == "ok") & ~measured["limited"].fillna(False)
     ]
+    whole = whole[~quantised(whole)]
     here = _here(whole)
     rows = published.astype(object).where(published.notna(), None).to_dict("records")
     found = [counterpart(row, here) for row in rows]

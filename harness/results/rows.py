@@ -66,6 +66,11 @@ class RowError(ValueError):
     """A row without a unit, a count or a source: a defect of the probe that made it."""
 
 
+def quantised(frame: pd.DataFrame) -> pd.Series:
+    """Which rows or lines are of quantised weights: bool. They are another model than that of their name in 16 bits."""
+    return frame["weight_format"].astype("string").str.fullmatch(r"int\d+-g\d+").fillna(False).astype(bool)
+
+
 def make_row(**facts: Any) -> dict[str, Any]:
     """Return one row with every column; unknown columns and missing unit, count or source raise `RowError`.
 
