@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from harness.console import complain, say, stdout
 from harness.errors import AssetError, ConfigError
+from harness.files import write_atomic
 from harness.places import CONF
 from harness.progress import counting
 from harness.training import budget
@@ -235,7 +236,8 @@ def score(cfg: DictConfig, recipe: Recipe, name: str, model: Model, text: Path, 
     base_file = Path(cfg.folder) / f"base-{device.type}-{len(windows)}.json"
     if not base_file.exists():
         rows = {str(d): measure(None, "silu", windows, d) for d in drops}
-        base_file.write_text(json.dumps({"natural": measure(None, "silu", windows), "drops": rows}))
+        found = {"natural": measure(None, "silu", windows), "drops": rows}
+        write_atomic(base_file, json.dumps(found).encode())  # runs on other GPUs read it
     state = read_state(folder)
     if state is None:
         raise ConfigError(f"{folder} has no state of the run, with which the rounded factors are compared")
@@ -249,8 +251,8 @@ def score(cfg: DictConfig, recipe: Recipe, name: str, model: Model, text: Path, 
         "drops": {str(d): measure(kept, recipe.activation, windows, d) for d in drops},
         "base": json.loads(base_file.read_text()),
     }
-    (folder / "adapter" / "adapter.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "adapter" / "README.md").write_text(write_card(record))
+    write_atomic(folder / "adapter" / "adapter.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(folder / "adapter" / "README.md", write_card(record).encode())  # last: its being there says done
     natural, base = record["evaluation"]["natural"], record["evaluation"]["base"]["natural"]
     say(
         stdout(),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from harness.errors import ConfigError
+from harness.files import write_atomic
 
 SCORED_WINDOW = 512  # tokens; the same windows as the perplexity probe's default
 
@@ -49,9 +50,14 @@ def prepare(model_dir: Path, folder: Path, separator: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     real = token_windows(tokenizer, training_text(), 1)
     between = torch.tensor([separator_of(tokenizer, separator)], dtype=torch.int32)
-    save_file({"tokens": real.flatten().int(), "separator": between}, folder / "real.safetensors")
+    save_whole({"tokens": real.flatten().int(), "separator": between}, folder / "real.safetensors")
     windows = token_windows(tokenizer, evaluation_text(), SCORED_WINDOW)
-    save_file({"tokens": windows.int()}, folder / "windows.safetensors")
+    save_whole({"tokens": windows.int()}, folder / "windows.safetensors")
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file whole or not at all: runs on several GPUs share the folder of texts."""
+    write_atomic(path, save(tensors))
 
 
 def read_tokens(folder: Path, pattern: str) -> list[Tensor]:

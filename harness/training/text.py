@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from harness.console import say, stdout
 from harness.progress import counting
+from harness.training.data import save_whole
 from harness.training.generate import starts, write
 from harness.training.llama import Model
 
@@ -53,9 +54,10 @@ def write_text(
             write(writer, tokens, told.to(device), warmth, seed, device.type == "cuda", advance)
             stream = tokens.to("cpu", torch.int32).flatten()
             heldout = min(t.heldout, len(stream) * rounds // 8, len(stream) // 2) if index == rounds - 1 else 0
-            _save(stream[: len(stream) - heldout], folder, _own(piece, index))
+            kept = stream[: len(stream) - heldout].clone()
+            save_whole({"tokens": kept}, folder / f"{_own(piece, index)}{FILE}")
             if index == rounds - 1:  # last: its being there says that the piece is complete
-                _save(stream[-heldout:], folder, f"heldout-{piece}")
+                save_whole({"tokens": stream[-heldout:].clone()}, folder / f"heldout-{piece}{FILE}")
             took = time.monotonic() - began
     written = len(missing) * t.batch * t.length
     say(stdout(), f"wrote {written:,} tokens at {written / (time.monotonic() - since):,.0f} tokens/s")
@@ -64,10 +66,3 @@ def write_text(
 
 def _own(piece: int, index: int) -> str:
     return f"own-{piece}-{index:02}"
-
-
-def _save(tokens: torch.Tensor, folder: Path, name: str) -> None:
-    """Whole or not at all."""
-    scratch = folder / f"{name}.part"
-    save_file({"tokens": tokens.clone()}, scratch)
-    scratch.replace(folder / f"{name}{FILE}")
