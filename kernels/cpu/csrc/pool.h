@@ -133,6 +133,7 @@ class Pool {
   void work() {
     using Clock = std::chrono::steady_clock;
     auto last = Clock::now();
+    int64_t seen = 0;   // calls that were answered: one that comes just before falling asleep is not missed
     bool team = false;  // whether more jobs are likely to follow soon
     for (;;) {
       if (take()) {
@@ -142,10 +143,10 @@ class Pool {
       for (int i = 0; i < 16 && !open(ticket_.load()); ++i) relax();
       if (team && Clock::now() - last < kLinger) continue;
       std::unique_lock<std::mutex> lock(mutex_);
-      const int64_t before = calls_;
       ++asleep_;
-      wake_.wait(lock, [&] { return open(ticket_.load()) || calls_ != before; });
+      wake_.wait(lock, [&] { return open(ticket_.load()) || calls_ != seen; });
       --asleep_;
+      seen = calls_;
       last = Clock::now(), team = teams_.load() > 0;
     }
   }
