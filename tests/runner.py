@@ -22,7 +22,7 @@ SMALL = (
     "probe=quick tasks=[piqa] tasks.limit=4 calibration.tokens=256 calibration.window=64 dtype=float32 device=cpu "
     "probe.perplexity.window=64 probe.latency.min_seconds=0.1 probe.latency.context=[16]"
 ).split()
-PATIENCE = 300  # seconds; a run takes some ten
+PATIENCE = 600  # seconds; a run takes some ten
 
 
 class Runner:
