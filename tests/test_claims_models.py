@@ -11,12 +11,14 @@ import pytest
 
 from harness import claims
 from harness.claims import judge, models, ranks, size
-from harness.claims.bits import bits
+from harness.claims.bits import _pairs, bits
 from harness.claims.evidence import Evidence
 from harness.claims.study import study_of
 from harness.errors import ConfigError
 from harness.figures import select
 from harness.results import stats
+from harness.results.samples import SAMPLES
+from tests import synthetic
 from tests.planted_models import BETWEEN, EIGHT, FEW, LARGE, MIDDLE, MODELS, SMALL, PlantedModels
 from tests.test_claims import EMPTY
 
@@ -192,3 +194,8 @@ def test_quantised_cells_stand_for_no_cell_in_16_bits():
     assert set(after.quantised["weight_format"]) == {EIGHT, "int4-g32"}
     with pytest.raises(ConfigError, match="no rows but those"):
         select.drawable(table[table["weight_format"] == "int4-g32"], limited=False)
+
+
+def test_where_no_line_counts_no_bits_are_compared() -> None:
+    study = study_of(synthetic.table(), pd.DataFrame(columns=list(SAMPLES)))
+    assert len(study.lines) and _pairs(study).empty

@@ -82,7 +82,7 @@ def _pairs(study: Study) -> pd.DataFrame:
     known = dense | (lines["cell_id"].isin(study.counted) & ~lines["method"].isin(BASELINES))
     lines = lines[scored & known.to_numpy(dtype=bool) & lines["length"].notna().to_numpy()]
     skipped = lines["achieved_model"].where(lines["method"] != "dense", 0.0).fillna(0.0)
-    widths = lines["weight_format"].map(bits, na_action=None)
+    widths = lines["weight_format"].map(bits, na_action=None).astype(float)  # of no line it has the type of the texts
     lines = lines.assign(
         bits=widths, read=(1 - skipped) * widths / FULL, scheme=lines["method"] + " " + lines["variant"].fillna("")
     )

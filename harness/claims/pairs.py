@@ -110,6 +110,9 @@ def sparsity_pairs(lines: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     lines = lines[(lines["achieved_mlp"] > 10 * SKIPS).fillna(False).to_numpy(dtype=bool)]
     lines = lines.assign(variant=lines["variant"].fillna(""), achieved_model=lines["achieved_model"].fillna(0))
+    # Nothing else: a headline has eighty columns, and each would be taken apart for every group.
+    read = ["cell_id", "model", "activation", "method", "variant", *POLICY]
+    lines = lines[[*read, "sparsity_requested", "achieved_mlp", "achieved_model"]]
     matched = []
     for _, alike in lines.groupby(["method", "variant", *POLICY], dropna=False):
         cells = list(alike.itertuples())

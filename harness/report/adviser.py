@@ -19,6 +19,10 @@ from harness.results.rows import quantised
 SCRIPT = Path(__file__).with_name("adviser.js")
 MARKUP = Path(__file__).with_name("adviser.html")
 KEY = ["model", "method", "variant", "sparsity_requested", "scope", "phase"]
+SHOWN = [
+    *("change", "stderr:change", "perplexity", "stderr:perplexity", "dense:perplexity", "kl", "stderr:kl"),
+    *("achieved_model", "achieved_mlp"),
+]
 UNUSABLE = ("dense", "dense_slice", "random")  # a baseline is nobody's scheme
 ENOUGH_ITEMS = 200  # accuracy over fewer answers chooses nothing
 
@@ -37,7 +41,8 @@ def section(lines: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry a scheme at one sparsity, in 16 bits; empty where nothing was measured of one."""
-    lines = lines[~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok") & ~quantised(lines)]
+    known = ~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok") & ~quantised(lines)
+    lines = lines.loc[known, ["cell_id", *KEY, *SHOWN]]
     times_ = times(rows)
     oracles = set(rows.loc[rows["message"].fillna("").str.startswith("oracle:"), "cell_id"])
     found = []
