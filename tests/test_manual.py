@@ -247,6 +247,29 @@ def test_the_worked_method_works():
     assert achieved == pytest.approx(0.5, abs=0.02)
 
 
+def test_the_worked_method_runs_from_a_folder_of_its_own(tiny_folder, tmp_path, monkeypatch):
+    """As the page's command has it; and its YAML is what a file in conf/method holds."""
+    page = ROOT / "docs" / "add_a_method.md"
+    [code], [entry] = blocks(page, "python"), blocks(page, "yaml")
+    assert yaml.safe_load(entry)["gate_topk"]["_target_"] == "methods.gate_topk.GateTopK"
+    (tmp_path / "gate_topk.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    [command] = re.findall(r"<!-- own method -->\n```sh\nPYTHONPATH=\S+ python run.py (.*?)\n```", page.read_text())
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {n}th of {n + 1} words is followed by another." for n in range(300)))
+    given = ["model=local", f"model.path={tiny_folder}", f"results={tmp_path / 'results'}", "tasks=none"]
+    given += [f"probe.perplexity.path={text}", "probe.names=[quality,sparsity]"]
+    small = [word for word in SMALL if not word.startswith("tasks.")]
+    try:
+        assert app.main([*command.split(), *small, *given]) == 0
+    finally:
+        sys.modules.pop("gate_topk", None)
+    rows = read_table(tmp_path / "results" / "table.parquet")
+    at_neurons = rows[(rows.method == "dense+mine") & (rows.site == "neurons") & rows.layer.isna()]
+    achieved = at_neurons[(at_neurons.metric == "achieved") & (at_neurons.step_phase == "all")]
+    assert achieved.value.tolist() == pytest.approx([0.5], abs=0.02)
+
+
 def test_the_worked_cell_is_in_the_study(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     [code] = blocks(ROOT / "docs" / "numbers.md", "python")
