@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +66,16 @@ def test_the_same_command_goes_on_and_leaves_what_one_process_leaves(runner: Run
     assert left_processes(runner.results) == []
 
 
+def ports() -> dict[str, int]:
+    """Free ones for a node's agents: Ray gives up on those that have not chosen one after 15 s."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in names]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        return dict(zip(names, (each.getsockname()[1] for each in held), strict=True))
+
+
 @pytest.fixture(scope="module")
 def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """A sweep on a cluster of two nodes, named by its address, of which one is lost with a cell on it."""
@@ -76,8 +88,8 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
         for name, value in (PATIENT | {"DYNACT_TEST_HOLDS": str(folder)}).items():
             patch.setenv(name, value)
             runner.env[name] = value
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | ports())
+        nodes = [cluster.add_node(num_cpus=1, **ports()) for _ in range(2)]
         process = runner.start(*SWEEP, "engine=ray", f"engine.address={cluster.address}")
         try:
             until(lambda: (folder / f"held-{KILLED}").exists(), process)
