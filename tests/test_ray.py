@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from pandas.testing import assert_frame_equal
 
@@ -93,8 +94,9 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
         process = runner.start(*SWEEP, "engine=ray", f"engine.address={cluster.address}")
         try:
             until(lambda: (folder / f"held-{KILLED}").exists(), process)
-            place = owner(runner.store, KILLED)[1]["RAY_RAYLET_PID"]
-            raylets = {str(node.all_processes["raylet"][0].process.pid): node for node in nodes}
+            raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
+            above = psutil.Process(owner(runner.store, KILLED)[0]).parents()
+            (place,) = {parent.pid for parent in above} & raylets.keys()
             cluster.remove_node(raylets[place], allow_graceful=False)
             runner.out, runner.err = process.communicate(timeout=600)
             runner.code = process.returncode
