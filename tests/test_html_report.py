@@ -128,6 +128,17 @@ def test_every_figure_is_there_with_its_words(page: Page) -> None:
     assert plates == ["Natural sparsity by layer"]
 
 
+def test_a_smaller_drawing_says_the_same() -> None:
+    """Places are rounded, words and the numbers of ticks never."""
+    drawing = """<?xml version="1.0"?>\n<svg>\n <g id="text_1">\n  <text style="font: 8px; fill: red" x="10.256">
+0.25, a: b; c</text>\n </g>\n</svg>"""
+    small = html_report.smaller(drawing)
+    assert (
+        ">0.25, a: b; c</text>" in small.replace("> 0", ">0") and 'x="10.3"' in small and "font:8px;fill:red" in small
+    )
+    assert "text_1" not in small
+
+
 def test_tables_hold_every_cell_and_its_numbers(page: Page, results: Path) -> None:
     cells = page.under("cells")
     assert cells.count("smollm2-135m-relu2") == len(list(synthetic_study.cells())) // 2

@@ -14,7 +14,7 @@ from harness.claims.consistency import MARGIN, MATERIAL_FLIPS
 from harness.claims.evidence import ALPHA, LEVELS, Claim, Evidence
 from harness.claims.judge import CLAIMS, COLUMNS, main, verdicts
 from harness.claims.length import growth
-from harness.claims.show import POWER, REACH, VERDICTS, effect, levels, print_verdicts, spread
+from harness.claims.show import POWER, REACH, VERDICTS, by_model, effect, levels, print_verdicts, spread
 
 __all__ = [
     "ALPHA",
@@ -28,6 +28,7 @@ __all__ = [
     "POWER",
     "REACH",
     "VERDICTS",
+    "by_model",
     "effect",
     "growth",
     "levels",

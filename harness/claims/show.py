@@ -63,6 +63,11 @@ def facts_of(line: Any) -> list[str]:
     return [*words, *spread(line)]
 
 
+def by_model(line: Any) -> list[str]:
+    """The effect on each model of a line of verdicts, with its interval where it has one."""
+    return [] if pd.isna(line.by_model) or not line.by_model else str(line.by_model).split("; ")
+
+
 def spread(line: Any) -> list[str]:
     """How much the effect differs between models, in words, where it has intervals on two or more of them."""
     if pd.isna(line.tau):

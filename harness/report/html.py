@@ -86,7 +86,7 @@ def _summary(lines: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     return escape(f"{tested} {len(lines)} cells of {methods} methods beside dense on {models or 'no model'}.")
 
 
-HEADS = ("claim", "verdict", "how much [95 %]", "holds for", "could have seen", "p", "counted", "what it rests on")
+HEADS = ("claim", "verdict", "how much [95 %]", "holds for", "how sure", "what it rests on")
 
 
 def _claims(verdicts: pd.DataFrame) -> str:
@@ -103,21 +103,24 @@ def _claims(verdicts: pd.DataFrame) -> str:
             words, _, unit = claims.effect(line).partition("] ")
             effect = f'<span>{escape(words)}]</span> <span class="more">{escape(unit)}</span>'
         reach = "" if pd.isna(line.level) else claims.REACH[line.level]
-        power = "" if pd.isna(line.power) else f"{line.power:.2g}"
-        p = "" if pd.isna(line.p_holm) else f"{line.p_holm:.2g}"
-        n = f"{line.n} {escape(line.over)}" if line.n and not pd.isna(line.over) else ""
+        sure = "" if pd.isna(line.p_holm) else f"p {line.p_holm:.2g}"
+        counted = [f"{line.n} {escape(line.over)}"] if line.n and not pd.isna(line.over) else []
+        counted += [] if pd.isna(line.power) else [f"could have seen {line.power:.2g}"]
+        if counted:
+            sure += f'<span class="more">{"; ".join(counted)}</span>'
         note = "" if pd.isna(line.note) else escape(line.note)
-        if not pd.isna(line.by_model) and line.by_model:
-            each = "; ".join([f"On each model: {line.by_model}", *claims.spread(line)])
-            note += f'<br><span class="more">{escape(each)}.</span>'
+        each = claims.by_model(line)
+        if each:
+            spread = f"<br>{escape('; '.join(claims.spread(line)))}" if claims.spread(line) else ""
+            listed = "<br>".join(map(escape, each))
+            note += f"<details><summary>on each model</summary><p>{listed}{spread}</p></details>"
         cells = [] if pd.isna(line.cells) else line.cells.split()
         if cells:
             note += f"<details><summary>{len(cells)} cells</summary><pre>{escape(chr(10).join(cells))}</pre></details>"
         body.append(
             f'<tr><td>{escape(line.statement)}</td><td class="verdict">{badge}</td>'
             f'{tables.number(line.effect, effect, HEADS[2], "effect")}<td data-label="{HEADS[3]}">{reach}</td>'
-            f"{tables.number(line.power, power, HEADS[4])}{tables.number(line.p_holm, p, HEADS[5])}"
-            f'<td data-label="{HEADS[6]}">{n}</td><td class="note">{note}</td></tr>'
+            f'{tables.number(line.p_holm, sure, HEADS[4], "sure")}<td class="note">{note}</td></tr>'
         )
     return f"{EXPLAINED}{tables.listing('verdicts', dict.fromkeys(HEADS, False), body, filtered=False)}"
 
@@ -127,10 +130,10 @@ brackets hold the true value in 95 % of cases, or, of what is described, the ran
 <b>Reproduced</b> and <b>not reproduced</b>: the effect is as claimed, or the contrary, beyond chance.
 <b>Inconclusive</b>: these data can't tell, or models differ in sign. <b>Described</b>: layers, methods and settings are
 all there are, so nothing is tested. Below each verdict stand the models that it holds for.</p>
-<p><b>Holds for</b>: what it can be carried to. <b>Could have seen</b>: the smallest effect that these data would have
-shown in 80 % of cases. <b>p</b>: how often chance alone gives so much, by sign flips of text and questions, corrected
-for all tests made (Holm). <b>tau</b> and <b>I²</b>: the standard deviation of the effect between models, and the share
-of their variance that is no error.</p>"""
+<p><b>Holds for</b>: what it can be carried to. <b>p</b>: how often chance alone gives so much, by sign flips of text
+and questions, corrected for all tests made (Holm). <b>Could have seen</b>: the smallest effect that these data would
+have shown in 80 % of cases. <b>tau</b> and <b>I²</b>: the standard deviation of the effect between models, and the
+share of their variance that is no error.</p>"""
 
 
 def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
@@ -285,9 +288,15 @@ def smaller(drawing: str) -> str:
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawing, flags=re.DOTALL)
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # only paths and clips are referred to
-    drawing = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), drawing)
-    drawing = re.sub(r"; stroke-line(cap|join): (square|miter)", "", drawing)
-    return _with_classes(re.sub(r"\s*\n\s*", " ", drawing).replace("> <", "><").replace("; ", ";").replace(": ", ":"))
+    drawing = re.sub(r"\s*\n\s*", " ", drawing).replace("> <", "><")
+    return _with_classes(re.sub(r"<[^>]+>", lambda tag: _tag(tag[0]), drawing))
+
+
+def _tag(tag: str) -> str:
+    """A tag alone, never the words between tags: a tick at 0.25 is no 0.2."""
+    tag = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
+    tag = re.sub(r"; stroke-line(cap|join): (square|miter)", "", tag)
+    return tag.replace("; ", ";").replace(": ", ":")
 
 
 def _with_classes(drawing: str) -> str:
