@@ -195,3 +195,14 @@ def test_a_committed_study_without_cells_is_a_page_too(tmp_path: Path) -> None:
 def test_no_results_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert html_report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: there are no results in")
+
+
+def test_names_and_paths_of_a_drawing_are_shortened_and_still_lead_to_each_other() -> None:
+    drawing = (
+        '<defs><path id="m0123456789" d="M 0 3 C 0.8 3 1.6 2.7 2 -2 z "/></defs><clipPath id="pabcdefabcd"/>'
+        '<use xlink:href="#m0123456789" x="1"/><path d="M -1 2 L 3 4 " clip-path="url(#pabcdefabcd)" fill="#d55e00"/>'
+    )
+    assert html_report._with_short_names(drawing) == (
+        '<defs><path id="m0" d="M0 3C0.8 3 1.6 2.7 2 -2z"/></defs><clipPath id="p1"/>'
+        '<use xlink:href="#m0" x="1"/><path d="M-1 2L3 4" clip-path="url(#p1)" fill="#d55e00"/>'
+    )

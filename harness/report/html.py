@@ -289,7 +289,7 @@ def smaller(drawing: str) -> str:
     drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawing, flags=re.DOTALL)
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # only paths and clips are referred to
     drawing = re.sub(r"\s*\n\s*", " ", drawing).replace("> <", "><")
-    return _with_classes(re.sub(r"<[^>]+>", lambda tag: _tag(tag[0]), drawing))
+    return _with_classes(_with_short_names(re.sub(r"<[^>]+>", lambda tag: _tag(tag[0]), drawing)))
 
 
 def _tag(tag: str) -> str:
@@ -297,6 +297,20 @@ def _tag(tag: str) -> str:
     tag = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
     tag = re.sub(r"; stroke-line(cap|join): (square|miter)", "", tag)
     return tag.replace("; ", ";").replace(": ", ":")
+
+
+def _with_short_names(drawing: str) -> str:
+    """Names of paths and clips in two letters where they have eleven, and paths without blanks around commands."""
+    names = {name: f"{name[0]}{n:x}" for n, name in enumerate(dict.fromkeys(re.findall(r' id="(\w+)"', drawing)))}
+
+    def short(found: re.Match[str]) -> str:
+        return found[1] + names.get(found[2], found[2])
+
+    def packed(found: re.Match[str]) -> str:
+        path = re.sub(r"\s*([A-Za-z])\s*", r"\1", found[1]).strip()
+        return f' d="{path}"'
+
+    return re.sub(r' d="([^"]*)"', packed, re.sub(r'( id="|"#|url\(#)(\w+)', short, drawing))
 
 
 def _with_classes(drawing: str) -> str:
