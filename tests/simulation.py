@@ -111,17 +111,16 @@ def main() -> None:
     }
     for scenario, facts in SCENARIOS.items():
         if scenario not in args.scenarios:
-            if scenario in kept:
-                result["scenarios"][scenario] = kept[scenario]
             continue
         lines = simulate(scenario, args.studies, args.workers)
         tests = lines[lines["verdict"] != "described"]["claim"].nunique()
-        result["scenarios"][scenario] = {
+        kept[scenario] = {
             "study": facts,
             "claims": table(lines),
             "studies_with_any_verdict": any_alarm(lines),
             "tests": tests,
         }
+        result["scenarios"] = {name: kept[name] for name in SCENARIOS if name in kept}
         args.out.write_text(json.dumps(result, indent=1) + "\n")  # each as it comes
         print(scenario, any_alarm(lines), "of", args.studies, "with any verdict")
         print(pd.DataFrame(table(lines)).T.to_string())

@@ -327,7 +327,7 @@ def test_published_losses_stand_beside_the_measured_ones_by_size(study: pd.DataF
     values = {row.sparsity_requested: row.value for row in seven[seven["method"].isin(["teal", "dense"])].itertuples()}
     points = [(x, y, line.get_alpha()) for line in ax.lines for x, y in zip(line.get_xdata(), line.get_ydata())]
     assert (8e9, pytest.approx(values[0.25] / values[0.0]), 1.0) in points
-    assert any(x == 7e10 and alpha == 0.4 for x, _, alpha in points)
+    assert any(x == 7e10 and alpha == 0.55 for x, _, alpha in points)
     assert "published: teal" in words(fig) and "recalled" in words(fig)
     assert "published" not in words(figures.loss_by_size(_two_sizes(study)))
 

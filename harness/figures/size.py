@@ -63,7 +63,7 @@ def loss_by_size(df: pd.DataFrame, limited: bool = False) -> Figure:
                 family = family.sort_values("size")
                 read = family["read"].to_numpy(dtype=bool)
                 ax.plot(family["size"], family["ratio"], color=style.FRONTIER, linewidth=1, linestyle=":", zorder=1)
-                for kind, alpha in ((read, 1.0), (~read, 0.4)):
+                for kind, alpha in ((read, 1.0), (~read, 0.55)):
                     points = look | {"linestyle": "none", "alpha": alpha}
                     ax.plot(family["size"][kind], family["ratio"][kind], **points)
             for name, cells in near.groupby(select.names(near)):
@@ -76,7 +76,7 @@ def loss_by_size(df: pd.DataFrame, limited: bool = False) -> Figure:
         axes[0].set_ylim(0.97, max(1.2, top))
         style.set_labels(axes, "parameters", "perplexity over dense")
         faint = style.key(
-            "recalled", color=style.MUTED, marker="o", markerfacecolor="white", alpha=0.4, linestyle="none"
+            "recalled", color=style.MUTED, marker="o", markerfacecolor="white", alpha=0.55, linestyle="none"
         )
         recalled = any((~beside["read"]).any() for _, _, beside in panels)
         style.legend(fig, looks | printed, *([faint] if recalled else []))
