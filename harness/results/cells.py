@@ -174,6 +174,7 @@ class Cell(CellView):
 
     def at(self, probe: str) -> None:
         """Say which probe is under way, to whoever looks on."""
+        self._lock.check()
         with place_errors(self.path):
             self._write_status(probe=probe)
 

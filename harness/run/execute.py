@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from harness.console import duration, say, sentence
-from harness.errors import AssetError, ConfigError, DamagedError, UnsupportedError
+from harness.errors import AssetError, ConfigError, DamagedError, MeasurementError, UnsupportedError
 from harness.progress import quiet_libraries, sweeping
 from harness.report.terminal import in_brief
 from harness.results.cells import CellView
@@ -130,7 +130,8 @@ def attempt(
         message = sentence(error)
     except Exception as error:  # recorded in the cell with its traceback; the sweep goes on
         state, style = "failed", "red"
-        message = sentence(error) if isinstance(error, DenseError) else f"{type(error).__name__}: {sentence(error)}"
+        told = isinstance(error, DenseError | MeasurementError)  # in a sentence of ours
+        message = sentence(error) if told else f"{type(error).__name__}: {sentence(error)}"
     say(console, f"  {state}: {message}", style=style)
     return state, message
 
