@@ -7,3 +7,10 @@ const reach = () => {
 };
 addEventListener("load", reach);
 addEventListener("resize", reach);
+
+// What the theme leaves without a name of its own: the search, and lists inside of lists of contents.
+document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
+for (const inner of document.querySelectorAll("nav nav[aria-label]")) {
+  inner.removeAttribute("aria-label");
+  inner.setAttribute("role", "none");
+}

@@ -267,6 +267,9 @@ def main(arguments: Sequence[str]) -> int:
     def do() -> None:
         results = find(given.results)
         lines = standings(results.table, results.samples, given.limited)
+        if lines.empty:
+            runs = "" if given.limited else " of a whole run; --limited takes smoke runs in"
+            raise ConfigError(f"no cell in {given.results} has a place on the board: that takes quality and sparsity{runs}")
         show(lines)
 
     return finish(do)
