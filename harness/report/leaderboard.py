@@ -17,6 +17,7 @@ from harness.arguments import add_results, finish
 from harness.arguments import parser as arguments_of
 from harness.claims import field
 from harness.console import say, stdout, styled, table
+from harness.errors import ConfigError
 from harness.places import CONF
 from harness.report import adviser, tables
 from harness.report.manual import NEEDS, entries
@@ -269,7 +270,9 @@ def main(arguments: Sequence[str]) -> int:
         lines = standings(results.table, results.samples, given.limited)
         if lines.empty:
             runs = "" if given.limited else " of a whole run; --limited takes smoke runs in"
-            raise ConfigError(f"no cell in {given.results} has a place on the board: that takes quality and sparsity{runs}")
+            raise ConfigError(
+                f"no cell in {given.results} has a place on the board: that takes quality and sparsity{runs}"
+            )
         show(lines)
 
     return finish(do)
