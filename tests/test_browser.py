@@ -84,7 +84,7 @@ def test_the_manual_skips_to_its_text_by_keys(chromium: Any, site: Path) -> None
     tab = chromium.new_page()
     tab.goto((site / "families.html").as_uri())
     tab.keyboard.press("Tab")
-    assert tab.evaluate("document.activeElement.className") == "md-skip"
+    assert "md-skip" in tab.evaluate("document.activeElement.className")
     tab.keyboard.press("Enter")
     assert tab.evaluate("location.hash") == "#methods-and-families"
 
