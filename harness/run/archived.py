@@ -63,7 +63,8 @@ def _ours(config: dict[str, Any]) -> bool:
     adapter = model.get("adapter")
     if model.get("adapter_path") is not None:
         return False
-    if adapter is not None and adapter not in {record.parent.name for record in CHECKPOINTS.glob("*/adapter.json")}:
+    known = {record.parent.name for record in CHECKPOINTS.glob("*/adapter.json")}
+    if adapter is not None and not (isinstance(adapter, str) and adapter in known):  # a stored list has no hash
         return False
     targets = [str(options.get("_target_")) for options in methods.values() if isinstance(options, dict)]
     return len(targets) == len(methods) > 0 and all(own_target(target) for target in targets)
