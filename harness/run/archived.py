@@ -63,6 +63,8 @@ def _ours(config: dict[str, Any]) -> bool:
     adapter = model.get("adapter")
     if model.get("adapter_path") is not None:
         return False
+    if not isinstance(config["tasks"].get("include_path"), str | None):
+        return False
     known = {record.parent.name for record in CHECKPOINTS.glob("*/adapter.json")}
     if adapter is not None and not (isinstance(adapter, str) and adapter in known):  # a stored list has no hash
         return False
