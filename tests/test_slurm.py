@@ -26,7 +26,7 @@ pytest.importorskip("submitit", reason="engine=slurm can't be tested: pip instal
 WHY_NOT = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"engine=slurm can't be tested: {WHY_NOT}")
 
-LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5]
+LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 KILLED, PREEMPTED, LIMITED = 0.1, 0.2, 0.3
 SWEEP = [
     "-m",
@@ -107,9 +107,9 @@ def runner(reference: Runner, model: Path, forks: Forks, tmp_path_factory: pytes
 
 
 def test_a_cell_that_is_killed_takes_no_other_with_it(runner: Runner) -> None:
-    assert runner.code == 1 and "4 of 5 cells have results" in runner.err, runner.err
+    assert runner.code == 1 and "7 of 8 cells have results" in runner.err, runner.err
     assert "failed" in runner.err and "its process ended by SIGKILL" in runner.err
-    assert sum("JobName=dynact" in job and "ArrayTaskId=" in job for job in runner.jobs) == 5, "one array of 5"
+    assert sum("JobName=dynact" in job and "ArrayTaskId=" in job for job in runner.jobs) == 8, "one array of 8"
 
 
 def test_preemption_and_the_time_limit_put_a_job_back_in_the_queue(runner: Runner) -> None:
@@ -120,8 +120,8 @@ def test_preemption_and_the_time_limit_put_a_job_back_in_the_queue(runner: Runne
 
 
 def test_the_same_command_does_what_is_missing_and_repeats_nothing(runner: Runner) -> None:
-    assert "5 of 5 cells have results" in runner.again[1]
-    assert runner.kept.items() <= runner.commits().items() and len(runner.commits()) == 5
+    assert "8 of 8 cells have results" in runner.again[1]
+    assert runner.kept.items() <= runner.commits().items() and len(runner.commits()) == 8
 
 
 def test_the_table_is_that_of_an_uninterrupted_run_and_nothing_is_left(runner: Runner, reference: Runner) -> None:
