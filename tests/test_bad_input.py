@@ -18,7 +18,10 @@ BAD = {
     "sparsity-word": (["sparsity=abc"], "sparsity must be a number, not 'abc'"),
     "method": (["method=teel"], "did you mean teal?"),
     "method-in-sweep": (["-m", "method=random,teel"], "did you mean teal?"),
-    "method-option": (["method.teal.alocation=greedy"], "method.teal.alocation"),
+    "method-option": (
+        ["method.teal.alocation=greedy"],
+        "method teal has no option 'alocation' (did you mean allocation?)",
+    ),
     "task": (["tasks=[piqq]"], "unknown task piqq: did you mean piqa?"),
     "model-path": (["model.path=/no/such/folder"], "model.path names a folder that does not exist"),
     "hub": (["model=mistral-7b", "model.path=null"], "HF_HUB_OFFLINE is set"),
@@ -58,7 +61,7 @@ FULL = "import errno, os\ndef full(*a, **k): raise OSError(errno.ENOSPC, os.stre
 def test_a_disk_that_is_full_ends_before_a_model_loads(runner: Runner) -> None:
     _, err = runner.run(code=2, before=FULL + "import tempfile; tempfile.TemporaryFile = full")
     assert err.splitlines() == [
-        f"error: results can't be stored in {runner.results}: the disk is full",
+        f"error: results can't be stored in {runner.results}: the disk is full [see docs/cells.md]",
         "model code imported: False",
     ]
     assert runner.store.cells() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from harness.results.collect import headline
-from harness.results.once import once
+from harness.results.once import once, remembering
 from tests import synthetic
 
 
@@ -18,8 +18,13 @@ def test_one_table_is_asked_once_and_another_or_another_way_again() -> None:
         return len(table) * (1 + twice)
 
     few, many = pd.DataFrame({"x": [1]}), pd.DataFrame({"x": [1, 2]})
-    assert [size(few), size(few), size(many), size(few, True), size(few, twice=True)] == [1, 1, 2, 2, 2]
-    assert asked == [(1, False), (2, False), (1, True), (1, True)]
+    with remembering():
+        assert [size(few), size(few), size(many), size(few, True), size(few, twice=True)] == [1, 1, 2, 2, 2]
+        assert asked == [(1, False), (2, False), (1, True), (1, True)]
+        with remembering():
+            assert size(few) == 1 and len(asked) == 4
+    few.loc[1] = 3  # who works with a table himself may change it in place
+    assert size(few) == 2 and len(asked) == 5
 
 
 def test_a_table_that_lies_where_one_has_gone_is_not_taken_for_it() -> None:
@@ -27,12 +32,14 @@ def test_a_table_that_lies_where_one_has_gone_is_not_taken_for_it() -> None:
     def total(table: pd.DataFrame) -> int:
         return int(table["x"].sum())
 
-    for number in range(50):
-        assert total(pd.DataFrame({"x": [number]})) == number
+    with remembering():
+        for number in range(50):
+            assert total(pd.DataFrame({"x": [number]})) == number
 
 
 def test_who_changes_a_headline_changes_his_own() -> None:
     table = synthetic.table()
-    mine = headline(table)
-    mine["method"] = "spoilt"
-    assert "spoilt" not in set(headline(table)["method"])
+    with remembering():
+        mine = headline(table)
+        mine["method"] = "spoilt"
+        assert "spoilt" not in set(headline(table)["method"])

@@ -39,6 +39,7 @@ from harness.claims.size import loss_shrinks_with_size_accuracy, loss_shrinks_wi
 from harness.claims.study import MissingEvidence, Study, study_of
 from harness.results import stats
 from harness.results.find import find
+from harness.results.once import remembering
 
 CLAIMS = (
     Claim(
@@ -126,6 +127,7 @@ class _Test:
         return self.units.tested() if isinstance(self.units, Evidence) else stats.paired(self.units)
 
 
+@remembering()
 def verdicts(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) -> pd.DataFrame:
     """One line a claim, with `COLUMNS`. table: of `harness.results.collect.collect`. samples: of `read_samples`.
 

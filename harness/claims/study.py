@@ -130,7 +130,8 @@ def study_of(table: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
 
 def wants_sparsity(rows: pd.DataFrame) -> pd.Series:
     """Whether they are of a method that is to skip something: bool, by row. An error budget asks for no level."""
-    return ((rows["sparsity_requested"] != 0).fillna(True) & (rows["method"] != "dense")).astype(bool)
+    asked, own = rows["sparsity_requested"] != 0, rows["method"] != "dense"
+    return asked.fillna(True).astype(bool) & own.fillna(True).astype(bool)
 
 
 def _scored(samples: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:

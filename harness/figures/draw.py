@@ -44,6 +44,7 @@ from harness.files import place_errors, write_atomic
 from harness.results import published
 from harness.results.collect import relate
 from harness.results.find import Results, find, stored
+from harness.results.once import remembering
 from harness.results.samples import read_samples
 
 # Every figure of the project: name of its files -> how it is drawn from the table.
@@ -126,6 +127,7 @@ def only_limited(df: pd.DataFrame) -> bool:
     return bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
 
 
+@remembering()
 def draw_all(
     df: pd.DataFrame, limited: bool = False, verdicts: pd.DataFrame | None = None
 ) -> tuple[dict[str, Figure], dict[str, str]]:

@@ -36,6 +36,7 @@ from harness.report.terminal import OUTCOMES, PHASES, truncated_note
 from harness.results import published
 from harness.results.collect import headline
 from harness.results.kept import config_of, read_cells
+from harness.results.once import remembering
 from harness.results.rows import COLUMNS
 from harness.results.samples import read_samples
 from harness.results.store import Store
@@ -47,6 +48,7 @@ PIXELS = 84  # an inch of a figure on the page
 MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?", "described": "≈"}
 
 
+@remembering()
 def build(table: pd.DataFrame, found: Path, limited: bool = False) -> str:
     """The page. table: of `harness.figures.load`, published rows included; found: the folder that it came from.
 
