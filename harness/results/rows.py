@@ -120,9 +120,8 @@ def without_unread_requests(frame: pd.DataFrame) -> pd.DataFrame:
     unread = pd.Series(False, index=frame.index)
     for method, mark in SETTLED.items():
         unread |= (frame["method"] == method).fillna(False) & options.str.contains(mark, regex=False)
-    unread &= (
-        pd.to_numeric(frame["sparsity_requested"], errors="coerce").gt(0).fillna(False)
-    )  # a damaged file: any type
+    asked = pd.to_numeric(frame["sparsity_requested"], errors="coerce")  # in a damaged file they may be of any type
+    unread &= asked.gt(0).fillna(False)
     if not unread.any():
         return frame
     return frame.assign(sparsity_requested=frame["sparsity_requested"].mask(unread))
