@@ -89,7 +89,7 @@ def run_section(run: dict[str, Any]) -> str:
         if judged:
             lines.append(
                 f"Goals met: {len(judged) - len(missed)} of {len(judged)}. "
-                + "; ".join(missed or ["none missed"])
+                + "; ".join(missed or ["None missed"])
                 + "."
             )
     return "\n\n".join(lines)
