@@ -226,8 +226,8 @@ def markdown(lines: pd.DataFrame, model: str) -> str:
     """The short table of one model: a line a scheme, a column a level, empty where there is no cell; oracles left out.
 
     A cell: perplexity over dense, bold where it leads those that need as much, letters of its group, points of
-    accuracy. Schemes that keep the prompt dense are
-    marked; their letters are of their own group. A speed-up is the best of those at the scheme's levels.
+    accuracy. Schemes that keep the prompt dense are marked; their letters are of their own group. A speed-up is the
+    best of those at the scheme's levels.
     """
     own = lines[(lines["model"] == model) & ~lines["method"].isin(NO_SCHEME) & (lines["dense_prefix"] == 0)]
     own = own[own["missing"].isna() & ~own["oracle"].fillna(False).astype(bool)]
