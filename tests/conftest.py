@@ -9,6 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import torch
 # Files that take longest begin first, so that no worker ends long after the others (`--no-loadscope-reorder` lets xdist
 # keep this order; it would begin with the files of most tests).
 LONGEST = (
-    *("slurm", "cli", "chaos", "notebooks", "families_matrix", "training", "clean", "kernels_triton", "kernels_cpu"),
+    *("slurm", "cli", "chaos", "notebooks", "families_matrix", "training", "clean", "kernels_triton_step"),
+    *("kernels_triton_parts", "kernels_triton", "kernels_cpu", "kernels_cpu_loaded", "kernels_cpu_edges"),
     *("lowbit", "experiments", "simulation", "heads_by_sequence", "methods", "families", "bad_input", "users_walk"),
     *("html_report", "archive", "fused_cpu", "kv_skip", "lm", "wheel", "store", "text", "manual"),
 )
@@ -66,6 +68,36 @@ def forks():
     kept = Forks()
     yield kept
     kept.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    """A store in a new folder."""
+    from harness.results.store import Store
+
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture(params=["avx512vnni", "avx512", "avx2", "generic"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, while the test runs."""
+    from kernels.cpu import instruction_set
+
+    before = instruction_set()
+    try:
+        instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    instruction_set(before)
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """Every new tensor starts as NaN: an output that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What bench.cpu_step makes of its times, and what a GGUF file costs a step to read."""
+"""What bench.cpu_step makes of its times, what a GGUF file costs a step to read, and loose bars of speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
+import kernels
+from bench import cpu_kernels
 from bench.cpu_step import row_of
 from bench.peers import weights_read
 
@@ -40,3 +44,48 @@ def test_an_embedding_is_read_where_it_is_the_head(tmp_path: Path, tied: bool) -
     size, bits = weights_read(tmp_path / "a.gguf")
     assert size == 10 * 32 * 4 + 64 * 32 * 2
     assert bits == pytest.approx(8 * size / (10 * 32 + 64 * 32))
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("dtype_name", ["fp32", "bf16"])
+def test_zeros_that_a_batch_shares_pay(dtype_name) -> None:
+    """Loose on purpose: two rows with the same 50 % zeros beat F.linear 1.5 times, our own dense batch 1.15 times."""
+    threads, dtype = torch.get_num_threads(), cpu_kernels.DTYPES[dtype_name]
+    torch.set_num_threads(1)
+    try:
+        weights, t = torch.randn(40, 2048, 1536).to(dtype), torch.tensor(0.5)
+        x = torch.randn(2, 1, 2048).to(dtype)
+        x = x + x.sign()
+        x[..., torch.rand(2048) < 0.5] = 0
+        calls = [
+            lambda i: kernels.column_gemv(x, weights[i], t),
+            lambda i: kernels.dense_gemv(x, weights[i]),
+            lambda i: F.linear(x, weights[i].view(1536, 2048)),
+        ]
+        for _ in range(3):  # a neighbour may spoil a run
+            own, dense, linear = zip(*([cpu_kernels.sweep(c, 40)[0] for c in calls] for _ in range(8)), strict=True)
+            over = [cpu_kernels.ratio(list(other[1:]), list(own[1:])) for other in (dense, linear)]
+            if over[0] >= 1.15 and over[1] >= 1.5:
+                return
+        pytest.fail(f"shared 50 %: {over[1]:.2f}x F.linear, {over[0]:.2f}x our own dense batch")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("dtype_name", ["fp32", "bf16"])
+def test_half_zeros_pay(dtype_name) -> None:
+    """Loose on purpose, one thread, paired: 50 % zeros beat F.linear 1.5 times and our own 0 % 1.3 times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pool = torch.randn(2**28 // cpu_kernels.DTYPES[dtype_name].itemsize).to(cpu_kernels.DTYPES[dtype_name])
+        for _ in range(3):  # a neighbour may spoil a run
+            rows = cpu_kernels.measure("1.1B", "up", pool, dtype_name, rounds=7)
+            none, half = (next(r for r in rows if r.kernel == "column_gemv" and r.zeros_percent == z) for z in (0, 50))
+            over_linear, over_zero = half.over_linear, none.microseconds / half.microseconds
+            if over_linear >= 1.5 and over_zero >= 1.3:
+                return
+        pytest.fail(f"50 %: {over_linear:.2f}x F.linear, {over_zero:.2f}x our own 0 %")
+    finally:
+        torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Decode attention inside the Hugging Face module, on a CPU. The fused GPU step is in test_kernels_triton.py."""
+"""Decode attention inside the Hugging Face module, on a CPU. The fused GPU step is in test_kernels_triton_step.py."""
 
 from __future__ import annotations
 

@@ -1,14 +1,11 @@
 """Attention in which each sequence of a batch drops KV heads, or blocks of V, of its own: kernels against masks.
 
-Like tests/test_kernels_triton.py, in Triton's interpreter: a process of its own runs what is marked so.
+What is marked so runs in Triton's interpreter (tests/interpreter.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,14 +21,8 @@ from harness.model.step import Policy
 from kernels import reference
 from methods.polar import Polar
 from methods.teal import Teal
+from tests.interpreter import INTERPRETED, error, interpreted, run_interpreted, starts_it
 from tests.tiny import tokens
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
-
-
-def error(got, want) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
 
 
 def inputs(b, h, g, s, d, dtype=torch.float32):
@@ -236,12 +227,6 @@ def test_what_the_latency_probe_checks_before_it_times_passes():
         check_blocks(view, polars, Policy("decode"), prompt, lambda: batch_decode(view))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@starts_it
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    run_interpreted(__file__)

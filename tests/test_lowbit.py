@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import lowbit
-from tests.test_kernels_cpu import isa  # noqa: F401
 
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**31)
@@ -44,7 +43,7 @@ def test_bits_of_a_weight(bits) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @given(st.integers(1, 600), st.integers(1, 300), st.floats(-0.1, 2), st.booleans(), seeds)
 @FEW
-def test_columns(isa, bits, k, n, t, per_channel, seed) -> None:  # noqa: F811
+def test_columns(isa, bits, k, n, t, per_channel, seed) -> None:
     """Integer for integer what the definition says; it says what a product with the weights' values does."""
     x, packed = normal(seed, 1, 1, k), lowbit.pack(normal(seed + 1, k, n), bits)
     limit = t * torch.rand(k, generator=torch.Generator().manual_seed(seed)) if per_channel else torch.tensor(t)
@@ -60,7 +59,7 @@ def test_columns(isa, bits, k, n, t, per_channel, seed) -> None:  # noqa: F811
 @pytest.mark.parametrize("bits", [4, 8])
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0, 1), st.booleans(), seeds)
 @FEW
-def test_lists_of_channels_and_of_rows(isa, bits, k, n, share, narrow, seed) -> None:  # noqa: F811
+def test_lists_of_channels_and_of_rows(isa, bits, k, n, share, narrow, seed) -> None:
     dtype = torch.bfloat16 if narrow else torch.float32
     packed = lowbit.pack(normal(seed, k, n), bits)
     idx = (torch.rand(k, generator=torch.Generator().manual_seed(seed)) < share).nonzero().flatten().int()
@@ -74,7 +73,7 @@ def test_lists_of_channels_and_of_rows(isa, bits, k, n, share, narrow, seed) -> 
     )
 
 
-def test_panels_are_the_same_product(isa) -> None:  # noqa: F811
+def test_panels_are_the_same_product(isa) -> None:
     w, x = normal(0, 70, 1024), normal(1, 70)
     packed = lowbit.pack(w, 4, panel=256)
     assert torch.equal(packed.values(), lowbit.pack(w, 4).values())
@@ -82,14 +81,14 @@ def test_panels_are_the_same_product(isa) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_largest_sums_do_not_overflow(isa, bits) -> None:  # noqa: F811
+def test_the_largest_sums_do_not_overflow(isa, bits) -> None:
     """All inputs and all weights as large as can be, of one sign, on more lines than one block of sums holds."""
     packed = lowbit.pack(-torch.ones(1100, 40), bits)
     y = lowbit.columns(torch.ones(1100), packed)
     assert torch.allclose(y, torch.full((40,), -1100.0), rtol=1e-3)
 
 
-def test_skipped_lines_are_not_read(isa) -> None:  # noqa: F811
+def test_skipped_lines_are_not_read(isa) -> None:
     """Bytes of a dropped line do not reach the result, whatever they are."""
     w, x = normal(0, 50, 130), normal(1, 50)
     packed = lowbit.pack(w, 4)
@@ -101,7 +100,7 @@ def test_skipped_lines_are_not_read(isa) -> None:  # noqa: F811
     assert torch.equal(lowbit.columns(x, packed, limit), lowbit.columns(x, changed, limit))
 
 
-def test_a_nan_shows_and_zeros_give_zero(isa) -> None:  # noqa: F811
+def test_a_nan_shows_and_zeros_give_zero(isa) -> None:
     packed = lowbit.pack(normal(0, 10, 40), 8)
     x = torch.zeros(10)
     assert torch.equal(lowbit.columns(x, packed), torch.zeros(40))
