@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_figures() -> Iterator[None]:
-    """A handful stands for all: tests/test_figures.py draws each one, tests/test_published.py compares all figures."""
+    """A handful stands for all: test_figures_study.py draws each, test_published.py compares all figures."""
     some = published.load().groupby(["paper", "metric"]).head(10)
     some = some[some["paper"].str.contains("TEAL|CATS")]
     with pytest.MonkeyPatch.context() as patch:
