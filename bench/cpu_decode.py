@@ -7,20 +7,19 @@ Run: python -m bench.cpu_decode --out results/bench/cpu_decode.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.record import where, write
 from harness.data.assets import embedded_model_dir
 from harness.data.text import calibration_text, evaluation_text, token_windows
 from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
 from harness.model.step import Policy
 from harness.probes import latency
-from harness.results.environment import environment
 from methods.teal import Teal
 
 CONFIG = {"execution": "kernel", "batch": [1], "context": [128], "new_tokens": 17, "repeats": 8, "min_seconds": 3.0}
@@ -52,13 +51,12 @@ def main() -> None:
         "method": "teal",
         "sparsity": args.sparsity,
         "dtype": args.dtype,
-        "environment": environment(),
+        "environment": where(),
         "load_average_before": [round(value, 2) for value in load],
         "rows": latency.measure(view, variants, windows, config),
         "load_average_after": [round(value, 2) for value in os.getloadavg()],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    write(args.out, result)
     for row in result["rows"]:
         if row["metric"] == "tpot_median" or row["metric"].startswith("time_ratio"):
             label = f"{row['execution']} {row.get('variant') or ''} {row.get('sparsity_requested', '')}"

@@ -10,7 +10,6 @@ medians. A row is compared with the same layout, dense.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.cpu_kernels import HIDDEN, scaled_input, some
-from harness.results.environment import environment
+from bench.record import where, write
 from kernels import lowbit
 from kernels.cpu import instruction_set, stream
 
@@ -109,11 +108,10 @@ def main() -> None:
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     rows = [row for model in args.models for bits in (8, 4) for row in kernel_rows(model, bits, args.rounds)]
-    result: dict[str, Any] = {"environment": environment(), "instruction_set": instruction_set(), "kernels": rows}
+    result: dict[str, Any] = {"environment": where(), "instruction_set": instruction_set(), "kernels": rows}
     result["load_average"] = [round(load, 2), round(os.getloadavg()[0], 2)]
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        write(args.out, result)
 
 
 if __name__ == "__main__":

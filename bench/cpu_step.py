@@ -18,7 +18,6 @@ A step's bytes are those of the lines that it must read (padding included), the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -35,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from bench.cpu_lowbit import paired
 from bench.peers import Peer, peers
+from bench.record import where, write
 from harness.data import assets, embedded
 from harness.data.text import calibration_text, evaluation_text, token_windows
 from harness.execution.attach import Fitted
@@ -47,7 +47,6 @@ from harness.model.families import view_of
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes.sparsity import measure as sparsity_rows
-from harness.results.environment import environment
 from kernels.cpu import instruction_set, stream
 from methods.teal import Teal
 
@@ -257,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     load = os.getloadavg()[0]
-    result: dict[str, Any] = {"environment": environment(), "instruction_set": instruction_set(), "model": args.model}
+    result: dict[str, Any] = {"environment": where(), "instruction_set": instruction_set(), "model": args.model}
     own = subject(args)
     variants, checks = variants_of(own, args.bits)
     result |= {"dtype": args.dtype, "method": "teal", "skipped": round(own.skipped, 4), "checks": checks}
@@ -265,8 +264,7 @@ def main() -> None:
         result["steps"] = [steps(args, own, variants, others, threads) for threads in args.threads]
     result["load_average"] = [round(load, 2), round(os.getloadavg()[0], 2)]
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        write(args.out, result)
 
 
 if __name__ == "__main__":

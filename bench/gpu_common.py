@@ -1,6 +1,5 @@
 """What the GPU benchmarks share: how a kernel is timed, on which shapes, with which inputs."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels.cuda as kc
-from harness.results.environment import environment
+from bench.record import where, write
 
 SHAPES = [(12288, 4096), (4096, 4096), (11008, 4096), (22016, 4096), (4096, 11008)]  # (outputs N, inputs K)
 ZEROS = (0, 25, 40, 50, 65, 80, 90)
@@ -71,16 +70,15 @@ class Bench:
         return row
 
     def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "what": __doc__,
-            "environment": environment() | {"command": "python -m bench.gpu_kernels"},
+            "environment": where(),
             "device": torch.cuda.get_device_name(),
             "read_bytes_per_s": self.rate,
             "seconds": round(time.time() - self.started, 1),
             "rows": self.rows,
         }
-        self.out.write_text(json.dumps(record, indent=1))
+        write(self.out, record)
 
 
 class Columns:

@@ -20,7 +20,6 @@ module's own masked forward on the same inputs.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import traceback
 from pathlib import Path
@@ -32,11 +31,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import kernels.cuda as kc
+from bench.record import where, write
 from harness.execution.decode_loop import DecodeLoop
 from harness.execution.fused_step import fast_decode
 from harness.model.families import view_of
 from harness.model.view import View
-from harness.results.environment import environment
 
 NEW_TOKENS = 32
 REPEATS = 5
@@ -211,7 +210,7 @@ def main() -> None:
     fits = {s: fit(view, s) if s else (keep_all if s == 0.0 else {}, {}) for _, s in variants.values()}
     record: dict[str, Any] = {
         "what": __doc__,
-        "environment": environment() | {"command": "python -m bench.gpu_decode"},
+        "environment": where(),
         "device": torch.cuda.get_device_name(),
         "read_bytes_per_s": rate,
         "dtype": args.dtype,
@@ -222,10 +221,6 @@ def main() -> None:
         "block_errors": {},
         "rows": [],
     }
-
-    def save() -> None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1))
 
     runs: dict[tuple[str, int], list[float]] = {}
     for number in range(args.rounds):
@@ -255,7 +250,7 @@ def main() -> None:
                 if theirs:
                     row[f"over {base}"] = min(theirs) / ms
             record["rows"].append(row)
-        save()
+        write(args.out, record)
     for row in record["rows"]:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "runs"})
     print(record["block_errors"], record["achieved"])

@@ -253,7 +253,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this benchmark needs an NVIDIA GPU")
     torch.manual_seed(0)
-    report = Report(args.out, args.seconds, __doc__ or "", "python -m bench.gpu_lowbit")
+    report = Report(args.out, args.seconds, __doc__ or "")
 
     def timed_steps() -> None:
         view = llama_2_7b(torch.bfloat16, args.layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import kernels.cuda as kc
 from bench.gpu_common import error
-from harness.results.environment import environment
+from bench.record import where, write
 
 DEVICE = "cuda"
 HEAD_DIM, DTYPE = 128, torch.bfloat16
@@ -32,7 +31,7 @@ class Bench:
         self.rate = kc.read_bandwidth(DEVICE, 0.2)
         self.record: dict[str, Any] = {
             "what": what,
-            "environment": environment() | {"command": "python -m bench.gpu_attention"},
+            "environment": where(),
             "device": torch.cuda.get_device_name(),
             "read_bytes_per_s": self.rate,
             "dtype": str(DTYPE).removeprefix("torch."),
@@ -57,8 +56,7 @@ class Bench:
 
     def save(self) -> None:
         self.record["seconds"] = round(time.time() - self.started, 1)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.record, indent=1))
+        write(self.out, self.record)
 
     def check(self, name: str, got: Tensor, want: Tensor) -> None:
         """Note how far a kernel is from the definition. Raises ValueError where it is too far to be timed."""

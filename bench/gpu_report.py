@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -12,16 +11,16 @@ from typing import Any
 import torch
 
 import kernels.cuda as kc
-from harness.results.environment import environment
+from bench.record import where, write
 
 
 class Report:
     """What is known so far, written after every addition."""
 
-    def __init__(self, out: Path, seconds: float, what: str, command: str) -> None:
+    def __init__(self, out: Path, seconds: float, what: str) -> None:
         """seconds: after which nothing more is begun. what: the bench's own words."""
         self.out, self.started, self.seconds = out, time.time(), seconds
-        self.what, self.command = what, command
+        self.what = what
         self.rate = kc.read_bandwidth("cuda", 0.3)
         self.rows: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
@@ -50,10 +49,9 @@ class Report:
         return None
 
     def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "what": self.what,
-            "environment": environment() | {"command": self.command},
+            "environment": where(),
             "device": torch.cuda.get_device_name(),
             "read_bytes_per_s": self.rate,
             "seconds": round(time.time() - self.started, 1),
@@ -61,4 +59,4 @@ class Report:
             "failed": self.failed,
             "rows": self.rows,
         }
-        self.out.write_text(json.dumps(record, indent=1))
+        write(self.out, record)

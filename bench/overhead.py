@@ -6,7 +6,6 @@ Run: python -m bench.overhead --out results/bench/overhead.json
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -20,6 +19,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.record import where, write
 from harness.data.assets import embedded_model_dir
 from harness.data.tasks import load_tasks, task_manager
 from harness.data.text import calibration_text, token_windows
@@ -28,7 +28,6 @@ from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
 from harness.model.lm import HarnessLM
 from harness.model.step import Policy
-from harness.results.environment import environment
 from harness.run.machine import pick_dtype
 from methods.teal import Teal
 
@@ -85,10 +84,9 @@ def main() -> None:
         "dtype": str(dtype),
         "seconds": times,
         "ratio": ratios,
-        "environment": environment(),
+        "environment": where(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    write(args.out, result)
     for name, ratio in ratios.items():
         print(f"{name:28s} {statistics.median(times[name]):7.1f} s  {ratio:5.2f}x plain")
 

@@ -12,7 +12,6 @@ Run: python -m bench.reuse --out results/bench/reuse.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -24,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.record import where, write
 from harness.data.assets import embedded_model_dir
-from harness.results.environment import environment
 
 METHODS, LEVELS = ("teal", "cats"), ("0.3", "0.4", "0.5", "0.6")
 PREAMBLE = "import os, sys, time; os.environ.setdefault('TQDM_DISABLE', '1')\n"
@@ -143,10 +142,9 @@ def main() -> None:
         "dtype": args.dtype,
         "seconds": kinds,
         "ratio": ratios,
-        "environment": environment(),
+        "environment": where(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    write(args.out, result)
     for kind, found in kinds.items():
         for name, spent in found.items():
             print(f"{kind:5s}{name:20s} {statistics.median(spent):7.1f} s")
