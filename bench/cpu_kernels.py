@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from bench.rounds import in_turn, ratio, sweep
 from kernels.cpu import instruction_set, stream
 
 HIDDEN = {"135M": (576, 1536), "360M": (960, 2560), "1.1B": (2048, 5632), "7B": (4096, 11008)}
@@ -71,14 +71,6 @@ def scaled_input(k: int, zeros: int, dtype: torch.dtype) -> Tensor:
     drop = round(k * zeros / 100)
     ranked = x.abs().flatten().sort().values
     return (x / ((ranked[drop - 1] + ranked[drop]) / 2 if drop else ranked[0] / 2)).to(dtype)
-
-
-def sweep(call: Callable[[int], object], n: int) -> tuple[float, float]:
-    """CPU and wall seconds of call(0), ..., call(n - 1)."""
-    wall, cpu = time.perf_counter(), time.thread_time()
-    for i in range(n):
-        call(i)
-    return time.thread_time() - cpu, time.perf_counter() - wall
 
 
 def measure(model: str, projection: str, pool: Tensor, dtype_name: str, rounds: int) -> list[Row]:
@@ -202,18 +194,12 @@ def timed(
     dense calls, of which the faster is the baseline. matrices: of that shape in one call. batch: rows of x in one call.
     """
     model, projection, k, n, dtype_name = shape
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    bandwidth: list[float] = []
-    for turn in range(rounds + 1):
-        seconds, _ = sweep(lambda _: stream(flat), 1)
-        times = {name: sweep(call, copies) for name, call in calls.items()}
-        if turn:  # the first round warms up
-            bandwidth.append(flat.nbytes / seconds)
-            for name, (c, p) in times.items():
-                cpu[name].append(c / copies)
-                wall[name].append(p / copies)
-
+    sweeps = {"read": partial(sweep, lambda _: stream(flat), 1)}
+    sweeps |= {name: partial(sweep, call, copies) for name, call in calls.items()}
+    times = in_turn(sweeps, rounds)
+    bandwidth = [flat.nbytes / seconds for seconds, _ in times.pop("read")]
+    cpu = {name: [seconds / copies for seconds, _ in each] for name, each in times.items()}
+    wall = {name: [seconds / copies for _, seconds in each] for name, each in times.items()}
     own = min(dense, key=lambda name: median(cpu[name]))
     rows = []
     for name in calls:
@@ -243,10 +229,6 @@ def timed(
         f"{model} {projection} {dtype_name} x {batch}: {median(bandwidth) / 1e9:.1f} GB/s, own dense: {own}", flush=True
     )
     return rows
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return round(median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 def environment(rounds: int) -> dict[str, object]:

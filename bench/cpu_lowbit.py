@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,15 +21,12 @@ import torch
 
 from bench.cpu_kernels import HIDDEN, scaled_input, some
 from bench.record import where, write
+from bench.rounds import in_turn, ratio, sweep
 from kernels import lowbit
 from kernels.cpu import instruction_set, stream
 
 POOL = 3 * 2**27  # bytes of low-bit lines that a kernel sweeps, so that no cache helps
 GOALS = {8: 1.5, 4: 1.4}  # of half_over_dense
-
-
-def paired(above: list[float], below: list[float]) -> float:
-    return round(statistics.median([a / b for a, b in zip(above, below, strict=True)]), 3)
 
 
 def packed_pool(k: int, n: int, bits: int) -> list[lowbit.Packed]:
@@ -74,23 +70,19 @@ def kernel_rows(model: str, bits: int, rounds: int) -> list[dict[str, Any]]:
         pool = packed_pool(k, n, bits)
         calls = calls_of(what, pool, k, n)
         buffer = torch.ones(len(pool) * pool[0].codes.nbytes // 4)
-        times: dict[str, list[float]] = {"read": [], **{name: [] for name in calls}}
-        for number in range(rounds + 1):
-            for name, call in {"read": partial(lambda _, b: stream(b), b=buffer), **calls}.items():
-                start = time.thread_time()
-                for i in range(1 if name == "read" else len(pool)):
-                    call(i)
-                if number:
-                    times[name].append((time.thread_time() - start) / len(pool))
+        sweeps = {"read": partial(sweep, lambda _, b=buffer: stream(b), 1)}
+        sweeps |= {name: partial(sweep, call, len(pool)) for name, call in calls.items()}
+        found = in_turn(sweeps, rounds)
+        times = {name: [seconds / len(pool) for seconds, _ in each] for name, each in found.items()}
         row = {
             "model": model,
             "kernel": what,
             "bits": bits,
             "dense_us": round(1e6 * statistics.median(times["dense"]), 1),
             "half_us": round(1e6 * statistics.median(times["50 %"]), 1),
-            "half_over_dense": paired(times["dense"], times["50 %"]),
-            "dense_roofline": paired(times["read"], times["dense"]),
-            "half_roofline": round(paired(times["read"], times["50 %"]) / 2, 3),
+            "half_over_dense": ratio(times["dense"], times["50 %"]),
+            "dense_roofline": ratio(times["read"], times["dense"]),
+            "half_roofline": round(ratio(times["read"], times["50 %"]) / 2, 3),
             "goal": GOALS[bits],
         }
         rows.append(row)

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from bench.cpu_lowbit import paired
 from bench.peers import Peer, peers
 from bench.record import where, write
+from bench.rounds import in_turn, ratio
 from harness.data import assets, embedded
 from harness.data.text import calibration_text, evaluation_text, token_windows
 from harness.execution.attach import Fitted
@@ -168,19 +168,16 @@ def decode(own: Subject, variant: Variant, now: Clock, helped: list[bool]) -> fl
 
 
 def timed(runs: Runs, rounds: int, now: Clock) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of a step by name and round, and bytes a second of a plain read in each. The first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    bandwidth: list[float] = []
+    """Seconds of a step by name and round, and bytes a second of a plain read in each."""
     buffer = torch.ones(BUFFER // 4)
-    for number in range(rounds + 1):
-        seconds = {name: run() for name, run in runs.items()}
+
+    def read() -> float:
         start = now()
         stream(buffer)
-        if number:
-            bandwidth.append(buffer.nbytes / (now() - start))
-            for name, value in seconds.items():
-                times[name].append(value)
-    return times, bandwidth
+        return now() - start
+
+    times = in_turn({**runs, "read": read}, rounds)
+    return times, [buffer.nbytes / seconds for seconds in times.pop("read")]
 
 
 def with_threads(number: int, run: Callable[[], float], peer: Peer | None = None) -> Callable[[], float]:
@@ -234,12 +231,12 @@ def row_of(
         "milliseconds": round(1e3 * statistics.median(seconds), 3),
         "megabytes": round(size / 1e6, 1),
         "bits_a_weight": round(bits, 2),
-        "roofline_share": paired([size / b for b in bandwidth], seconds),
+        "roofline_share": ratio([size / b for b in bandwidth], seconds),
     }
     baselines = dict.fromkeys([HF, name.replace("TEAL", "dense"), *others])
-    row |= {f"over {base}": paired(times[base], seconds) for base in baselines if base in times}
+    row |= {f"over {base}": ratio(times[base], seconds) for base in baselines if base in times}
     if f"{name}, one thread" in times:
-        row["over one thread"] = paired(times[f"{name}, one thread"], seconds)
+        row["over one thread"] = ratio(times[f"{name}, one thread"], seconds)
     return row
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import kernels.cuda as kc
+from bench.gpu_common import error
 from bench.record import where, write
 from harness.execution.decode_loop import DecodeLoop
 from harness.execution.fused_step import fast_decode
@@ -128,6 +129,40 @@ def prefilled(view: View, context: int) -> tuple[StaticCache, Tensor]:
 
 
 @torch.no_grad()
+def block_outputs(view: View, layers: list[int], x: Tensor) -> dict[int, Tensor]:
+    """What single blocks add to the residual stream at a cache of 37 random tokens, float64."""
+    position = torch.tensor([[37]], device="cuda")
+    rotary = view.model.model.rotary_emb(x, position)
+    out = {}
+    for layer in layers:
+        torch.manual_seed(layer)
+        cache = StaticCache(config=view.model.config, max_cache_len=64)
+        filled = torch.randn(1, view.n_kv_heads, 37, view.head_dim, device="cuda").to(view.dtype)
+        cache.layers[layer].update(filled, filled.flip(-1))
+        arguments = {"attention_mask": None, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        if view.model.config._attn_implementation == "sdpa":
+            arguments["attention_mask"] = (torch.arange(64, device="cuda") <= 37)[None, None, None]
+        y = view.blocks[layer].layer(x.clone(), position_embeddings=rotary, **arguments)
+        out[layer] = y.double() - x.double()
+    return out
+
+
+@torch.no_grad()
+def masked_outputs(view: View, layers: list[int], thresholds: dict, x: Tensor) -> dict[int, Tensor]:
+    """The same with every projection's input cut at its threshold; without thresholds nothing is."""
+    with Masks(view, 0.0) as masks:
+        masks.fitting, masks.thresholds = False, thresholds
+        if not thresholds:
+            masks.thresholds = {(n, i): -1.0 for i, b in enumerate(view.blocks) for n, _ in b.projections()}
+        return block_outputs(view, layers, x)
+
+
+def moved(x: Tensor) -> Tensor:
+    """x with every entry moved by about one rounding."""
+    return (x.float() * (1 + torch.finfo(x.dtype).eps / 2 * torch.randn_like(x.float()))).to(x.dtype)
+
+
+@torch.no_grad()
 def block_errors(view: View, linear: str, thresholds: dict) -> dict[str, dict[str, float]]:
     """What single blocks add to the residual stream, fused against masked, on the same input and cache: relative error.
 
@@ -136,37 +171,26 @@ def block_errors(view: View, linear: str, thresholds: dict) -> dict[str, dict[st
     """
     layers = sorted({0, view.n_layers // 2, view.n_layers - 1})
     x = torch.randn(1, 1, view.d_model, device="cuda").to(view.dtype)
-    moved = (x.float() * (1 + torch.finfo(view.dtype).eps / 2 * torch.randn_like(x.float()))).to(view.dtype)
-    position = torch.tensor([[37]], device="cuda")
-    rotary = view.model.model.rotary_emb(x, position)
-
-    def run(layer: int, x: Tensor) -> Tensor:
-        torch.manual_seed(layer)
-        cache = StaticCache(config=view.model.config, max_cache_len=64)
-        filled = torch.randn(1, view.n_kv_heads, 37, view.head_dim, device="cuda").to(view.dtype)
-        cache.layers[layer].update(filled, filled.flip(-1))
-        arguments = {"attention_mask": None, "position_ids": position, "past_key_values": cache, "use_cache": True}
-        if view.model.config._attn_implementation == "sdpa":
-            arguments["attention_mask"] = (torch.arange(64, device="cuda") <= 37)[None, None, None]
-        out = view.blocks[layer].layer(x.clone(), position_embeddings=rotary, **arguments)
-        return out.double() - x.double()
-
-    with Masks(view, 0.0) as masks:
-        masks.fitting, masks.thresholds = False, thresholds
-        if not thresholds:
-            masks.thresholds = {(n, i): -1.0 for i, b in enumerate(view.blocks) for n, _ in b.projections()}
-        want = {layer: run(layer, x) for layer in layers}
-        near = {layer: run(layer, moved) for layer in layers}
-    errors = {}
+    want, near = (masked_outputs(view, layers, thresholds, each) for each in (x, moved(x)))
     with fast_decode(view, linear, thresholds):
-        for layer in layers:
-            size = want[layer].norm()
-            fused = (run(layer, x) - want[layer]).norm() / size
-            errors[str(layer)] = {
-                "fused": fused.item(),
-                "one rounding": ((near[layer] - want[layer]).norm() / size).item(),
-            }
-    return errors
+        fused = block_outputs(view, layers, x)
+    return {
+        str(layer): {"fused": error(fused[layer], want[layer]), "one rounding": error(near[layer], want[layer])}
+        for layer in layers
+    }
+
+
+def token_ms(loop: DecodeLoop, context: int, token: Tensor) -> float:
+    """Milliseconds a token, over NEW_TOKENS of them after the context."""
+    loop.rewind(context, token)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(NEW_TOKENS):
+        loop.step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / NEW_TOKENS
 
 
 @torch.no_grad()
@@ -174,20 +198,9 @@ def time_steps(view: View, context: int) -> list[float]:
     """Milliseconds a token: one value for each of REPEATS runs of NEW_TOKENS tokens from the same context."""
     cache, token = prefilled(view, context)
     loop = DecodeLoop(view, cache, token)
-    times = []
-    for repeat in range(REPEATS + 1):
-        loop.rewind(context, token)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(NEW_TOKENS):
-            loop.step()
-        end.record()
-        end.synchronize()
-        if repeat:
-            times.append(start.elapsed_time(end) / NEW_TOKENS)
+    times = [token_ms(loop, context, token) for _ in range(REPEATS + 1)]
     assert torch.isfinite(loop.logits).all()
-    return times
+    return times[1:]
 
 
 def main() -> None:

@@ -6,15 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import StaticCache
 
-from bench.gpu_decode import NEW_TOKENS, Masks, dropped_share, prefilled
+from bench.gpu_decode import NEW_TOKENS, block_outputs, dropped_share, masked_outputs, moved, prefilled, token_ms
 from bench.gpu_report import Report
+from bench.rounds import in_turn
 from harness.execution.chained_step import Format, chained, step_weights
 from harness.execution.decode_loop import DecodeLoop
 from harness.execution.fused_step import (
@@ -29,34 +29,6 @@ from harness.execution.fused_step import (
 from harness.model.view import View
 from kernels.cuda import packed
 from kernels.cuda.packed import Tile, default_tile
-
-
-@torch.no_grad()
-def block_outputs(view: View, layers: list[int], x: Tensor) -> dict[int, Tensor]:
-    """What single blocks add to the residual stream at a cache of 37 random tokens, float64."""
-    position = torch.tensor([[37]], device="cuda")
-    rotary = view.model.model.rotary_emb(x, position)
-    out = {}
-    for layer in layers:
-        torch.manual_seed(layer)
-        cache = StaticCache(config=view.model.config, max_cache_len=64)
-        filled = torch.randn(1, view.n_kv_heads, 37, view.head_dim, device="cuda").to(view.dtype)
-        cache.layers[layer].update(filled, filled.flip(-1))
-        arguments = {"attention_mask": None, "position_ids": position, "past_key_values": cache, "use_cache": True}
-        if view.model.config._attn_implementation == "sdpa":
-            arguments["attention_mask"] = (torch.arange(64, device="cuda") <= 37)[None, None, None]
-        y = view.blocks[layer].layer(x.clone(), position_embeddings=rotary, **arguments)
-        out[layer] = y.double() - x.double()
-    return out
-
-
-@torch.no_grad()
-def masked_outputs(view: View, layers: list[int], thresholds: dict, x: Tensor) -> dict[int, Tensor]:
-    with Masks(view, 0.0) as masks:
-        masks.fitting, masks.thresholds = False, thresholds
-        if not thresholds:
-            masks.thresholds = {(n, i): -1.0 for i, b in enumerate(view.blocks) for n, _ in b.projections()}
-        return block_outputs(view, layers, x)
 
 
 @contextmanager
@@ -129,7 +101,7 @@ def steps(
         capacity = cache.layers[0].max_cache_len
         layers = [0, view.n_layers - 1]
         x = torch.randn(1, 1, view.d_model, device="cuda").to(view.dtype)
-        moved = (x.float() * (1 + torch.finfo(view.dtype).eps / 2 * torch.randn_like(x.float()))).to(view.dtype)
+        nearby = moved(x)
         loops: dict[str, DecodeLoop] = {}
         held: list[Any] = []
         kept_of: dict[str, float] = {}
@@ -146,7 +118,7 @@ def steps(
             if sparsity not in wants:
                 wants[sparsity] = (
                     masked_outputs(view, layers, thresholds, x),
-                    masked_outputs(view, layers, thresholds, moved),
+                    masked_outputs(view, layers, thresholds, nearby),
                 )
             want, near = wants[sparsity]
             with context_ as blocks:
@@ -168,19 +140,9 @@ def steps(
             report.attempt(f"{tag}: {name}", lambda: prepare(name, *how))
         packed.default_tile = default_tile
         print(f"{tag}: ready after {time.time() - start:.1f} s", flush=True)
-        times: dict[str, list[float]] = {name: [] for name in loops}
-        for number in range(rounds + 1):
-            for name, loop in loops.items():
-                loop.rewind(context, token)
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(NEW_TOKENS):
-                    loop.step()
-                end.record()
-                end.synchronize()
-                if number:
-                    times[name].append(begin.elapsed_time(end) / NEW_TOKENS)
-                assert loop.logits is not None and torch.isfinite(loop.logits).all()
+        times = in_turn({name: partial(token_ms, loop, context, token) for name, loop in loops.items()}, rounds)
+        for loop in loops.values():
+            assert loop.logits is not None and torch.isfinite(loop.logits).all()
         cache_bytes = 2 * view.n_layers * view.n_kv_heads * view.head_dim * (context + NEW_TOKENS / 2) * 2
         for name, each in times.items():
             ms = median(each)

@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.record import where, write
+from bench.rounds import ratio
 from harness.data.assets import embedded_model_dir
 from harness.data.tasks import load_tasks, task_manager
 from harness.data.text import calibration_text, token_windows
@@ -72,10 +73,7 @@ def main() -> None:
             for name, seconds in zip(times, once, strict=True):
                 times[name].append(seconds)
     base = times["plain lm-eval, dense"]
-    ratios = {
-        name: statistics.median(mine / theirs for mine, theirs in zip(seconds, base, strict=True))
-        for name, seconds in times.items()
-    }
+    ratios = {name: ratio(seconds, base) for name, seconds in times.items()}
     result = {
         "what": "wall time over plain lm-eval (HFLM, dense), median of paired rounds; goal for TEAL: at most 1.25",
         "tasks": tasks,
@@ -87,8 +85,8 @@ def main() -> None:
         "environment": where(),
     }
     write(args.out, result)
-    for name, ratio in ratios.items():
-        print(f"{name:28s} {statistics.median(times[name]):7.1f} s  {ratio:5.2f}x plain")
+    for name, seconds in times.items():
+        print(f"{name:28s} {statistics.median(seconds):7.1f} s  {ratios[name]:5.2f}x plain")
 
 
 if __name__ == "__main__":

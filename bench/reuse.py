@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.record import where, write
+from bench.rounds import ratio
 from harness.data.assets import embedded_model_dir
 
 METHODS, LEVELS = ("teal", "cats"), ("0.3", "0.4", "0.5", "0.6")
@@ -125,12 +126,7 @@ def main() -> None:
         for index, kind in enumerate(("wall", "cpu"))
     }
     ratios = {
-        kind: {
-            short: statistics.median(
-                mine / theirs for mine, theirs in zip(found["one sweep"], found[name], strict=True)
-            )
-            for name, short in names.items()
-        }
+        kind: {short: ratio(found["one sweep"], found[name]) for name, short in names.items()}
         for kind, found in kinds.items()
     }
     result = {

@@ -14,6 +14,7 @@ import kernels
 from bench import cpu_kernels
 from bench.cpu_step import row_of
 from bench.peers import weights_read
+from bench.rounds import in_turn, ratio, sweep
 
 
 def test_ratios_are_above_one_for_the_faster_and_paired_by_round() -> None:
@@ -29,6 +30,18 @@ def test_ratios_are_above_one_for_the_faster_and_paired_by_round() -> None:
     assert row["roofline_share"] == 0.25, "what the bytes take at the round's own bandwidth, over what it took"
     assert (row["over HF eager dense"], row["over fused dense"], row["over llama.cpp Q4_0"]) == (8.0, 2.0, 3.0)
     assert row["over one thread"] == 0.5
+
+
+def test_every_call_takes_its_turn_in_each_round_and_the_first_round_is_left_out() -> None:
+    turns: list[str] = []
+
+    def turn(name: str) -> int:
+        turns.append(name)
+        return len(turns)
+
+    assert in_turn({"a": lambda: turn("a"), "b": lambda: turn("b")}, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert turns == ["a", "b"] * 3
+    assert ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == 3.0
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -63,8 +76,8 @@ def test_zeros_that_a_batch_shares_pay(dtype_name) -> None:
             lambda i: F.linear(x, weights[i].view(1536, 2048)),
         ]
         for _ in range(3):  # a neighbour may spoil a run
-            own, dense, linear = zip(*([cpu_kernels.sweep(c, 40)[0] for c in calls] for _ in range(8)), strict=True)
-            over = [cpu_kernels.ratio(list(other[1:]), list(own[1:])) for other in (dense, linear)]
+            own, dense, linear = zip(*([sweep(c, 40)[0] for c in calls] for _ in range(8)), strict=True)
+            over = [ratio(list(other[1:]), list(own[1:])) for other in (dense, linear)]
             if over[0] >= 1.15 and over[1] >= 1.5:
                 return
         pytest.fail(f"shared 50 %: {over[1]:.2f}x F.linear, {over[0]:.2f}x our own dense batch")
