@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from harness.claims.evidence import Evidence
-from harness.claims.pairs import on_models, stretches
+from harness.claims.evidence import Evidence, by_stretch
 from harness.claims.study import BASELINES, Study, need, used
 
 EQUAL_BYTES = 0.05  # of what 16-bit weights have: so many bytes less or more still count as equal
@@ -46,9 +45,6 @@ def bits_beat_channels(study: Study) -> Evidence:
             judged[chosen[low]] = together.loc[odd, chosen[low]]
     gap = need(pd.concat(judged, axis=1).dropna() if judged else pd.DataFrame(), f"{WORDS}, on the same text windows")
     against = equal.loc[gap.columns]
-    length = against["length"].iloc[0]
-    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
-    each = on_models(gap, against["model"], lambda series: stretches(study.in_text(series), length)[0])
     by_setting = gap.mean().groupby(against["model"] + " " + against["words"]).mean()
     note = "at equal bytes, the best of the schemes: "
     note += ", ".join(f"{words} {value:+.3f}" for words, value in by_setting.items())
@@ -59,15 +55,8 @@ def bits_beat_channels(study: Study) -> Evidence:
         least = told.groupby(half["model"] + " " + half["format"]).min()
         words = ", ".join(f"{name} {value:+.3f}" for name, value in least.items())
         note += f"; half the channels in 16 bits, which is more bytes, by the best scheme beside {words}"
-    return Evidence(
-        values,
-        over,
-        "nats/token",
-        used(against["low"], against["high"]),
-        by_model=each.by_model,
-        errors=each.errors,
-        note=note,
-    )
+    cells = used(against["low"], against["high"])
+    return by_stretch(study, gap, against["model"], against["length"].iloc[0], cells, note)
 
 
 def _pairs(study: Study) -> pd.DataFrame:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from harness.claims.pairs import lineage
+from harness.claims.pairs import lineage, on_models, stretches
 from harness.claims.study import Study
 from harness.results import stats
 
@@ -89,6 +90,24 @@ class Evidence:
         if len(known) < 2:
             return stats.Spread(math.nan, math.nan)
         return stats.heterogeneity([self.by_model[name] for name in known], [self.errors[name] for name in known])
+
+
+def by_stretch(
+    study: Study,
+    gap: pd.DataFrame,
+    labels: Iterable[object],
+    tokens: float,
+    cells: tuple[str, ...],
+    note: str,
+    unit: str = "nats/token",
+) -> Evidence:
+    """The mean gap on running text, by stretch of it, and on each model.
+
+    gap: text windows x columns. labels: the model of each column. tokens: of a window.
+    """
+    values, over = stretches(study.in_text(gap.mean(axis=1)), tokens)
+    each = on_models(gap, labels, lambda series: stretches(study.in_text(series), tokens)[0])
+    return Evidence(values, over, unit, cells, by_model=each.by_model, errors=each.errors, note=note)
 
 
 def _means(groups: dict, by_model: Mapping[str, float], keys: int) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from harness.claims.evidence import Evidence
+from harness.claims.evidence import Evidence, by_stretch
 from harness.claims.pairs import OnModels, by_option, contrast, gaps, on_models, options, slopes, stretches
 from harness.claims.study import POLICY, MissingEvidence, Study, need, numbers, used
 from harness.results import stats
@@ -33,10 +33,7 @@ def kv_skip_loses(study: Study) -> Evidence:
     if len(same):
         note += f"; recompute beside mask_output: {same.mean().mean():+.1e}"
     cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
-    length = pairs["length"].iloc[0]
-    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
-    each = on_models(gap, pairs["model"], lambda series: stretches(study.in_text(series), length)[0])
-    return Evidence(values, over, "nats/token", cells, by_model=each.by_model, errors=each.errors, note=note)
+    return by_stretch(study, gap, pairs["model"], pairs["length"].iloc[0], cells, note)
 
 
 def kv_grows_with_sparsity(study: Study) -> Evidence:
@@ -56,13 +53,8 @@ def kv_grows_with_sparsity(study: Study) -> Evidence:
     cells = used(together["cell_id_worse"], together["cell_id_better"])
     shares = gap[together.index].mean().groupby(together["sparsity_requested"]).mean()
     note = "gap by share of heads: " + ", ".join(f"{share:.0%} {value:+.3f}" for share, value in shares.items())
-    length = together["length"].iloc[0]
-    values, over = stretches(study.in_text(slope.mean(axis=1)), length)
-    models = [key[0] for key in rising]
-    each = on_models(slope, models, lambda series: stretches(study.in_text(series), length)[0])
-    return Evidence(
-        values, over, "nats/token for all of the heads", cells, by_model=each.by_model, errors=each.errors, note=note
-    )
+    models, length = [key[0] for key in rising], together["length"].iloc[0]
+    return by_stretch(study, slope, models, length, cells, note, "nats/token for all of the heads")
 
 
 def growth(lossy: list[tuple[float, pd.Series]]) -> pd.Series:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from harness.claims.evidence import Evidence
-from harness.claims.pairs import by_option, contrast, gaps, matched_models, on_models, stretches
+from harness.claims.evidence import Evidence, by_stretch
+from harness.claims.pairs import by_option, contrast, gaps, matched_models
 from harness.claims.study import POLICY, Study, need, numbers, rows_by_layer, used
 
 EQUAL_DENSITY = 0.02  # recall is compared at densities this near
@@ -25,15 +25,8 @@ def prediction_costs(study: Study) -> Evidence:
     whole = np.mean([loss.mean() for loss in losses if loss is not None])
     share = gap.mean().mean() / whole if whole > 0 else np.nan
     note = f"{share:.0%} of the loss is due to prediction" if np.isfinite(share) else ""
-    return _by_stretch(study, gap, both, note)
-
-
-def _by_stretch(study: Study, gap: pd.DataFrame, pairs: pd.DataFrame, note: str) -> Evidence:
-    length = pairs["length"].iloc[0]
-    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
-    each = on_models(gap, pairs["model"], lambda series: stretches(study.in_text(series), length)[0])
-    cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
-    return Evidence(values, over, "nats/token", cells, by_model=each.by_model, errors=each.errors, note=note)
+    cells = used(both["cell_id_worse"], both["cell_id_better"])
+    return by_stretch(study, gap, both["model"], both["length"].iloc[0], cells, note)
 
 
 def swiglu_harder_to_predict(study: Study) -> Evidence:
@@ -78,7 +71,9 @@ def lookahead_worse(study: Study) -> Evidence:
     words = "dejavu with predictor=serial beside predictor=lookahead"
     pairs = need(contrast(lines, "lookahead", "serial"), words)
     gap = need(gaps(study, pairs, "cell_id_worse", "cell_id_better", "text"), f"{words}, with text windows")
-    return _by_stretch(study, gap, pairs.loc[gap.columns], _recall_lost(study))
+    pairs = pairs.loc[gap.columns]
+    cells = used(pairs["cell_id_worse"], pairs["cell_id_better"])
+    return by_stretch(study, gap, pairs["model"], pairs["length"].iloc[0], cells, _recall_lost(study))
 
 
 def _recall_lost(study: Study) -> str:

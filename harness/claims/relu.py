@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from harness.claims.evidence import Evidence
-from harness.claims.pairs import EQUAL_SPARSITY, equally_sparse, gaps, matched_models, on_models, slopes, stretches
+from harness.claims.evidence import Evidence, by_stretch
+from harness.claims.pairs import EQUAL_SPARSITY, equally_sparse, gaps, matched_models, on_models, slopes
 from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used
 from harness.results.collect import ACHIEVED
 
@@ -73,19 +73,9 @@ def _share_lost(study: Study, cells: pd.Series, items: pd.Index) -> float:
 def swiglu_loses_more_text(study: Study) -> Evidence:
     """Loss on running text, SwiGLU minus ReLU, by stretch of text."""
     gap, pairs, corrected = _at_equal_sparsity(study, "text", "text windows")
-    length = pairs["length"].iloc[0]
-    values, over = stretches(study.in_text(gap.mean(axis=1)), length)
-    each = on_models(gap, pairs["pair"], lambda series: stretches(study.in_text(series), length)[0])
     note = f"mean of {len(pairs)} pairs of cells; {corrected}"
-    return Evidence(
-        values,
-        over,
-        "nats/token",
-        used(pairs["swiglu"], pairs["relu"]),
-        by_model=each.by_model,
-        errors=each.errors,
-        note=note,
-    )
+    cells = used(pairs["swiglu"], pairs["relu"])
+    return by_stretch(study, gap, pairs["pair"], pairs["length"].iloc[0], cells, note)
 
 
 def gap_widens(study: Study) -> Evidence:
@@ -103,12 +93,9 @@ def gap_widens(study: Study) -> Evidence:
     cells = used(together["swiglu"], together["relu"])
     by_level = gap[together.index].mean().groupby(together["achieved"].round(1)).mean()
     note = "gap by MLP sparsity: " + ", ".join(f"{level:.0%} {value:+.3f}" for level, value in by_level.items())
-    length = pairs["length"].iloc[0]
-    values, over = stretches(study.in_text(slope.mean(axis=1)), length)
-    names = [pair for pair, _ in rising]
-    each = on_models(slope, names, lambda series: stretches(study.in_text(series), length)[0])
+    names, length = [pair for pair, _ in rising], pairs["length"].iloc[0]
     unit = "nats/token for all of the sparsity"
-    return Evidence(values, over, unit, cells, by_model=each.by_model, errors=each.errors, note=f"{note}; {corrected}")
+    return by_stretch(study, slope, names, length, cells, f"{note}; {corrected}", unit)
 
 
 def _natural(study: Study) -> tuple[pd.DataFrame, tuple[str, ...]]:
