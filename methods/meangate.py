@@ -33,6 +33,7 @@ class MeanGate(Method):
     name: ClassVar[str] = "meangate"
     paper: ClassVar[str] = "-"
     needs: ClassVar[str] = "calibration"
+    wraps: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("llama",)
 
     def __post_init__(self) -> None:

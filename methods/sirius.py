@@ -35,6 +35,7 @@ class Sirius(Method):
     name: ClassVar[str] = "sirius"
     paper: ClassVar[str] = "arXiv 2409.03856"
     phases: ClassVar[tuple[str, ...]] = ("decode",)
+    wraps: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("llama", "qwen2", "qwen3", "phi3", "olmo2")
 
     def __post_init__(self) -> None:

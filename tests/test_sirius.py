@@ -10,7 +10,11 @@ from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached
 from harness.execution.correction import accepted
 from harness.model.step import Policy
+from harness.run.config import check
+from harness.run.nest import incomplete
+from harness.run.overrides import composed
 from harness.run.scope import to_native
+from methods.meangate import MeanGate
 from methods.random import Random
 from methods.sirius import Sirius
 from methods.teal import Teal
@@ -187,3 +191,12 @@ def test_what_can_not_be_corrected_is_one_sentence():
     for wrong in ({"kernel_size": 1}, {"threshold": 1.5}):
         with pytest.raises(ConfigError, match=r"method\.sirius"):
             Sirius(0.5, **wrong)
+
+
+@pytest.mark.parametrize("nest", ["sirius", "[sirius,dense]", "meangate", "[sirius,meangate]"])
+def test_what_wraps_others_is_refused_with_nothing_inside(nest: str):
+    with pytest.raises(
+        ConfigError, match=r"changes nothing by itself: nest a method .* method=\[(sirius|meangate),teal\]$"
+    ):
+        check(composed([f"method={nest}", "tasks=none"]))
+    assert incomplete([Sirius(0.5), MeanGate(0.5), Teal(0.5)]) is incomplete([Teal(0.5), Sirius(0.5)]) is None

@@ -53,6 +53,7 @@ class Method:
     compensated: ClassVar[bool] = (
         False  # has learnt such compensation itself: another would count what is dropped twice
     )
+    wraps: ClassVar[bool] = False  # changes nothing alone: works on what a method that is nested inside drops
     swap: ClassVar[bool] = False  # changes the activation; in a nest the requested sparsity is for the innermost method
 
     @property

@@ -87,20 +87,25 @@ def in_order(methods: Sequence[Method]) -> tuple[list[Method], list[Method]]:
 def incomplete(methods: Sequence[Method]) -> str | None:
     """One sentence where methods stand beside others with which they mean nothing, or None.
 
-    One that compensates for others has none to do so for; or one turns the inputs that those outside of it know.
+    One that compensates for others, or wraps them, has none to do so for; or one turns the inputs that those outside of
+    it know.
     """
     others, repairs = in_order(methods)
     for at, method in enumerate(others):
         if method.rotates and (outer := [m.name for m in others[:at] if m.knows_inputs]):
             return f"{method.name} turns the inputs that {outer[0]} knows: put it outside, [{method.name},{outer[0]}]"
-    if not repairs:
+    if repairs and (done := [m.name for m in others if m.compensated]):
+        return f"{done[0]} makes up for what it drops itself, so {repairs[0].name} beside it would do so twice"
+    if any(m.name != "dense" and not m.wraps for m in others):
         return None
-    name = repairs[0].name
-    if done := [m.name for m in others if m.compensated]:
-        return f"{done[0]} makes up for what it drops itself, so {name} beside it would do so twice"
-    if any(m.name != "dense" for m in others):
-        return None
-    return f"{name} makes up for what another method drops: nest it, method=[{name},teal]"
+    for method in methods:
+        if method.compensates:
+            return f"{method.name} makes up for what another method drops: nest it, method=[{method.name},teal]"
+        if method.wraps:
+            return (
+                f"{method.name} changes nothing by itself: nest a method that drops in it, method=[{method.name},teal]"
+            )
+    return None
 
 
 def keeps_natural(method: Method, methods: Sequence[Method]) -> bool:
