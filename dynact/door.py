@@ -22,6 +22,7 @@ from harness.execution.ledger import Ledger
 from harness.execution.method import Method, State
 from harness.execution.nest import fit_nest, refusal
 from harness.fitting.calibration import Calibration
+from harness.model import sharding
 from harness.model.families import view_of
 from harness.model.step import Policy
 from harness.model.view import View
@@ -121,7 +122,7 @@ def _opened(model: Any, methods: Nest, phase: str, dense_prefix: int) -> tuple[V
     nest = [method for part in in_order(settled(nest)) for method in part]
     policy = Policy(phase_of(nest) if phase == "auto" else phase, dense_prefix)
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    view = view_of(model, name=name)
+    view = sharding.with_limits(view_of(model, name=name))
     if sentence := refusal(view, nest, policy.phase):
         raise UnsupportedError(sentence)
     return view, nest, policy

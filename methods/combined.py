@@ -85,6 +85,12 @@ class Combined(Method):
         """Input channels of all seven projections."""
         return channels(self.sparsity)
 
+    def unsupported(self, view: View) -> str | None:
+        """Every threshold is trained where the first block lies."""
+        if "training" in view.limits:
+            return f"{self.name} can't run on {view.name}: {view.limits['training']}"
+        return super().unsupported(view)
+
     def fit(self, view: View, calibration: Calibration) -> State:
         """By projection float32: `cut.P` thresholds [layers, channels], `P` constants [layers, outputs].
 

@@ -12,9 +12,11 @@ import torch
 from accelerate import dispatch_model
 from rich.console import Console
 
+import dynact
 from harness.data.assets import embedded_model_dir
 from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached, overhead
+from harness.execution.method import Method
 from harness.execution.nest import fit_nest, refusal
 from harness.fitting.calibration import Calibration
 from harness.model import sharding
@@ -28,6 +30,9 @@ from harness.results.store import Store
 from harness.run.config import CellConfig, check
 from harness.run.execute import run_all
 from harness.run.overrides import composed, rewrite
+from methods.combined import Combined, distance
+from methods.spon import Spon
+from methods.teal import Teal
 from tests import tiny
 from tests.matrix import CASES
 
@@ -57,6 +62,22 @@ def test_blocks_on_several_devices_make_a_view_that_runs_no_kernels() -> None:
     other.blocks[2].layer.to("meta")
     assert other.spread and "on several devices" in sharding.with_limits(other).limits["kernels"]
     assert other.device.type == "cpu" and sharding.left_out(other.model)
+
+
+def test_thresholds_that_are_trained_on_one_device_are_refused_for_blocks_on_several() -> None:
+    """By one sentence, before anything is fitted; blocks that lie together and constants rule nothing out."""
+    apart = tiny.view("llama")
+    apart.blocks[2].layer.to("meta")
+    nests: list[list[Method]] = [[Combined(0.5)], [Spon(0.5), Teal(0.5)]]
+    assert [refusal(sharding.with_limits(tiny.view("llama")), nest, "all") for nest in nests] == [None, None]
+    assert [refusal(sharding.with_limits(apart), nest, "all") for nest in nests] == [
+        "combined can't run on tiny-llama: its blocks lie on several devices, and thresholds are trained on one",
+        None,
+    ]
+    with pytest.raises(UnsupportedError, match="combined can't run"), dynact.attach(apart.model, Combined(0.5)):
+        pass
+    with pytest.raises(RuntimeError, match="device"):  # or the limit can go
+        distance(torch.ones(2, 3, device="meta"), torch.ones(3))
 
 
 def test_a_cpu_holds_all_of_a_spread_model_and_gives_the_same_rows(tmp_path: Path, tiny_folder: Path) -> None:
@@ -163,6 +184,8 @@ def test_two_gpus_give_the_rows_of_one(name: str, model: str) -> None:
     logits, rows = told(one, name, windows)
     other = halves(model_of(model, torch.float32))
     assert other.spread
+    if sentence := refusal(other, [method], method.phases[0]):
+        pytest.skip(sentence)
     try:
         found, others = told(other, name, windows)
     except UnsupportedError as error:

@@ -38,5 +38,9 @@ def left_out(model: Any) -> bool:
 def with_limits(view: View) -> View:
     """The view, which says what it rules out if its blocks lie on several devices."""
     if view.spread:
-        view.limits = {**view.limits, "kernels": f"no kernel runs {view.name}, whose blocks lie on several devices"}
+        view.limits = {
+            **view.limits,
+            "kernels": f"no kernel runs {view.name}, whose blocks lie on several devices",
+            "training": "its blocks lie on several devices, and thresholds are trained on one",
+        }
     return view

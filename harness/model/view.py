@@ -53,7 +53,8 @@ class View:
     final_norm: the norm before the head. logit_cap: logits are capped softly at it (None: they are not).
     limits: what the model rules out, topic -> one sentence: neurons (telling them apart by their place), heads
         (dropping single ones), attention (another implementation in place of the model's own), recompute (K from the
-        block's input), norms (changing those before the sublayers), weights (rewriting them), kernels.
+        block's input), norms (changing those before the sublayers), weights (rewriting them), kernels,
+        training (of thresholds, by gradients through all blocks).
     stored: how the projections' weights are stored where the modules hold what they stand for; None: as they are held.
     source: the type of few bits that plain weights were made from, in a word.
     """
