@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.model.families import view_of
 from harness.model.lm import HarnessLM
-from harness.model.step import Policy
+from harness.model.step import Policy, Step
 from harness.model.view import View
 from harness.probes import affinity, predictivity, sparsity
 from methods.dejavu import DejaVu
@@ -46,3 +46,13 @@ def test_scoring_packs_too(tiny_folder, tokenizer):
     lm = HarnessLM(view, tokenizer, batch_size=2, max_length=64)
     lm._loglikelihood_tokens([(None, [1, 2, 3, 4], [5, 6]), (None, [1, 2, 3, 4, 5], [7])])
     assert packed and all(packed)  # the rows of a long batch go to the head in pieces
+
+
+def test_a_step_moves_whole_to_where_a_layer_lies() -> None:
+    here = Step(
+        torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool), torch.arange(2)[None], None, 3, None
+    )
+    assert here.to(torch.device("cpu")) is here
+    there = here.to(torch.device("meta"))
+    assert there.valid.is_meta and there.decode.is_meta and there.position.is_meta and there.prompt.is_meta
+    assert there.sparse is None and there.past == 3 and there.input_ids is None

@@ -192,9 +192,9 @@ class Ledger:
         seen = read = (both * view.n_kv_heads).flatten()
         if keep is not None or self._attended is not None:
             groups = both[..., None].expand(-1, -1, view.n_kv_heads) if self._attended is None else self._attended
-            if keep is not None:
-                groups = groups * keep.unflatten(-1, (view.n_kv_heads, -1)).any(-1)
-            read = groups.sum(-1).flatten()
+            if keep is not None:  # on the layer's own device, where a model is spread
+                groups = groups * keep.unflatten(-1, (view.n_kv_heads, -1)).any(-1).to(groups.device)
+            read = groups.sum(-1).flatten().to(view.device)
         self._note("kv_read", layer, "kv", Share(read))
         self._note("kv_seen", layer, "kv", Share(seen))
 

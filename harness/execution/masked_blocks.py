@@ -53,6 +53,7 @@ class Blocks:
         """Heads' outputs [batch, tokens, heads, head_dim]; arguments as in `masked_heads.Heads.attend`."""
         step = self.view.tracker.step
         assert step is not None, "blocks are left out outside of a tracked forward pass"
+        step = step.to(key.device)
         at = self._places(step, query.shape[2], key.shape[2])
         keep = self.decide(layer, self._gaps(query, key, attention_mask, at, **kwargs), step)
         if step.sparse is not None:

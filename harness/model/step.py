@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -51,6 +51,13 @@ class Step:
     def prompt(self) -> Tensor:
         """bool [batch, tokens]: valid tokens of the prefill phase."""
         return self.valid & ~self.decode
+
+    def to(self, device: torch.device) -> Step:
+        """The same where a layer lies whose model is spread over several devices; itself where it is there already."""
+        if self.valid.device == device:
+            return self
+        there = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Step(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in there.items()})
 
 
 @dataclass(frozen=True, eq=False)
