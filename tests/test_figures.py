@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -296,3 +297,20 @@ def test_saving_writes_both_kinds_reproducibly(kernel: pd.DataFrame, tmp_path: P
     again = figures.save(figures.flips(kernel), tmp_path / "b" / "flips")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kinds", [("png", "svg"), ("svg",)])
+def test_a_figure_is_drawn_once_a_file_as_it_would_be_saved(kinds, kernel: pd.DataFrame, monkeypatch) -> None:
+    plain = figures.flips(kernel)
+    with mpl.rc_context(fname=figures.STYLE):
+        saved = io.BytesIO()
+        plain.savefig(saved, format=kinds[0], metadata={"Software" if kinds[0] == "png" else "Date": None})
+    fig = figures.flips(kernel)
+    canvas, dpi = fig.canvas, fig.dpi
+    drawn = []
+    draw = Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda self, renderer: drawn.append(renderer) or draw(self, renderer))
+    encoded = [figures.draw.encoded(fig, kind) for kind in kinds]
+    assert encoded[0] == saved.getvalue()
+    assert len(drawn) == len(kinds)
+    assert fig.canvas is canvas and fig.dpi == dpi

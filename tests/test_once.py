@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 import pandas as pd
+import pytest
 
 from harness.results.collect import headline
 from harness.results.once import once, remembering
@@ -43,3 +46,18 @@ def test_who_changes_a_headline_changes_his_own() -> None:
         mine = headline(table)
         mine["method"] = "spoilt"
         assert "spoilt" not in set(headline(table)["method"])
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_looked_for_afterwards_if_it_was_before(collecting: bool) -> None:
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        with pytest.raises(KeyError), remembering():
+            with remembering():
+                pass
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -33,7 +33,7 @@ def kv_modes(df: pd.DataFrame, metric: str = "kl", limited: bool = False) -> Fig
         for ax, (title, panel) in zip(axes, panels, strict=True):
             style.dense_line(ax, panel, dense, metric)
             for name, cells in panel.groupby("mode"):
-                cells = select.by_request(cells)
+                cells = select.by_request(cells, column, f"stderr:{metric}")
                 error = style.Z95 * cells[f"stderr:{metric}"].fillna(0)
                 ax.errorbar(cells["sparsity_requested"], cells[column], error, **looks[str(name)])
             ax.xaxis.set_major_formatter(style.PERCENT)

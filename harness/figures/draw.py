@@ -6,9 +6,13 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from harness import claims
@@ -78,6 +82,10 @@ FIGURES: dict[str, Callable[..., Figure]] = {
 # And those that are drawn from the verdicts.
 OF_VERDICTS: dict[str, Callable[[pd.DataFrame], Figure]] = {"effects_by_model": effects_by_model}
 
+# With them a figure without a layout engine is given none.
+LAID_OUT: Any = {"figure.constrained_layout.use": False, "figure.autolayout": False}
+CANVASES: dict[str, type[FigureCanvasBase]] = {"png": FigureCanvasAgg, "svg": FigureCanvasSVG}
+
 
 def save(fig: Figure, path: Path | str) -> list[Path]:
     """Write `<path>.png` (200 dpi) and `<path>.svg`, each atomically. Equal figures give equal bytes."""
@@ -91,13 +99,31 @@ def save(fig: Figure, path: Path | str) -> list[Path]:
     return written
 
 
-def encoded(fig: Figure, kind: str) -> bytes:
-    """The figure as a file of this kind (png at 200 dpi, or svg), without when and by what it was made."""
+def encoded(fig: Figure, kind: str, page: bool = False) -> bytes:
+    """The figure as a file of this kind (png at 200 dpi, or svg), without when and by what it was made.
+
+    It is laid out for the first kind that is asked for, and stays so. page: for a page of HTML, letters as text and no
+    ground of its own.
+    """
     buffer = io.BytesIO()
-    with mpl.rc_context(fname=STYLE):
-        fig.savefig(buffer, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None})
-    fig.set_layout_engine("none")  # it stays as it was laid out: that takes longer than to draw it
+    metadata = {"Software": None} if kind == "png" else {"Date": None}
+    with mpl.rc_context(LAID_OUT | ({"svg.fonttype": "none"} if page else {}), fname=STYLE):
+        _lay_out(fig, kind)
+        fig.savefig(buffer, format=kind, metadata=metadata, transparent=page)
     return buffer.getvalue()
+
+
+def _lay_out(fig: Figure, kind: str) -> None:
+    """What `savefig` does to a figure with a layout engine, but for drawing all of it once more, to nowhere."""
+    engine = fig.get_layout_engine()
+    if engine is None:
+        return
+    before = fig.canvas, fig.dpi
+    canvas = CANVASES[kind](fig)  # its letters are as wide as they will be in the file
+    fig.set_dpi(canvas.fixed_dpi or mpl.rcParams["savefig.dpi"])
+    engine.execute(fig)
+    fig.canvas, fig.dpi = before
+    fig.set_layout_engine(None)
 
 
 def load(results: Path | str) -> tuple[pd.DataFrame, Path]:
@@ -123,8 +149,8 @@ def _with_published(found: Results) -> tuple[pd.DataFrame, Path]:
 
 def only_limited(df: pd.DataFrame) -> bool:
     """Whether every measured cell of the table is a limited run: whether any of its rows is."""
-    measured = df[(df["source"] == "measured") & (df["status"] == "ok")]
-    return bool(measured["limited"].fillna(False).groupby(measured["cell_id"]).any().all())
+    measured = (df["source"] == "measured") & (df["status"] == "ok")
+    return bool(df["limited"].fillna(False)[measured].groupby(df["cell_id"][measured]).any().all())
 
 
 @remembering()

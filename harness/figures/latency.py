@@ -40,7 +40,7 @@ def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) ->
                 speed, quality = [*speed, 1.0], [*quality, reference]
             front = frontier(speed, quality, more)
             ax.step(*zip(*front, strict=True), where="pre", color=style.FRONTIER, linewidth=4, zorder=1)
-            for name, cells in select.methods(panel):
+            for name, cells in select.methods(panel, "speedup", column, f"stderr:{metric}"):
                 error = style.Z95 * cells[f"stderr:{metric}"].fillna(0)
                 ax.errorbar(cells["speedup"], cells[column], error, **looks[name])
                 for _, cell in cells.iterrows():
@@ -90,7 +90,7 @@ def nominal_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:
         for ax, (title, panel) in zip(axes, panels, strict=True):
             ax.plot(x, 1 / (1 - x), **style.GUIDE, zorder=1)
             ax.axhline(1, color=style.DENSE, linewidth=1.2, zorder=1.5)
-            for name, cells in select.methods(panel):
+            for name, cells in select.methods(panel, "achieved_model", "speedup"):
                 ax.errorbar(cells["achieved_model"], cells["speedup"], **looks[name])
             ax.xaxis.set_major_formatter(style.PERCENT)
             ax.yaxis.set_major_formatter(style.TIMES)

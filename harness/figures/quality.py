@@ -34,7 +34,7 @@ def quality_against_sparsity(df: pd.DataFrame, metric: str = "perplexity", limit
         looks = style.looks(lines)
         for ax, (title, panel) in zip(axes, panels, strict=True):
             style.dense_line(ax, panel, dense, metric)
-            for name, cells in select.methods(panel):
+            for name, cells in select.methods(panel, "achieved_model", column, f"stderr:{metric}"):
                 error = style.Z95 * cells[f"stderr:{metric}"].fillna(0)
                 ax.errorbar(cells["achieved_model"], cells[column], error, **looks[name])
             ax.xaxis.set_major_formatter(style.PERCENT)
@@ -62,7 +62,7 @@ def flips(df: pd.DataFrame, limited: bool = False) -> Figure:
         for ax, (title, panel) in zip(axes, panels, strict=True):
             ax.plot([0, top], [0, top], zorder=1, **style.GUIDE)
             ax.axvline(0, color=style.DENSE, linewidth=1.2, zorder=1.5)
-            for name, cells in select.methods(panel):
+            for name, cells in select.methods(panel, "fall", "changed", "stderr:change"):
                 error = style.Z95 * cells["stderr:change"].fillna(0)
                 ax.errorbar(cells["fall"], cells["changed"], xerr=error, **looks[name])
             for axis in (ax.xaxis, ax.yaxis):
@@ -137,7 +137,8 @@ def predicted_against_oracle(df: pd.DataFrame, metric: str = "perplexity", limit
         looks["oracle"] = {"color": style.DENSE, "marker": "o", "linestyle": "--", "markerfacecolor": "white"}
         for (title, panel), left, right in zip(panels, axes[::2], axes[1::2], strict=True):
             style.dense_line(left, panel, dense, metric)
-            ways = {by: select.by_request(cells) for by, cells in panel.groupby("by")}
+            drawn = (column, f"stderr:{metric}", f"dense:{metric}")
+            ways = {by: select.by_request(cells, *drawn) for by, cells in panel.groupby("by")}
             best = ways["oracle"].set_index("sparsity_requested")[column]
             for by, cells in ways.items():
                 error = style.Z95 * cells[f"stderr:{metric}"].fillna(0)
@@ -187,7 +188,7 @@ def truncation(df: pd.DataFrame, limited: bool = False) -> Figure:
         top = float(lines["ratio"].max())
         for ax, (title, panel) in zip(axes, panels, strict=True):
             for name, cells in panel.assign(name=lines["name"]).groupby("name"):
-                cells = select.by_request(cells)
+                cells = select.by_request(cells, "dropped", "ratio")
                 ax.plot([0, *cells["dropped"]], [1, *cells["ratio"]], **looks[str(name)])
             for marker, (name, x, y) in zip(style.MARKERS, _published_truncation(df), strict=False):
                 printed[name] = {"color": style.MUTED, "marker": marker, "linestyle": ":", "markerfacecolor": "white"}

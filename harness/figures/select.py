@@ -31,9 +31,8 @@ def drawable(df: pd.DataFrame, limited: bool) -> pd.DataFrame:
 
     A quantised model is another one under the same name: beside 16 bits its cells would be drawn as repeats of theirs.
     """
-    rows = df[(df["source"] == "measured") & (df["status"] == "ok")]
-    rows = rows if limited else rows[~rows["limited"].fillna(False)]
-    rows = rows[~quantised(rows)]
+    fine = (df["source"] == "measured") & (df["status"] == "ok") & ~quantised(df)
+    rows = df[fine if limited else fine & ~df["limited"].fillna(False)]
     need(rows, "no rows but those of limited or failed runs")
     return rows
 
@@ -107,16 +106,18 @@ def names(frame: pd.DataFrame) -> pd.Series:
     return (frame["method"] + " " + frame["variant"].fillna("")).str.strip()
 
 
-def methods(panel: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(name, one line a requested sparsity, ascending), averaged over seeds."""
-    means = panel.groupby([names(panel).rename("_name"), "sparsity_requested"], dropna=False).mean(numeric_only=True)
+def methods(panel: pd.DataFrame, *columns: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(name, one line a requested sparsity, ascending, with the means over seeds of these columns)."""
+    keys = [names(panel).rename("_name"), panel["sparsity_requested"]]
+    means = panel[list(columns)].groupby(keys, dropna=False).mean()
     for name, cells in means.reset_index().groupby("_name"):
         yield str(name), cells.drop(columns="_name").reset_index(drop=True)
 
 
-def by_request(cells: pd.DataFrame) -> pd.DataFrame:
-    """One line a requested sparsity, ascending, averaged over seeds."""
-    return cells.groupby("sparsity_requested", as_index=False, dropna=False).mean(numeric_only=True)
+def by_request(cells: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """One line a requested sparsity, ascending, with the means over seeds of these columns."""
+    asked = cells["sparsity_requested"]
+    return cells[list(columns)].groupby(asked, dropna=False).mean().reset_index()
 
 
 def panels(frame: pd.DataFrame, keys: Sequence[str]) -> tuple[str, list[tuple[str, pd.DataFrame]]]:

@@ -33,7 +33,7 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
         top = min(1.0, values.to_numpy().max() + 0.08)
         for ax, (title, panel, site) in zip(axes, panels, strict=True):
             ax.plot([0, top], [0, top], zorder=1, **style.GUIDE)
-            for name, cells in select.methods(panel):
+            for name, cells in select.methods(panel, site):
                 ax.errorbar(cells["sparsity_requested"], cells[site], **looks[name])
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_formatter(style.PERCENT)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import gzip
-import io
 import json
 import re
 from collections import Counter
@@ -20,7 +19,6 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-import matplotlib as mpl
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
@@ -279,10 +277,7 @@ def _configs(found: Path, lines: pd.DataFrame) -> str:
 
 def svg(fig: Figure) -> str:
     """The figure as SVG on no ground of its own; equal figures give equal bytes."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dynact"}, fname=figures.STYLE):
-        fig.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return smaller(buffer.getvalue())
+    return smaller(figures.draw.encoded(fig, "svg", page=True).decode())
 
 
 def smaller(drawing: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -21,16 +22,22 @@ def remembering() -> Iterator[None]:
     """Within it, functions marked `once` keep what they made of a table. Nobody may change a table or a result there.
 
     Tables are known by who they are, not by what they hold: outside, where a user may change them, nothing is kept.
+    Nor is garbage looked for: figures are millions of objects that all live to the end, and a tenth of a report's time
+    went on finding that out again and again.
     """
     global _kept
     if _kept is not None:  # nested: the outer one keeps
         yield
         return
     _kept = {}
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
         _kept = None
+        if collecting:
+            gc.enable()
 
 
 def once(make: Callable[P, T]) -> Callable[P, T]:

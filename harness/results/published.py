@@ -79,7 +79,7 @@ def load(path: Path | str = PUBLISHED) -> pd.DataFrame:
 
 
 def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """One line for each published row. measured: what `harness.results.collect.collect` returned.
+    """One line for each published row. measured: what `harness.results.collect.collect` returned; others are left out.
 
     Columns: the published row's own; `published`, `measured`; `basis`, what was compared: absolute (the same model and
     conditions), ratio (to the dense model of the same table, for the same model under another protocol) or order (how
@@ -90,11 +90,8 @@ def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     `within`: nearer than `TOLERANCE` or the measured 95 % interval, or every order is the same. Limited runs and masked
     times are never compared, nor figures that were recalled.
     """
-    whole = measured[
-        (measured["source"] == "measured") & (measured["status"] == "ok") & ~measured["limited"].fillna(False)
-    ]
-    whole = whole[~quantised(whole)]
-    here = _here(whole)
+    fine = (measured["source"] == "measured") & (measured["status"] == "ok") & ~measured["limited"].fillna(False)
+    here = _here(measured[fine & ~quantised(measured)])
     rows = published.astype(object).where(published.notna(), None).to_dict("records")
     found = [counterpart(row, here) for row in rows]
     tables = published.groupby(GROUP, dropna=False, sort=False).indices
@@ -113,7 +110,7 @@ def compare(measured: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 def judged(table: pd.DataFrame) -> pd.DataFrame:
     """`compare` of a table's own measured and published rows."""
     claimed = table[table["source"] == "published"]
-    return compare(table[table["source"] == "measured"], claimed[list(COLUMNS)])
+    return compare(table, claimed[list(COLUMNS)])
 
 
 def _here(whole: pd.DataFrame) -> Here:
@@ -127,12 +124,13 @@ def _here(whole: pd.DataFrame) -> Here:
         cells.setdefault(line["method"], []).append(line | {"variant": line["variant"] or own})
     timed = whole[(whole["probe"] == "latency") & whole["device"].notna()]
     devices = {str(cell): tuple(names.unique()) for cell, names in timed.groupby("cell_id")["device"]}
-    counted = whole[(whole["probe"] == "sparsity") & whole["metric"].isin([ACHIEVED, "zeros"])]
-    counted = pd.concat([counted, whole[(whole["probe"] == "search") & (whole["metric"] == CRITICAL)]])
-    counted = counted[counted["task"].isna()]
-    shares: dict[tuple[str, ...], dict[int | None, float]] = {}
     columns = ["cell_id", "metric", "site", "step_phase", "layer", "value"]
-    for cell, metric, site, phase, layer, value in zip(*(counted[name].to_numpy(dtype=object) for name in columns)):
+    counted = (whole["probe"] == "sparsity") & whole["metric"].isin([ACHIEVED, "zeros"])
+    searched = (whole["probe"] == "search") & (whole["metric"] == CRITICAL)
+    kept = [whole.loc[found & whole["task"].isna(), columns] for found in (counted, searched)]
+    shares: dict[tuple[str, ...], dict[int | None, float]] = {}
+    found = pd.concat(kept)
+    for cell, metric, site, phase, layer, value in zip(*(found[name].to_numpy(dtype=object) for name in columns)):
         by_layer = shares.setdefault((cell, metric, site, phase), {})
         by_layer.setdefault(None if pd.isna(layer) else int(layer), float(value))
     return Here(cells, devices, shares)

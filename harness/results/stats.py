@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
@@ -103,10 +104,13 @@ def sign_flip_pairs(values: Vector, seed: int = 0) -> Vector:
     if len(x) <= EXACT:
         flipped = _assignments(len(x)) @ x
     else:
-        flipped = (2.0 * np.random.default_rng(seed).integers(0, 2, size=(FLIPS, len(x))) - 1) @ x
+        flipped = _drawn_signs(len(x), seed).astype(np.float64) @ x
         flipped = np.concatenate([sums[None], flipped])  # the observed one is counted in
-    hits = [(np.abs(flipped[:, [i]] - flipped) >= reached[i]).mean(axis=0) for i in range(x.shape[1])]
-    return np.stack(hits)
+    columns = np.ascontiguousarray(flipped.T)
+    p = np.ones_like(observed)
+    for i, j in itertools.combinations(range(len(columns)), 2):
+        p[i, j] = p[j, i] = np.mean(np.abs(columns[i] - columns[j]) >= reached[i, j])
+    return p
 
 
 def letters(apart: NDArray[np.bool_]) -> list[str]:
@@ -325,6 +329,12 @@ def _assignments(n: int) -> Vector:
     """All assignments of signs to n units but for the overall sign: [2^(n-1), n]."""
     bits = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
     return np.asarray(1 - 2 * bits, dtype=np.float64)
+
+
+@lru_cache(maxsize=2)
+def _drawn_signs(n: int, seed: int) -> NDArray[np.int8]:
+    """`FLIPS` drawn assignments of signs to n units, up to `MANY`: [FLIPS, n]. To draw them takes most of a test."""
+    return 2 * np.random.default_rng(seed).integers(0, 2, size=(FLIPS, n)).astype(np.int8) - 1
 
 
 def _vector(values: ArrayLike, length: int | None = None) -> Vector:
