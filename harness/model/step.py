@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -56,8 +56,9 @@ class Step:
         """The same where a layer lies whose model is spread over several devices; itself where it is there already."""
         if self.valid.device == device:
             return self
-        there = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Step(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in there.items()})
+        sparse, ids = (None if fact is None else fact.to(device) for fact in (self.sparse, self.input_ids))
+        there = (self.valid.to(device), self.decode.to(device), self.position.to(device))
+        return Step(*there, sparse, self.past, ids)
 
 
 @dataclass(frozen=True, eq=False)
