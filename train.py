@@ -27,7 +27,7 @@ from harness.places import CONF
 from harness.progress import counting
 from harness.training import budget
 from harness.training.adapter import cut, merge
-from harness.training.card import write_card
+from harness.training.card import write_figures
 from harness.training.checkpoints import read_checkpoint, save_checkpoint
 from harness.training.data import Batches, pieces_of, prepare, read_pieces, read_tokens
 from harness.training.evaluate import evaluate
@@ -241,8 +241,7 @@ def score(cfg: DictConfig, recipe: Recipe, name: str, model: Model, text: Path, 
     state = read_state(folder)
     if state is None:
         raise ConfigError(f"{folder} has no state of the run, with which the rounded factors are compared")
-    record = dict(checkpoint.record)
-    record["evaluation"] = {
+    figures: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "natural": measure(kept, recipe.activation, windows),
@@ -251,14 +250,13 @@ def score(cfg: DictConfig, recipe: Recipe, name: str, model: Model, text: Path, 
         "drops": {str(d): measure(kept, recipe.activation, windows, d) for d in drops},
         "base": json.loads(base_file.read_text()),
     }
-    write_atomic(folder / "adapter" / "adapter.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(folder / "adapter" / "README.md", write_card(record).encode())  # last: its being there says done
-    natural, base = record["evaluation"]["natural"], record["evaluation"]["base"]["natural"]
+    write_figures(folder / "adapter", figures)
+    natural, base = figures["natural"], figures["base"]["natural"]
     say(
         stdout(),
         f"{name}: perplexity {natural['perplexity']:.2f}, {natural['perplexity'] / base['perplexity']:.3f} "
         f"of the base; zeros {natural['zeros']:.1%}; KL {natural['kl']:.3f}, on own text "
-        f"{record['evaluation']['own']['kl']:.3f}",
+        f"{figures['own']['kl']:.3f}",
     )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 
 from harness.claims.pairs import lineage
 from harness.errors import ConfigError
-from harness.places import CHECKPOINTS
+from harness.places import CHECKPOINTS, RESULTS
 from harness.run import session
 from harness.run.canonical import canonical
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, rewrite
-from harness.training import students
+from harness.training import scores, students
+from harness.training.card import read_whole
 from tests.test_experiments import cells
 
 SHIPPED = sorted(path.parent.name for path in CHECKPOINTS.glob("*/adapter.json"))
@@ -102,6 +104,33 @@ def test_rows_say_the_seed_of_the_training_run_however_it_was_asked_for(second_r
     first = config("model=smollm2-135m-relu")
     assert first.id == config("model=smollm2-135m-relu", "model.seed=0").id != asked[0].id
     assert lineage(first.model_name) == ("smollm2-135m", 0)
+
+
+def test_what_is_measured_of_a_student_makes_no_other_cell_of_it(second_run, monkeypatch):
+    """Scores go beside its record, into the figures and the card; other weights are another student."""
+    asked = ["model=smollm2-135m-relu", "model.seed=2"]
+    before, record = config(*asked).id, (second_run / "adapter.json").read_bytes()
+    line = {"items": 10, "base": 0.5, "score": 0.4, "difference": -0.1, "stderr": 0.05}
+    monkeypatch.setattr(scores, "CHECKPOINTS", second_run.parent)
+    monkeypatch.setattr(scores, "scores", lambda *_: {"device": "cpu", "dtype": "float32", "scores": {"piqa": line}})
+    scores.main(second_run)
+    assert (second_run / "adapter.json").read_bytes() == record
+    whole = read_whole(second_run)
+    assert whole["evaluation"]["tasks"]["scores"] == {"piqa": line} and whole["evaluation"]["natural"]
+    assert "| piqa | 10 | 50.0% | 40.0% | -10.0, 5.0 points |" in (second_run / "README.md").read_text()
+    assert config(*asked).id == before
+    other = json.loads(record)
+    other["sha256"] = dict.fromkeys(other["sha256"], "0" * 64)
+    (second_run / "adapter.json").write_text(json.dumps(other))
+    assert config(*asked).id != before
+
+
+@pytest.mark.parametrize("name", ["control", "relu", "relu2"])
+def test_the_study_knows_the_shipped_students_by_their_records(name):
+    """A record that is written anew would make all cells of its student stale."""
+    cells = pd.read_parquet(RESULTS / "study" / "cells.parquet", columns=["config"])["config"].map(json.loads)
+    known = {cell["model"].get("fingerprint") for cell in cells if cell["model"].get("adapter") == name}
+    assert config(f"model=smollm2-135m-{name}")["model"]["fingerprint"] in known
 
 
 def test_a_name_never_hides_another_adapter():

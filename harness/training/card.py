@@ -1,11 +1,18 @@
-"""The model card of a shipped student, written from its record and from nothing else."""
+"""The model card of a shipped student, written from its record and its figures and from nothing else.
+
+Cells know a student by its record, adapter.json. What is measured of it later goes into a file of its own, so that they
+stay the cells of that student.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
-from harness.training.students import base_of, command, seed_of
+from harness.files import write_atomic
+from harness.reading import read_json
+from harness.training.students import FIGURES, base_of, command, seed_of
 
 TITLES = {  # model -> what a card calls it, and what it is trained from
     "smollm2-135m": ("SmolLM2-135M", "the embedded SmolLM2-135M-Instruct"),
@@ -13,8 +20,20 @@ TITLES = {  # model -> what a card calls it, and what it is trained from
 }
 
 
-def write_card(record: dict[str, Any]) -> str:
-    """README.md of results/checkpoints/NAME. `record` is the content of adapter.json after evaluation."""
+def read_whole(folder: Path) -> dict[str, Any]:
+    """A checkpoint's record with its figures as `evaluation`. The first ones have them in the record itself."""
+    record = read_json(folder / "adapter.json")
+    return record | {"evaluation": read_json(folder / FIGURES)} if (folder / FIGURES).is_file() else record
+
+
+def write_figures(folder: Path, figures: dict[str, Any]) -> None:
+    """Write what was measured of a checkpoint, and its card; its record stays as it is."""
+    write_atomic(folder / FIGURES, (json.dumps(figures, indent=1) + "\n").encode())
+    write_atomic(folder / "README.md", card(read_whole(folder)).encode())  # last: its being there says done
+
+
+def card(record: dict[str, Any]) -> str:
+    """README.md of results/checkpoints/NAME. `record` is what `read_whole` gives after evaluation."""
     recipe, run, figures = record["recipe"], record["run"], record["evaluation"]
     natural, base = figures["natural"], figures["base"]["natural"]
     base_model, seed = base_of(record), seed_of(record)

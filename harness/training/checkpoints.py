@@ -1,7 +1,7 @@
 """The students: low-rank adapters over a LLaMA or Qwen2, in shards small enough for git, merged on load.
 
-A checkpoint is a folder: `adapter.json` (recipe, hashes, figures), `adapter-0000N-of-0000M.safetensors`, and
-a model card. Factors are int8 with one fp16 step per rank-one row, which keeps rank 64 of a
+A checkpoint is a folder: `adapter.json` (recipe, hashes), `adapter-0000N-of-0000M.safetensors`, `evaluation.json` (what
+was measured of it) and a model card. Factors are int8 with one fp16 step per rank-one row, which keeps rank 64 of a
 135M model within 24 MiB and rank 36 of a 0.5B one within 20.
 """
 
@@ -24,7 +24,7 @@ from harness.model.activations import ACTIVATIONS, GateActivation
 from harness.reading import read_json, tensors_of
 from harness.training.adapter import merge
 from harness.training.llama import LINEARS
-from harness.training.students import find, known
+from harness.training.students import FIGURES, find, known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,11 +84,13 @@ def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write shards and `adapter.json` to `folder`.
 
-    record needs `name`, `activation` and `factor`; the rest (recipe, figures, base fingerprint) is the card's.
+    record needs `name`, `activation` and `factor`; the rest (recipe, base fingerprint) is the card's. Figures of what
+    lay there before are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("adapter-*.safetensors"):
         stale.unlink()
+    (folder / FIGURES).unlink(missing_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in sorted(pack(tensors).items()):

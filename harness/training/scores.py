@@ -1,12 +1,11 @@
-"""Task scores of the students beside the base, from finished cells into records and cards.
+"""Task scores of the students beside the base, from finished cells into figures and cards.
 
 `python -m harness.training.scores results` reads dense cells of each shipped student and of its base (of lte its `lte`
-cell), pairs them by item, and writes results/checkpoints/NAME/{adapter.json,README.md} anew.
+cell), pairs them by item, and writes results/checkpoints/NAME/{evaluation.json,README.md} anew.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import pandas as pd
 
 from harness.console import say, stdout
 from harness.errors import ConfigError
-from harness.files import write_atomic
 from harness.places import CHECKPOINTS
 from harness.results.collect import read_rows
 from harness.results.samples import read_samples
 from harness.results.stats import standard_error
 from harness.results.store import Store
-from harness.training.card import write_card
+from harness.training.card import read_whole, write_figures
 from harness.training.students import base_of, model_name
 
 
@@ -59,20 +57,15 @@ def scores(root: Path, base: str, student: str) -> dict[str, Any]:
 def main(root: Path) -> None:
     """Write the scores of every student that has cells."""
     for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/adapter.json")):
-        record = json.loads((folder / "adapter.json").read_text())
+        record = read_whole(folder)
         try:
-            record["evaluation"]["tasks"] = scores(root, base_of(record), model_name(record))
+            found = scores(root, base_of(record), model_name(record))
         except ConfigError as error:
             say(stdout(), f"{folder.name}: {error}")
             continue
-        write_atomic(folder / "adapter.json", (json.dumps(record, indent=1) + "\n").encode())
-        write_atomic(folder / "README.md", write_card(record).encode())
-        told = (f"{k} {v['difference']:+.3f} ± {v['stderr']:.3f}" for k, v in _of(record).items())
+        write_figures(folder, record["evaluation"] | {"tasks": found})
+        told = (f"{k} {v['difference']:+.3f} ± {v['stderr']:.3f}" for k, v in found["scores"].items())
         say(stdout(), f"{folder.name}: {', '.join(told)}")
-
-
-def _of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return record["evaluation"]["tasks"]["scores"]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from harness.data.assets import EMBEDDED_MODEL
 from harness.places import CHECKPOINTS
 
+FIGURES = "evaluation.json"  # of a checkpoint's folder: what was measured of it, which is no part of what it is
 TRAINED = Path("outputs/training")  # where train.py puts its runs: TRAINED/<model>/<checkpoint>/adapter
 
 
