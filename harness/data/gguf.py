@@ -7,6 +7,9 @@ and tokenizer out of the file; its words on what it can't read are passed on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +27,19 @@ def dequantise(file: Path, built: Path, dtype: str | None = None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    facts = read(file)
-    try:
-        # Without dequantize=True transformers 5 keeps a quantised wrapper that can't be saved.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=getattr(torch, dtype or facts["dtype"]),
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{file.name} can't be read: {' '.join(str(error).split())[:300]}") from error
+    with _parsed_once():
+        facts = read(file)
+        try:
+            # Without dequantize=True transformers 5 keeps a quantised wrapper that can't be saved.
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=getattr(torch, dtype or facts["dtype"]),
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{file.name} can't be read: {' '.join(str(error).split())[:300]}") from error
     if facts["pre"] == "smollm":
         _split_digits(tokenizer)
     # llama.context_length of the file; else "unlimited" would hide a prompt that is too long.
@@ -44,12 +48,27 @@ def dequantise(file: Path, built: Path, dtype: str | None = None) -> None:
     tokenizer.save_pretrained(built)
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let all who read the file inside share one reader: config, weights and tokenizer are each read by another of
+    transformers' functions, and going through 150,000 tokens of a vocabulary in Python takes half of the conversion.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader
+    setattr(gguf, "GGUFReader", cache(reader))  # noqa: B010 - mypy knows a class there
+    try:
+        yield
+    finally:
+        setattr(gguf, "GGUFReader", reader)  # noqa: B010
+
+
 def read(file: Path) -> dict[str, Any]:
     """Facts of a GGUF file: the dtype to store it in, its kind (Q4_K_M, or most weights' type), its pre-tokenizer."""
     from gguf import GGUFReader, LlamaFileType
 
     try:
-        reader = GGUFReader(file)
+        reader = GGUFReader(str(file))  # a string, as transformers gives it
         sizes: dict[str, int] = {}
         for tensor in reader.tensors:
             own = tensor.tensor_type.name
