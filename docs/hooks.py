@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDE = ("families.md", "schemes.md", "methods/index.md")
+WIDE = ("families.md", "schemes.md", "methods/")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -25,7 +25,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Pages that are one wide table get the room of the table of contents."""
-    if page.file.src_uri in WIDE:
+    """Pages of wide tables get the room of the table of contents."""
+    if page.file.src_uri.startswith(WIDE):
         page.meta["hide"] = ["toc"]
     return markdown

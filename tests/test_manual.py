@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -284,3 +285,52 @@ def test_every_method_has_a_page_with_its_facts():
     assert "https://arxiv.org/abs/2408.14690" in teal and "allocation: uniform" in teal and "`mlp_in`" in teal
     assert "| `smollm2-135m` |" in teal and pages["methods/teal.svg"].startswith(b"<?xml")
     assert "no rows of it" in pages["methods/tda.md"]
+
+
+def results(table: pd.DataFrame, method: str) -> list[dict[str, str]]:
+    """The lines of the table of results on a method's page."""
+    lines = dict(manual.pages(CONF, table))[f"methods/{method}.md"].partition("## Results")[2].splitlines()
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+
+
+def renamed(table: pd.DataFrame, mark: str, **facts: str) -> pd.DataFrame:
+    """Other cells of the same numbers but for perplexity, which is twice as much."""
+    double = (table["metric"] == "token_perplexity") & table["value"].notna()
+    ids = {name: table[name] + mark for name in ("cell_id", "dense_cell")}
+    return table.assign(**ids, **facts, value=table["value"].where(~double, 2 * table["value"]))
+
+
+def test_a_curve_on_a_page_is_of_one_weight_format_and_one_policy():
+    table = synthetic_study.table()
+    small = renamed(table, "-int4", weight_format="int4-g32")
+    later = renamed(table, "-later", phase="decode", step_phase="decode")
+    plain, mixed = (results(rows, "teal") for rows in (table, pd.concat([table, small, later], ignore_index=True)))
+    assert plain and "weights" not in plain[0] and "tokens" not in plain[0]
+    by_kind = {(line["weights"], line["tokens"].partition(",")[0]): [] for line in mixed}
+    for line in mixed:
+        by_kind[line["weights"], line["tokens"].partition(",")[0]].append(
+            {name: text for name, text in line.items() if name in plain[0]}
+        )
+    assert set(by_kind) == {
+        ("16 bits", "every token sparse"),
+        ("16 bits", "prompt dense"),
+        ("int4-g32", "every token sparse"),
+    }
+    assert by_kind["16 bits", "every token sparse"] == plain
+    drawn = dict(manual.pages(CONF, pd.concat([table, small], ignore_index=True)))["methods/teal.svg"].decode()
+    assert "smollm2-135m, int4-g32<" in drawn and "smollm2-135m<" in drawn
+
+
+def test_a_page_has_rows_at_either_scope_and_in_a_nest():
+    table = synthetic_study.table()
+    of_all = renamed(table, "-all", scope="model")
+    nest = renamed(table[table["method"] == "teal"], "-spon", method="spon+teal")
+    rows = pd.concat([table, of_all, nest], ignore_index=True)
+    teal = results(rows, "teal")
+    assert {(line["scheme"], line["of"]) for line in teal} == {
+        ("teal", "sites"),
+        ("teal", "blocks"),
+        ("spon+teal", "sites"),
+    }
+    assert {line["scheme"] for line in results(rows, "spon")} == {"spon+teal"}

@@ -45,13 +45,13 @@ def lines(df: pd.DataFrame, limited: bool, needs: Sequence[str]) -> tuple[pd.Dat
     if absent:
         raise ConfigError(f"the table has nothing to draw: no {', '.join(absent)}")
     dense = lines["method"] == "dense"
-    methods = _scored_alike(lines[~dense].dropna(subset=list(needs)), rows)
+    methods = scored_alike(lines[~dense].dropna(subset=list(needs)), rows)
     left_out = "" if limited or not df["limited"].fillna(False).any() else " (limited runs are left out)"
     need(methods, f"no cell of a method has all of {', '.join(needs)}{left_out}")
-    return methods, _scored_alike(lines[dense], rows)
+    return methods, scored_alike(lines[dense], rows)
 
 
-def _scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def scored_alike(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Of cells that differ only in what they were scored on, those scored as most cells are.
 
     A study scores some cells on more items, or on longer windows, than the others: their means are of another thing.

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 
 from harness.execution.method import Method
+from harness.figures import draw, select, style
+from harness.report.terminal import PHASES
 from harness.results.collect import headline
+from harness.results.rows import quantised
 
 LEVEL = 0.5  # sparsity at which a method is asked for its sites: at 0 most have none
+# What a curve is of. Quantised weights are another model under the same name, and methods may stand in a nest.
+SAME = ["model", "weights", "method", "variant", "phase", "dense_prefix"]
+ASKED = ["sparsity_requested", "scope"]
+SCOPES = {"native": "sites", "model": "blocks"}
 NEEDS = {"nothing": "nothing", "calibration": "calibration text", "training": "training"}
 
 
@@ -51,14 +57,19 @@ def pages(conf: Path, table: pd.DataFrame) -> Iterator[tuple[str, str | bytes]]:
     table: rows as `harness.results.collect.read_table` gives them.
     """
     known = entries(conf)
-    lines = headline(table[table["source"] == "measured"])
+    rows = table[table["source"] == "measured"]
+    lines = headline(rows)
     lines = lines[lines["perplexity"].notna() & ~lines["limited"].fillna(False).astype(bool)]
+    lines = lines.assign(weights=lines["weight_format"].where(quantised(lines)))
+    alike = [select.scored_alike(of_format, rows) for _, of_format in lines.groupby("weights", dropna=False)]
+    lines = pd.concat([lines.iloc[:0], *alike]).sort_values([*SAME, *ASKED, "seed"], na_position="first")
+    lines = lines.drop_duplicates([*SAME, *ASKED])
+    nested = lines["method"].str.split("+")
     yield "methods/index.md", _overview(known)
     for entry in known:
-        own = lines[(lines["method"] == entry.name) & (lines["scope"] == "native")]
-        own = own.sort_values("accuracy").drop_duplicates(["model", "variant", "sparsity_requested"], keep="first")
+        own = lines[[entry.name in names for names in nested]]
         yield f"methods/{entry.name}.md", _page(entry, own)
-        if len(_curve(own)):
+        if _has_curve(own):
             yield f"methods/{entry.name}.svg", _drawn(own)
 
 
@@ -111,36 +122,67 @@ def _plain(text: str) -> str:
 
 def _listed(text: str, cls: type[Method]) -> str:
     """What a docstring says of each option ("allocation: ...") as a list, which Markdown would run together."""
-    names = "|".join(re.escape(field.name) for field in fields(cls))
-    return re.sub(rf"^((?:{names})(?:, (?:{names}))*): ", r"\n- `\1`: ", text, flags=re.MULTILINE)
+    name = f"(?:{'|'.join(re.escape(field.name) for field in fields(cls))})"
+
+    def item(found: re.Match[str]) -> str:
+        return f"\n\n- {', '.join(f'`{option}`' for option in found[1].split(', '))}: "
+
+    return re.sub(rf"(?:^|(?<=\.) )({name}(?:, {name})*): ", item, text, flags=re.MULTILINE)
 
 
 def _curve(own: pd.DataFrame) -> pd.DataFrame:
-    return own[own["achieved_model"].notna() & own["dense:perplexity"].notna()]
+    """The lines that have a place in the curve. Dense has none: it skips nothing and loses nothing."""
+    return own[own["achieved_model"].fillna(0).ne(0) & own["dense:perplexity"].notna()]
+
+
+def _has_curve(own: pd.DataFrame) -> bool:
+    return len(_curve(own)) > 2  # of fewer points the table says as much
+
+
+def _names(own: pd.DataFrame, *columns: str) -> pd.Series:
+    """Of each line, what these of `SAME` say, in words."""
+    words = own.assign(
+        phase=own["phase"].map(PHASES).fillna(own["phase"]),
+        dense_prefix=own["dense_prefix"].map(lambda tokens: f"first {tokens} tokens dense" if tokens > 0 else ""),
+    )
+    parts = [words[column].astype("string").fillna("") for column in columns]
+    return pd.Series([", ".join(filter(None, each)) for each in zip(*parts, strict=True)], own.index, dtype="string")
+
+
+def _differing(own: pd.DataFrame, *columns: str) -> list[str]:
+    """Those of the columns in which lines differ."""
+    return [column for column in columns if own[column].nunique(dropna=False) > 1]
+
+
+def _policy(own: pd.DataFrame) -> list[str]:
+    return _differing(own, "phase", "dense_prefix")
 
 
 def _results(name: str, own: pd.DataFrame) -> str:
     if own.empty:
         return "The committed study has no rows of it."
-    heads = ["model", "requested", "achieved, MLPs", "achieved, blocks", "perplexity over dense", "accuracy, points"]
-    varied = own["variant"].notna().any()
-    if varied:
-        heads.insert(1, "options")
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for _, line in own.sort_values(["model", "variant", "sparsity_requested"], na_position="first").iterrows():
-        over = line["perplexity"] / line["dense:perplexity"]
-        cells = [
-            f"`{line['model']}`",
-            *([] if not varied else ["" if pd.isna(line["variant"]) else f"`{line['variant']}`"]),
-            _number(line["sparsity_requested"], "g"),
-            _number(line["achieved_mlp"], ".1%"),
-            _number(line["achieved_model"], ".1%"),
-            _number(over, ".2f" if over < 100 else ",.0f"),
-            _number(100 * line["change"], "+.1f"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    picture = f"![Perplexity over dense, by achieved sparsity]({name}.svg)\n\n" if len(_curve(own)) else ""
-    return picture + "\n".join(lines)
+    about: dict[str, pd.Series] = {"model": "`" + own["model"] + "`"}
+    if own["weights"].notna().any():
+        about["weights"] = own["weights"].fillna("16 bits")
+    if own["method"].ne(name).any() or own["variant"].notna().any():
+        about["scheme"] = "`" + select.names(own) + "`"
+    if policy := _policy(own):
+        about["tokens"] = _names(own, *policy)
+    over = own["perplexity"] / own["dense:perplexity"]
+    numbers = {
+        "requested": [_number(value, "g") for value in own["sparsity_requested"]],
+        **({"of": own["scope"].map(SCOPES)} if own["scope"].nunique() > 1 else {}),
+        "achieved, MLPs": [_number(value, ".1%") for value in own["achieved_mlp"]],
+        "achieved, blocks": [_number(value, ".1%") for value in own["achieved_model"]],
+        "perplexity over dense": [_number(value, ".2f" if value < 100 else ",.0f") for value in over.fillna(math.nan)],
+        "accuracy, points": [_number(100 * value, "+z.1f") for value in own["change"]],
+    }
+    sides = "".join("| --- " if head in about or head == "of" else "| ---: " for head in [*about, *numbers])
+    lines = [f"| {' | '.join([*about, *numbers])} |", f"{sides}|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in zip(*about.values(), *numbers.values(), strict=True)]
+    picture = f"![Perplexity over dense, by achieved sparsity]({name}.svg)\n\n" if _has_curve(own) else ""
+    of = "\n\nRequested: of the method's own sites, or with `scope=model` of all blocks." if "of" in numbers else ""
+    return picture + "\n".join(lines) + of
 
 
 def _number(value: float, form: str) -> str:
@@ -148,17 +190,23 @@ def _number(value: float, form: str) -> str:
 
 
 def _drawn(own: pd.DataFrame) -> bytes:
-    """SVG: perplexity over dense by the share of block weights skipped, a line a model and set of options."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dynact", "font.size": 9}):
-        figure = Figure(figsize=(6, 3.4))  # fixed margins: a layout engine would draw it twice
-        ax = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.98, "bottom": 0.14, "top": 0.97})
-        for (model, variant), line in _curve(own).groupby(["model", own["variant"].fillna("")]):
+    """SVG: perplexity over dense by the share of block weights skipped, a line for each combination of `SAME`.
+
+    Where a model is ruined, by how much tells nothing: that is in the table.
+    """
+    own = _curve(own)
+    own = own.assign(name=_names(own, "model", "weights", *_differing(own, "method"), "variant", *_policy(own)))
+    own = own.assign(over=own["perplexity"] / own["dense:perplexity"])
+    with mpl.rc_context(fname=style.STYLE):
+        looks = style.looks(pd.DataFrame({"method": own["name"].unique(), "variant": pd.NA}, dtype="string"))
+        columns = 2 if max(map(len, looks)) <= 40 else 1
+        fig, (ax,) = style.canvas("", 1, width=6.4, height=3.1 + 0.19 * math.ceil(len(looks) / columns))
+        for name, line in own.groupby("name"):
             line = line.sort_values("achieved_model")
-            over = line["perplexity"] / line["dense:perplexity"]
-            ax.plot(100 * line["achieved_model"], over, marker="o", markersize=4, label=f"{model} {variant}".strip())
-        ax.set(xlabel="achieved, % of block weights", ylabel="perplexity over dense", yscale="log")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=7, frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+            ax.plot(line["achieved_model"], line["over"], **looks[str(name)])
+        style.quality_axis(ax, "perplexity", own["over"])
+        ax.xaxis.set_major_formatter(style.PERCENT)
+        style.set_labels([ax], "achieved sparsity of the whole model", "perplexity over dense")
+        keys = [style.key(name, **look) for name, look in looks.items()]
+        fig.legend(handles=keys, loc="outside lower left", ncols=columns)
+        return draw.encoded(fig, "svg", page=True)
