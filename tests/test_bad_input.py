@@ -30,6 +30,8 @@ BAD = {
     "key": (["sparsty=0.4"], "sparsty"),
     "workers": (["workers=0"], "workers must be a whole number of at least 1, not 0"),
     "workers-and-launcher": (["workers=2", "hydra/launcher=basic"], "give either them or hydra/launcher"),
+    "cells": (["cells=some"], "cells must be one of all, timed, untimed"),
+    "no-cells": (["cells=timed", "probe.names=[quality]"], "cells=timed leaves no cell"),
     "on-error": (["on_error=halt"], "on_error must be one of go_on, stop"),
     "switch": (["force=yes please"], "force must be true or false, not 'yes please'"),
     "archived": (["archived=/no/such/study"], "archived names a folder without an archived study: /no/such/study"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.errors import ConfigError
-from harness.run import app
+from harness.run import app, plan
 from harness.run.checks import options
 from harness.run.config import CellConfig, check
 from harness.run.overrides import composed, expand, opening, rewrite
@@ -143,3 +143,13 @@ def test_the_plan_of_an_experiment_starts_nothing(tmp_path, capsys):
 def test_an_unknown_size_is_one_sentence():
     with pytest.raises(ConfigError, match="size=ful is unknown"):
         rewrite(["experiment=pitfalls", "size=ful"], False)
+
+
+@pytest.mark.parametrize("experiment", ["pitfalls", "leaderboard"])
+def test_timed_and_untimed_cells_are_sittings_of_their_own(experiment):
+    asked = [f"experiment={experiment}", "size=smoke"]
+    whole = {cell.id for cell in plan.read(asked, True).cells}
+    timed, untimed = (plan.read([*asked, f"cells={kind}"], True).cells for kind in ("timed", "untimed"))
+    assert all("latency" in cell["probe"]["names"] for cell in timed) and len(timed) > 1
+    assert not any("latency" in cell["probe"]["names"] for cell in untimed) and len(untimed) > 1
+    assert whole == {cell.id for cell in (*timed, *untimed)}

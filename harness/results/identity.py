@@ -20,6 +20,7 @@ RUN_KEYS = frozenset(
         "retry_failed",
         "force",
         "on_error",
+        "cells",
         "workers",
         "engine",
         "archived",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.results.store import State, Store
 
 NEEDS_RUN = ("run", "partial", "stale")
-OF_RUNS = ("workers", "on_error", "results", "archived", "sweeps", "logger", "plan", "dry", "retry", "force")
+OF_RUNS = ("workers", "on_error", "cells", "results", "archived", "sweeps", "logger", "plan", "dry", "retry", "force")
 SWITCHES = ("plan", "dry", "retry", "retry_failed", "force")
 
 
@@ -46,6 +46,7 @@ def read(overrides: list[str], multirun: bool) -> Command:
         raise ConfigError(f"{lacking[0]} has no value: give {lacking[0]}=")
     whole(settings["workers"], "workers")
     choice(settings["on_error"], "on_error", ("go_on", "stop"))
+    choice(settings["cells"], "cells", ("all", "timed", "untimed"))
     for key in SWITCHES:
         if not isinstance(settings[key], bool):
             raise ConfigError(f"{key} must be true or false, not {settings[key]!r}")
@@ -56,8 +57,15 @@ def read(overrides: list[str], multirun: bool) -> Command:
     if given:
         sweeps = [(overrides + [str(o) for o in sweep], True) for sweep in settings["sweeps"]]
     combinations = [c for given, many in sweeps for c in (expand(given) if many else [given])]
-    command = Command(settings, sweeps, [check(composed(c)) for c in combinations])
+    cells = [check(composed(c)) for c in combinations]
+    if settings["cells"] != "all":
+        cells = [cell for cell in cells if cell.timed == (settings["cells"] == "timed")]
+        if not cells:
+            raise ConfigError(f"cells={settings['cells']} leaves no cell: what is asked for has none of that kind")
+    command = Command(settings, sweeps, cells)
     engine = settings["engine"]
+    if command.launcher and settings["cells"] != "all":
+        raise ConfigError("hydra/launcher runs whatever a sweep holds: cells= is for this project's own engines")
     if command.launcher and (settings["workers"] > 1 or engine["name"] != "local"):
         raise ConfigError("workers=N and engine= start processes of their own: give either them or hydra/launcher")
     importlib.import_module(f"harness.run.engines.{engine['name']}").check(engine, settings["workers"])
