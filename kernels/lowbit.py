@@ -7,8 +7,9 @@ within a chunk is made for 16-bit dot products over two lines interleaved word b
 
 A weight is code * scale * peak / 2^15: the scale a signed 16-bit integer of its own, the peak one fp32 number for each
 group position of all lines. So scale times activation is one 16-bit multiplication, whose result goes into the dot
-product. Kernels round activations to 16 bits of the largest one that takes part: `unit` below. That is finer than bf16
-for all but outliers 500 times as large as the rest.
+product. Kernels round activations to 16 bits of the largest one that takes part: `unit` below. A product of a small
+activation and a small scale is left few bits by that, so where a few activations are far larger than the rest, as in
+the second layer of many models, they and the others are summed apart, each with a unit of their own (`outliers`).
 """
 
 from __future__ import annotations
@@ -148,11 +149,14 @@ def reference_columns(x: Tensor, packed: Packed, t: Tensor | None = None, idx: T
     if idx is not None:
         keep = torch.zeros_like(keep).index_fill(0, idx.long(), True)
     v = torch.where(keep, v, 0.0)
-    small, unit = _narrow(v)
+    far = outliers(v, int(keep.sum()))
     codes, scales = unpacked(packed)
-    products = ((small[:, None].long() * scales.long() + _ONE // 2) >> 15).double()  # [P, L, groups], 16-bit
-    sums = torch.einsum("plg,plgi->pgi", products, codes.unflatten(-1, (-1, GROUP)).double())
-    y = sums * (unit.double() * packed.peaks.double())[..., None]
+    y = torch.zeros(packed.peaks.shape[0], packed.peaks.shape[1], GROUP, dtype=torch.float64)
+    for part in (torch.where(far, v, 0.0), torch.where(far, 0.0, v)):
+        small, unit = _narrow(part)
+        products = ((small[:, None].long() * scales.long() + _ONE // 2) >> 15).double()  # [P, L, groups], 16-bit
+        sums = torch.einsum("plg,plgi->pgi", products, codes.unflatten(-1, (-1, GROUP)).double())
+        y += sums * (unit.double() * packed.peaks.double())[..., None]
     return y.flatten(1)[:, : packed.width].reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
@@ -166,6 +170,12 @@ def reference_rows(x: Tensor, packed: Packed, idx: Tensor | None = None) -> Tens
     if idx is not None:
         y = torch.where(torch.zeros_like(y, dtype=torch.bool).index_fill(0, idx.long(), True), y, 0.0)
     return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+def outliers(v: Tensor, m: int) -> Tensor:
+    """Which of v [lines], of which m take part, are summed apart: above a 16th of the largest, if they are few; bool."""
+    far = v.abs() > v.abs().max() / 16
+    return far if 16 * int(far.sum()) <= m else torch.zeros_like(far)
 
 
 def _narrow(v: Tensor) -> tuple[Tensor, Tensor]:

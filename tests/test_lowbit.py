@@ -96,6 +96,22 @@ def test_the_largest_sums_do_not_overflow(isa, bits) -> None:
     assert torch.allclose(y, torch.full((40,), -1100.0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_few_outliers_leave_the_others_their_bits(isa, bits) -> None:
+    """As in the second layer of Qwen2.5-Coder-1.5B: one activation of 80 times the rest, lines of very unlike scales."""
+    x = normal(0, 1, 1, 512)
+    x[..., [7, 300]] *= 80 / x[..., [7, 300]].abs()
+    w = normal(1, 512, 96)
+    w[3] *= 30  # what the other lines' scales are counted in
+    w[[7, 300]] *= 0.01
+    packed = lowbit.pack(w, bits)
+    y = lowbit.columns(x, packed)
+    assert error(y, x @ packed.values()) < 3e-3
+    assert error(y, lowbit.reference_columns(x, packed)) < NARROW
+    assert int(lowbit.outliers(x.flatten(), 512).sum()) == 2
+    assert not lowbit.outliers(normal(2, 512), 512).any()  # among alike values none is
+
+
 def test_skipped_lines_are_not_read(isa) -> None:
     """Bytes of a dropped line do not reach the result, whatever they are."""
     w, x = normal(0, 50, 130), normal(1, 50)

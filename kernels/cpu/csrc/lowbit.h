@@ -28,7 +28,7 @@ struct Packed {
 inline int16_t* room16(std::vector<int32_t>& v, int64_t n) { return reinterpret_cast<int16_t*>(room(v, (n + 1) / 2)); }
 
 // y [panels * width] += sum_j val[j] * line[idx[j]], the values rounded to 16 bits of the largest.
-inline void add_lines(const Packed& w, const Channels& c, float* y) {
+inline void add_alike(const Packed& w, const Channels& c, float* y) {
   const LowBit& k = table()->low;
   static thread_local std::vector<int32_t> narrow;
   int16_t* x = room16(narrow, c.m + 16);
@@ -54,6 +54,32 @@ inline void add_lines(const Packed& w, const Channels& c, float* y) {
   });
   for (int64_t p = 1; p < parts; ++p)
     for (int64_t n = 0; n < N; ++n) y[n] += own[(p - 1) * N + n];
+}
+
+// As add_alike, but where a few values are far larger than the rest they are summed apart: their unit would leave a small
+// value times a small scale next to no bits. `outliers` of kernels/lowbit.py is the same rule.
+inline void add_lines(const Packed& w, const Channels& c, float* y) {
+  float top = 0.0f;
+  for (int64_t j = 0; j < c.m; ++j) top = std::max(top, std::abs(c.val[j]));
+  const float bar = top / 16;
+  int64_t far = 0;
+  for (int64_t j = 0; j < c.m; ++j) far += std::abs(c.val[j]) > bar;
+  if (far == 0 || 16 * far > c.m) return add_alike(w, c, y);
+  static thread_local std::vector<int32_t> places;
+  static thread_local std::vector<float> values;
+  int32_t* at = room(places, c.m);
+  float* val = room(values, c.m);
+  int64_t outer = 0, inner = far;
+  for (int64_t j = 0; j < c.m; ++j) {
+    int64_t& to = std::abs(c.val[j]) > bar ? outer : inner;
+    at[to] = c.idx ? c.idx[j] : static_cast<int32_t>(j);
+    val[to++] = c.val[j];
+  }
+  Channels large = c, others = c;
+  large.idx = at, large.val = val, large.m = far;
+  others.idx = at + far, others.val = val + far, others.m = c.m - far;
+  add_alike(w, large, y);
+  add_alike(w, others, y);
 }
 
 // out[j] = line[idx[j]] . x (idx nullptr: line j), x [width] rounded to 16 bits of its largest weighted value.
