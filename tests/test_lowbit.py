@@ -98,7 +98,7 @@ def test_the_largest_sums_do_not_overflow(isa, bits) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_few_outliers_leave_the_others_their_bits(isa, bits) -> None:
-    """As in the second layer of Qwen2.5-Coder-1.5B: one activation of 80 times the rest, lines of very unlike scales."""
+    """As in the second layer of Qwen2.5-Coder-1.5B: an activation 80 times the rest, lines of unlike scales."""
     x = normal(0, 1, 1, 512)
     x[..., [7, 300]] *= 80 / x[..., [7, 300]].abs()
     w = normal(1, 512, 96)
