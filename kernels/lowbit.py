@@ -173,7 +173,7 @@ def reference_rows(x: Tensor, packed: Packed, idx: Tensor | None = None) -> Tens
 
 
 def outliers(v: Tensor, m: int) -> Tensor:
-    """Which of v [lines], m of which take part, are summed apart: bool, above a 16th of the largest, if those are few."""
+    """Which of v [lines], m of which take part, are summed apart: those above a 16th of the largest, if few; bool."""
     far = v.abs() > v.abs().max() / 16
     return far if 16 * int(far.sum()) <= m else torch.zeros_like(far)
 
