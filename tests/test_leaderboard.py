@@ -8,7 +8,7 @@ import pytest
 
 from harness import figures
 from harness.claims import field
-from harness.report import leaderboard
+from harness.report import leaderboard, tables
 from harness.results import stats
 from harness.results.collect import relate
 from harness.results.rows import make_row, to_frame
@@ -281,3 +281,17 @@ def test_the_study_and_its_limited_rows(found):
     assert leaderboard.standings(limited, samples).dropna(subset=["text"]).empty
     assert len(leaderboard.standings(limited, samples, limited=True)) == len(leaderboard.standings(rows, samples))
     assert figures.only_limited(limited)
+
+
+def test_a_ruin_is_told_in_thousands_and_sorted_by_what_it_is():
+    assert [leaderboard._big(value) for value in (1.2345, 12.34, 999.7, 1420.5, 1.2345e6)] == [
+        "1.234",
+        "12.3",
+        "1,000",
+        "1,420",
+        "1,230,000",
+    ]
+    assert tables.number(1420.5, "1,420 <i>[1,000, 2,000]</i>") == (
+        '<td class=n data-value="1420.5">1,420 <i>[1,000, 2,000]</i></td>'
+    )
+    assert tables.number(-1.2, "-1.2 <i>[-2, -1]</i>") == "<td class=n>-1.2 <i>[-2, -1]</i></td>"

@@ -283,7 +283,7 @@ def test_every_method_has_a_page_with_its_facts():
     assert {f"methods/{path.stem}.md" for path in (CONF / "method").glob("*.yaml")} <= set(pages)
     teal = pages["methods/teal.md"]
     assert "https://arxiv.org/abs/2408.14690" in teal and "allocation: uniform" in teal and "`mlp_in`" in teal
-    assert "| `smollm2-135m` |" in teal and pages["methods/teal.svg"].startswith(b"<?xml")
+    assert "| `smollm2-135m` |" in teal and pages["methods/teal.svg"].startswith(b"<svg")
     assert "no rows of it" in pages["methods/tda.md"]
 
 

@@ -1,6 +1,7 @@
 "use strict";
 (() => {
-  const points = JSON.parse(document.getElementById("adviser-data").textContent);
+  const data = JSON.parse(document.getElementById("adviser-data").textContent);
+  const points = data.points.map((values) => Object.fromEntries(data.fields.map((field, i) => [field, values[i]])));
   const form = document.getElementById("adviser");
   if (!points.length) return;
   form.hidden = false;
@@ -133,7 +134,7 @@
       cells.forEach((cell, i) => {
         const td = document.createElement(tag);
         if (tag === "th") td.scope = "col";
-        if (i > 0 && i < 5) td.className = "number";
+        if (i > 0 && i < 5) td.className = "n";
         td.textContent = cell;
         tr.append(td);
       });
@@ -185,7 +186,10 @@
     document.getElementById("adviser-missing").textContent = missing.join(" ");
   };
 
-  fill(field("model"), distinct(points.map((p) => p.model)));
+  const models = distinct(points.map((p) => p.model));
+  const known = (model) => points.filter((p) => p.model === model).length;
+  fill(field("model"), models);
+  field("model").value = models.reduce((most, model) => (known(model) > known(most) ? model : most));
   field("budget").value = DEFAULT.loss;
   field("quality").addEventListener("change", () => { field("budget").value = DEFAULT[field("quality").value]; });
   form.addEventListener("input", update);

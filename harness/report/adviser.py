@@ -32,7 +32,9 @@ def section(lines: pd.DataFrame, rows: pd.DataFrame) -> str:
 
     lines: of `harness.results.collect.headline`. rows: the measured rows that they come from.
     """
-    data = json.dumps(points(lines, rows), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    found = points(lines, rows)
+    columns = {"fields": list(found[0]) if found else [], "points": [list(point.values()) for point in found]}
+    data = json.dumps(columns, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         MARKUP.read_text()
         + f'<script type="application/json" id="adviser-data">{data}</script>\n<script>\n{SCRIPT.read_text()}</script>'

@@ -10,8 +10,6 @@ import base64
 import functools
 import gzip
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -28,7 +26,7 @@ from harness.arguments import add_results, finish
 from harness.arguments import parser as arguments_of
 from harness.console import say, stdout
 from harness.files import place_errors, write_atomic
-from harness.report import adviser, leaderboard, tables
+from harness.report import adviser, drawing, leaderboard, tables
 from harness.report.tables import Column
 from harness.report.terminal import OUTCOMES, PHASES, truncated_note
 from harness.results import published
@@ -122,7 +120,7 @@ def _claims(verdicts: pd.DataFrame) -> str:
             f'{tables.number(line.effect, effect, HEADS[2], "effect")}<td data-label="{HEADS[3]}">{reach}</td>'
             f'{tables.number(line.p_holm, sure, HEADS[4], "sure")}<td class="note">{note}</td></tr>'
         )
-    return f"{EXPLAINED}{tables.listing('verdicts', dict.fromkeys(HEADS, False), body, filtered=False)}"
+    return f"{EXPLAINED}{tables.listing('verdicts', dict.fromkeys(HEADS, False), body, filtered=False, wrapped=True)}"
 
 
 EXPLAINED = """<p>Each claim is judged over the measured rows. <b>How much</b> is above zero where it is as claimed;
@@ -142,7 +140,7 @@ def _figures(drawn: Mapping[str, Figure], missing: Mapping[str, str]) -> str:
         function = (figures.draw.FIGURES | figures.draw.OF_VERDICTS)[name]
         title = name.replace("_", " ").replace("kv", "KV").replace("kl", "KL")
         title = title[0].upper() + title[1:]
-        image = quote(svg(fig), safe=' /:;=,.()-+*!@<>"')
+        image = quote(drawing.svg(fig), safe=' /:;=,.()-+*!@<>"')
         wide, high = (round(PIXELS * inches) for inches in fig.get_size_inches())
         # Dark pages turn the lightness of lines round; the colours of a map would say something else then.
         kind = ' class="plate"' if any(ax.images for ax in fig.axes) else ""
@@ -223,7 +221,7 @@ def _published(table: pd.DataFrame) -> Iterable[str]:
             f"<tr><td>{escape(str(reason))}</td>{tables.number(count, str(count))}</tr>"
             for reason, count in out.items()
         ]
-        listing = tables.listing("not-comparable", {"reason": False, "figures": True}, body)
+        listing = tables.listing("not-comparable", {"reason": False, "figures": True}, body, wrapped=True)
         yield (
             f'<div class="card"><details><summary>{out.sum()} published figures are not comparable: why'
             f"</summary>{listing}<br></details></div>"
@@ -273,54 +271,6 @@ def _configs(found: Path, lines: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ their parts
-
-
-def svg(fig: Figure) -> str:
-    """The figure as SVG on no ground of its own; equal figures give equal bytes."""
-    return smaller(figures.draw.encoded(fig, "svg", page=True).decode())
-
-
-def smaller(drawing: str) -> str:
-    """An SVG without what no reader sees: tenths of a pixel, names of groups, blanks and its preamble."""
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # only paths and clips are referred to
-    drawing = re.sub(r"\s*\n\s*", " ", drawing).replace("> <", "><")
-    return _with_classes(_with_short_names(re.sub(r"<[^>]+>", lambda tag: _tag(tag[0]), drawing)))
-
-
-def _tag(tag: str) -> str:
-    """A tag alone, never the words between tags: a tick at 0.25 is no 0.2."""
-    tag = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
-    tag = re.sub(r"; stroke-line(cap|join): (square|miter)", "", tag)
-    return tag.replace("; ", ";").replace(": ", ":")
-
-
-def _with_short_names(drawing: str) -> str:
-    """Names of paths and clips in two letters where they have eleven, and paths without blanks around commands."""
-    names = {name: f"{name[0]}{n:x}" for n, name in enumerate(dict.fromkeys(re.findall(r' id="(\w+)"', drawing)))}
-
-    def short(found: re.Match[str]) -> str:
-        return found[1] + names.get(found[2], found[2])
-
-    def packed(found: re.Match[str]) -> str:
-        path = re.sub(r"\s*([A-Za-z])\s*", r"\1", found[1]).strip()
-        return f' d="{path}"'
-
-    return re.sub(r' d="([^"]*)"', packed, re.sub(r'( id="|"#|url\(#)(\w+)', short, drawing))
-
-
-def _with_classes(drawing: str) -> str:
-    """Styles that occur again and again, told once: a third of most figures."""
-    counts = Counter(re.findall(r' style="([^"]*)"', drawing))
-    names = {style: f"s{n}" for n, style in enumerate(style for style, count in counts.items() if count > 1)}
-    rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
-
-    def named(found: re.Match[str]) -> str:
-        return f' class="{names[found[1]]}"' if found[1] in names else found[0]
-
-    head, end, rest = drawing.partition(">")
-    return f"{head}{end}<style>{rules}</style>" + re.sub(r' style="([^"]*)"', named, rest) if rules else drawing
 
 
 def _caption(function: Callable[..., Any]) -> str:

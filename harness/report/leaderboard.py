@@ -145,7 +145,10 @@ def _form(value: Any, form: str, times: float = 1) -> str:
 
 def _big(value: Any) -> str:
     """Three digits after the point where they say anything: a ratio of thousands is a ruin whatever they are."""
-    return "" if pd.isna(value) else f"{value:.3f}" if value < 10 else f"{value:.3g}"
+    if pd.isna(value):
+        return ""
+    rounded = float(f"{value:.3g}")
+    return f"{value:.3f}" if value < 10 else f"{rounded:g}" if rounded < 1000 else f"{rounded:,.0f}"
 
 
 def _ratio(line: dict[str, Any]) -> str:
@@ -194,11 +197,11 @@ def section(lines: pd.DataFrame) -> str:
 
 def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
     def text(value: Any) -> str:
-        return f'<td class="{"short" if len(str(value)) <= tables.SHORT else "long"}">{escape(str(value))}</td>'
+        return tables.words(str(value))
 
     def between(measure: str, shown: str) -> str:
         value, _, interval = shown.partition(" ")
-        interval = f' <span class="more">{interval}</span>' if interval else ""
+        interval = f" <i>{interval}</i>" if interval else ""
         return tables.number(line[measure], value + interval)
 
     yield text(_named(line))

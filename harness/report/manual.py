@@ -18,7 +18,8 @@ import pandas as pd
 import yaml
 
 from harness.execution.method import Method
-from harness.figures import draw, select, style
+from harness.figures import select, style
+from harness.report import drawing
 from harness.report.terminal import PHASES
 from harness.results.collect import headline
 from harness.results.rows import quantised
@@ -209,4 +210,4 @@ def _drawn(own: pd.DataFrame) -> bytes:
         style.set_labels([ax], "achieved sparsity of the whole model", "perplexity over dense")
         keys = [style.key(name, **look) for name, look in looks.items()]
         fig.legend(handles=keys, loc="outside lower left", ncols=columns)
-        return draw.encoded(fig, "svg", page=True)
+        return drawing.svg(fig).encode()
