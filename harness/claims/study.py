@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ class Study:
     tasks: pd.Index
     names: pd.Index
     quantised: pd.DataFrame
+    _losses: dict[tuple[str, str], pd.Series | None] = field(default_factory=dict, init=False, repr=False)
 
     def select(self, *methods: str) -> pd.DataFrame:
         """Lines of methods by name, alone or in a nest; of all but baselines if none is named."""
@@ -69,8 +70,13 @@ class Study:
     def loss(self, cell: str, kind: str) -> pd.Series | None:
         """Loss against the dense cell by item, above zero is worse; informative tasks only.
 
-        None without samples of both, or where nothing counted that the cell skips anything.
+        None without samples of both, or where nothing counted that the cell skips anything. Nobody may change it.
         """
+        if (cell, kind) not in self._losses:  # claims ask for one four times
+            self._losses[cell, kind] = self._loss(cell, kind)
+        return self._losses[cell, kind]
+
+    def _loss(self, cell: str, kind: str) -> pd.Series | None:
         dense = self.dense_cells.get((cell, kind))
         if (
             dense is None
