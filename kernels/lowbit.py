@@ -151,7 +151,7 @@ def reference_columns(x: Tensor, packed: Packed, t: Tensor | None = None, idx: T
     v = torch.where(keep, v, 0.0)
     far = outliers(v, int(keep.sum()))
     codes, scales = unpacked(packed)
-    y = torch.zeros(packed.peaks.shape[0], packed.peaks.shape[1], GROUP, dtype=torch.float64)
+    y = packed.peaks.new_zeros(*packed.peaks.shape, GROUP, dtype=torch.float64)
     for part in (torch.where(far, v, 0.0), torch.where(far, 0.0, v)):
         small, unit = _narrow(part)
         products = ((small[:, None].long() * scales.long() + _ONE // 2) >> 15).double()  # [P, L, groups], 16-bit
