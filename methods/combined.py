@@ -261,10 +261,11 @@ class Histogram:
 
         def hook_of(key: Key, weight: float):  # noqa: ANN202 (a torch hook)
             def hook(_m: nn.Module, args: tuple) -> None:
-                z = distance(args[0], cuts.log_cut(*key)).flatten().cpu()
+                # Counted where it lies: of a billion weights these are gigabytes a layer.
+                z = distance(args[0], cuts.log_cut(*key)).flatten()
                 places = ((z + self.reach) / (2 * self.reach) * len(self.counts)).long()
                 counted = torch.bincount(places.clamp(0, len(self.counts) - 1), minlength=len(self.counts))
-                self.counts += counted * (weight / z.numel())
+                self.counts += counted.cpu() * (weight / z.numel())
 
             return hook
 

@@ -80,6 +80,17 @@ def test_unequal_sparsity_is_no_rung():
     assert study.verdict("loss_shrinks_with_size_text")["note"].startswith("missing: ")
 
 
+def test_how_the_share_was_asked_for_parts_no_ladder():
+    """Half of all weights made the masks of its own half, once as much is achieved."""
+    study = PlantedModels(1.0)
+    before = study.verdict("loss_shrinks_with_size_text")
+    for row in study.rows:
+        if row["model"] == LARGE:
+            row["scope"] = "model"
+    after = study.verdict("loss_shrinks_with_size_text")
+    assert after["verdict"] == "reproduced" and after["effect"] == before["effect"]
+
+
 def test_parameters_are_read_off_names():
     names = {
         "smollm2-135m": 1.35e8,

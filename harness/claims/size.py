@@ -18,6 +18,8 @@ from harness.results.collect import BITS_PER_BYTE
 
 SIZES = 3  # fewer are a comparison of two models, not a trend
 MISSING = f"one method at equal sparsity of all block weights on base models of {SIZES} or more sizes"
+# What was asked, of all weights or of the method's own, made the same masks once as much is achieved.
+ALIKE = [key for key in POLICY if key != "scope"]
 _PARAMETERS = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(m|b)(?![a-z0-9])")
 
 
@@ -55,7 +57,7 @@ def ladders(study: Study, kind: str) -> Iterator[tuple[str, list[Rung]]]:
     lines = lines[(lines["achieved_model"] > SKIPS).fillna(False).to_numpy(dtype=bool)]
     sizes = lines["model"].map(lambda name: parameters(name) if lineage(name) == (name, 0) else None)
     lines = lines.assign(size=sizes.astype("Float64"), variant=lines["variant"].fillna("")).dropna(subset=["size"])
-    for (method, variant, *_), alike in lines.groupby(["method", "variant", *POLICY], dropna=False):
+    for (method, variant, *_), alike in lines.groupby(["method", "variant", *ALIKE], dropna=False):
         models = alike.sort_values("size").groupby("model", sort=False)
         if alike["size"].nunique() < SIZES:
             continue
