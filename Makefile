@@ -27,6 +27,7 @@ export PIP_FIND_LINKS = $(CURDIR)/bundled/wheels
 export DYNACT_CACHE = $(CURDIR)/bundled/cache
 export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
+MADE_WITH := $(shell cat bundled/python)
 endif
 
 .PHONY: run test test-slow test-gpu test-browser lint written figures report docs study archive fuzz bundle bench bench-gpu setup assets clean
@@ -61,6 +62,7 @@ bundle: setup
 	$(BIN)/python -m pip download -q --disable-pip-version-check -d build/bundle/dynact/bundled/wheels \
 		-c $(VENV)/constraints.txt "$(TORCH)" "setuptools>=77" wheel ".[$(EXTRAS)]"
 	rm -f build/bundle/dynact/bundled/wheels/dynact-*
+	$(BIN)/python -c "import platform; print(platform.python_version())" > build/bundle/dynact/bundled/python
 	DYNACT_CACHE=$(CURDIR)/build/bundle/dynact/bundled/cache $(BIN)/python -m harness prefetch $(models)
 	tar -cf build/dynact-bundle.tar -C build/bundle dynact
 
@@ -121,6 +123,9 @@ bench-gpu: setup
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@test -z "$(MADE_WITH)" || $(PYTHON) -c "import sys; made = tuple(map(int, '$(MADE_WITH)'.split('.'))); \
+		here = sys.version_info[:3]; here[:2] == made[:2] and here >= made or sys.exit('this bundle was made with Python ' \
+		'$(MADE_WITH), and $(PYTHON) is %d.%d.%d: name a later one of the same series, make run PYTHON=...' % here)"
 	@echo "installing into $(VENV): a few minutes, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"

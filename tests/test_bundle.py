@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,22 @@ def test_a_bundle_is_this_commit_with_wheels_data_and_the_models_that_are_named(
     steps = ("git archive HEAD", "pip download", "-m harness prefetch a b", "tar -cf build/dynact-bundle.tar")
     places = [done.stdout.index(step) for step in steps]
     assert places == sorted(places)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("patch", "minor"), [(0, 1), (1, 0)])
+def test_a_bundle_made_with_another_python_says_so_before_it_installs(tmp_path: Path, patch: int, minor: int) -> None:
+    """Its wheels are for that series, and may ask for the patch that they were chosen by."""
+    here = sys.version_info
+    made = f"{here.major}.{here.minor + minor}.{here.micro + patch}"
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bundled/wheels").mkdir(parents=True)
+    (tmp_path / "bundled/python").write_text(f"{made}\n")
+    command = ["make", "setup", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and f"this bundle was made with Python {made}, and" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def no_network() -> bool:
