@@ -149,7 +149,7 @@ class Plan:
                         lambda _m, a, key=(site, layer): outputs.__setitem__(key, a[0])
                     )
                 )
-            for module in (block.k, block.v):
+            for module in (m for name, m in block.projections() if name in ("k", "v")):
                 handles.append(module.register_forward_hook(lambda _m, _a, out: out.detach()))
         try:
             yield outputs

@@ -92,7 +92,8 @@ class Combined(Method):
         return super().unsupported(view)
 
     def fit(self, view: View, calibration: Calibration) -> State:
-        """By projection float32: `cut.P` thresholds [layers, channels], `P` constants [layers, outputs].
+        """By projection float32: `cut.P` thresholds [layers, channels], `P` constants [layers, outputs], of the layers
+        that have it.
 
         And `kl` [steps], the loss before each step in nats a token, and `read` [steps], the share of weights read.
         """
@@ -113,15 +114,16 @@ class Combined(Method):
             thresholds.meet(calibration.batches[:2])
         state = {"kl": torch.tensor(kl), "read": torch.tensor(thresholds.read[: len(kl)])}
         for p in view.projection_names():
-            state[f"cut.{p}"] = torch.stack([thresholds.log_cut(p, n).exp().cpu() for n in range(view.n_layers)])
-            state[p] = torch.stack([constants[p, n].cpu() for n in range(view.n_layers)])
+            layers = [n for n in range(view.n_layers) if (p, n) in constants]
+            state[f"cut.{p}"] = torch.stack([thresholds.log_cut(p, n).exp().cpu() for n in layers])
+            state[p] = torch.stack([constants[p, n].cpu() for n in layers])
         return state
 
     def plan(self, view: View, state: State) -> dict[tuple[str, int], dict[str, Thresholds]]:
         """Thresholds [channels] by (site, layer), for each projection, in the model's dtype."""
         cuts = {p: state[f"cut.{p}"].to(view.device, view.dtype) for p in view.projection_names()}
         return {
-            (site, layer): {p: Thresholds(cuts[p][layer]) for p in names if p in cuts}
+            (site, layer): {p: Thresholds(cuts[p][layer]) for p in names if layer < len(cuts.get(p, ()))}
             for site, names in PROJECTIONS.items()
             for layer in range(view.n_layers)
         }

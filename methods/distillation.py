@@ -64,7 +64,8 @@ def parts(view: View, batch: Tensor) -> Sequence[Tensor]:
 
     Of a projection's input three tensors are taken to be kept for the backward pass, of its output one.
     """
-    kept = sum(3 * view.channels(p) + view.weights(p) // view.channels(p) for p in view.projection_names())
+    projections = [module for _, module in view.blocks[0].projections()]
+    kept = sum(3 * module.in_features + module.out_features for module in projections)
     window = kept * view.n_layers * view.dtype.itemsize * batch.shape[1]
     return batch.chunk(-(-len(batch) // max(1, HELD // window)))
 

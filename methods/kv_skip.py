@@ -110,8 +110,9 @@ class KvSkip(Method):
         """Where no KV entry can ever be skipped, or no group dropped."""
         if self.sparsity == 0:
             return None
-        for topic in ("attention", "recompute") if self.kv == "recompute" else ("attention",):
-            if topic in view.limits:
+        topics = {"attention": True, "entries": self.kv != "mask_output", "recompute": self.kv == "recompute"}
+        for topic, needed in topics.items():
+            if needed and topic in view.limits:
                 return f"{self.name} can't run on {view.name}: {view.limits[topic]}"
         if view.n_kv_heads == 1 and (self.unit == "group" or self.kv != "mask_output"):
             return f"{view.name} has one KV group, which every token uses: kv={self.kv} could skip no entry"

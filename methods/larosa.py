@@ -116,7 +116,7 @@ class LaRoSA(Scored):
         return rotated(view, dict.fromkeys(NORM_OF, state["basis"]))
 
 
-def tilted(weights: Mapping[str, int], sparsity: float, tilt: float) -> dict[str, float]:
+def tilted(weights: Mapping[str, float], sparsity: float, tilt: float) -> dict[str, float]:
     """Levels by site: common * (1 - tilt) at rotated sites and common * (1 + tilt) at others.
 
     The common level makes their mean, by weights, `sparsity`. weights: by site. No level exceeds MOST: beyond, the

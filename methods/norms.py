@@ -26,12 +26,12 @@ def column_norms(view: View) -> dict[tuple[str, int], Tensor]:
 
 
 def contribution_quantiles(view: View, calibration: Calibration) -> State:
-    """Quantiles of |x_i| * ||W[:, i]||_2 over calibration text, float32 [layers, grid] by projection."""
+    """Quantiles of |x_i| * ||W[:, i]||_2 over calibration text, float32 [layers that have it, grid] by projection."""
     norms, quantiles = column_norms(view), {name: Quantiles(view.n_layers) for name in view.projection_names()}
 
     def see(layer: int, x: Tensor, site: str) -> None:
         for projection in PROJECTIONS[site]:
-            if projection in quantiles:
+            if (projection, layer) in norms:
                 quantiles[projection].see(layer, x.float().abs() * norms[projection, layer])
 
     calibration.visit({site: lambda layer, x, site=site: see(layer, x, site) for site in PROJECTIONS})

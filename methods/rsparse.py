@@ -69,7 +69,9 @@ class RSparse(Method):
         return super().unsupported(view)
 
     def fit(self, view: View, calibration: Calibration) -> State:
-        """By projection P, float32: P [layers, grid], quantiles of the scores; P.norm [layers, n], column norms of W.
+        """By projection P and layers that have it, float32.
+
+        P [layers, grid], quantiles of the scores; P.norm [layers, n], column norms of W.
 
         P.out [layers, m, r] and P.in [layers, r, n], where there is a remainder: P.out @ P.in is the matrix of rank r
         that is nearest to W (a truncated SVD).
@@ -77,10 +79,11 @@ class RSparse(Method):
         state = contribution_quantiles(view, calibration)
         norms = column_norms(view)
         for name in track(view.projection_names(), "low-rank parts"):
-            state[f"{name}.norm"] = torch.stack([norms[name, layer] for layer in range(view.n_layers)])
+            layers = [layer for layer in range(view.n_layers) if (name, layer) in norms]
+            state[f"{name}.norm"] = torch.stack([norms[name, layer] for layer in layers])
             rank = rank_of(view, name, self.remainder)
             if rank:
-                parts = [low_rank(getattr(block, name).weight, rank) for block in view.blocks]
+                parts = [low_rank(getattr(view.blocks[layer], name).weight, rank) for layer in layers]
                 state[f"{name}.out"] = torch.stack([left for left, _ in parts])
                 state[f"{name}.in"] = torch.stack([right for _, right in parts])
         return state

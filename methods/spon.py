@@ -54,14 +54,15 @@ class Spon(Method):
         return self.epochs > 0
 
     def fit(self, view: View, calibration: Calibration) -> State:
-        """By projection float32 [layers, outputs]; and `kl` [steps], the loss before each step, in nats a token."""
+        """By projection float32 [layers that have it, outputs]; and `kl` [steps], nats a token before each step."""
         constants = dropped_means(view, calibration)
         windows = [row[None] for batch in calibration.batches for row in batch]
         with added(view, constants):
             groups = [{"params": list(constants.values()), "lr": self.learning_rate}]
             kl = distil(view, windows * self.epochs, groups) if self.epochs else []
-        layers = range(view.n_layers)
-        state = {p: torch.stack([constants[p, layer].cpu() for layer in layers]) for p in view.projection_names()}
+        state = {}
+        for p in view.projection_names():
+            state[p] = torch.stack([constants[p, n].cpu() for n in range(view.n_layers) if (p, n) in constants])
         return state | {"kl": torch.tensor(kl)}
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[None]:

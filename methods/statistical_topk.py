@@ -27,6 +27,9 @@ class StatisticalTopK(Method):
 
     Neither sorted nor calibrated: exact for Gaussian a only. Mean and deviation (of the population) are over neurons.
 
+    Where blocks have a statistical top-k of their own (the first of Gemma 3n) that one stays, at the share that they
+    were trained with: neurons are dropped whose gates it has set to zero, and `sparsity` is for the other blocks.
+
     shift: True is the rule of Gemma 3n, act(relu(a - threshold)): what stays loses the threshold, which a model must be
         trained for. False drops and changes nothing else.
     """
@@ -35,7 +38,7 @@ class StatisticalTopK(Method):
 
     name: ClassVar[str] = "statistical_topk"
     paper: ClassVar[str] = "arXiv 2506.06644"
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    families: ClassVar[tuple[str, ...]] = ("llama", "gemma3n")
 
     def __post_init__(self) -> None:
         if not isinstance(self.shift, bool):
@@ -51,12 +54,15 @@ class StatisticalTopK(Method):
         return ZEROS
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[None]:
-        """The activations behind the threshold."""
+        """The activations behind the threshold, where the model has none of its own."""
         return nullcontext() if self.sparsity == 0 else self._swapped(view)
 
     @contextmanager
     def _swapped(self, view: View) -> Iterator[None]:
-        modules = [Thresholded(view, block.act, self.sparsity, self.shift) for block in view.blocks]
+        modules = [
+            block.act if block.own_topk else Thresholded(view, block.act, self.sparsity, self.shift)
+            for block in view.blocks
+        ]
         with view.activation_swapped(f"{view.activation} behind statistical top-k", modules):
             yield
 

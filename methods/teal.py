@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -105,13 +106,15 @@ def levels_of(view: View, paths: Tensor | None, sparsity: float) -> list[dict[st
     names = view.projection_names()
     if paths is None:
         return [dict.fromkeys(names, sparsity) for _ in view.blocks]
-    share = shares(view)
-    return [dict(zip(names, levels_at(path, share, sparsity).tolist(), strict=True)) for path in paths]
+    return [
+        dict(zip(names, levels_at(path, shares(view, layer), sparsity).tolist(), strict=True))
+        for layer, path in enumerate(paths)
+    ]
 
 
-def shares(view: View) -> Tensor:
-    """Weight share of each projection in its block, float64 [projections]."""
-    weights = torch.tensor([view.weights(p) for p in view.projection_names()], dtype=torch.float64)
+def shares(view: View, layer: int = 0) -> Tensor:
+    """Share of each projection in the weights of all projections of its block, float64 [projections]; 0 if missing."""
+    weights = torch.tensor([view.weights(p, layer) for p in view.projection_names()], dtype=torch.float64)
     return weights / weights.sum()
 
 
@@ -133,11 +136,10 @@ def greedy_levels(view: View, calibration: Calibration, state: State, base_step:
     A trial raises one projection by base_step * (weights of q / its weights), so that every trial drops equally many
     weights; the trial with the least L2 error of the block's output is taken. Every block is shown dense inputs.
     """
-    names, share = view.projection_names(), shares(view)
-    raises = base_step * share[names.index("q")] / share
+    names = view.projection_names()
     calls = block_calls(view, calibration, tokens)
     paths = [
-        greedy_path(view, layer, state, calls[layer], names, share, raises)
+        greedy_path(view, layer, state, calls[layer], names, base_step)
         for layer in track(range(view.n_layers), "greedy allocation")
     ]
     longest = max(len(path) for path in paths)
@@ -149,7 +151,7 @@ def block_calls(view: View, calibration: Calibration, tokens: int) -> list[list[
     calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in view.blocks]
     handles = [
         block.layer.register_forward_pre_hook(
-            lambda _m, args, kwargs, seen=calls[layer]: seen.append((args, kwargs)), with_kwargs=True
+            lambda _m, args, kwargs, seen=calls[layer]: seen.append((args, _as_they_are(kwargs))), with_kwargs=True
         )
         for layer, block in enumerate(view.blocks)
     ]
@@ -167,6 +169,11 @@ def block_calls(view: View, calibration: Calibration, tokens: int) -> list[list[
     return calls
 
 
+def _as_they_are(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that later changes of a mapping do not reach: of K and V that blocks leave there for later ones."""
+    return {key: copy(value) if isinstance(value, MutableMapping) else value for key, value in kwargs.items()}
+
+
 def block_error(view: View, layer: int, calls: list, cut: Mapping[str, Any], dense: list[Tensor]) -> float:
     """Mean over tokens of the L2 error of a block's output when each projection drops |x| <= cut[projection].
 
@@ -182,8 +189,8 @@ def block_error(view: View, layer: int, calls: list, cut: Mapping[str, Any], den
         errors = []
         for (args, kwargs), target in zip(calls, dense, strict=True):
             out = block_output(block, args, kwargs)
-            late = out.shape[1] // 2
-            errors.append((out[:, late:].float() - target[:, late:]).norm(dim=-1).flatten())
+            late = out.shape[-2] // 2
+            errors.append((out[..., late:, :].float() - target[..., late:, :]).norm(dim=-1).flatten())
         return torch.cat(errors).mean().item()
     finally:
         for handle in handles:
@@ -191,23 +198,25 @@ def block_error(view: View, layer: int, calls: list, cut: Mapping[str, Any], den
 
 
 def block_output(block: Block, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream after a block."""
+    """The residual stream after a block, [batch, tokens, d_model]; of several streams all of them, first."""
     out = block.layer(*args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 
 @torch.no_grad()
-def greedy_path(
-    view: View, layer: int, state: State, calls: list, names: list[str], share: Tensor, raises: Tensor
-) -> Tensor:
+def greedy_path(view: View, layer: int, state: State, calls: list, names: list[str], base_step: float) -> Tensor:
     """The greedy path of one block: levels float64 [steps, projections], the first all zero."""
+    share = shares(view, layer)
+    there = share.nonzero().flatten().tolist()  # of the projections, those that this block has
+    raises = base_step * share[names.index("q")] / share
     grids = {p: state[site][layer] for site, projections in PROJECTIONS.items() for p in projections}
     dense = [block_output(view.blocks[layer], *call).float() for call in calls]
     levels, path = torch.zeros(len(names), dtype=torch.float64), []
     path.append(levels)
     while levels @ share < HIGHEST:
-        trials = [levels + raises * (torch.arange(len(names)) == i) for i in range(len(names))]
-        trials = [t for t in trials if t.max() <= 1.0]
+        trials = [torch.where(torch.arange(len(names)) == i, levels + raises, levels) for i in there]
+        whole = [t.clamp(max=1.0) for t in trials if t.max() < 1 + 1e-9]  # only rounding is in the way of the last step
+        trials = [t for t in trials if t.max() <= 1.0] or whole
         errors = []
         for trial in trials:
             cut = {p: threshold(grids[p], lv, view.dtype).t for p, lv in zip(names, trial.tolist(), strict=True)}

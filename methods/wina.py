@@ -127,6 +127,7 @@ def bases(view: View) -> State:
     for block, (attn_norm, mlp_norm) in zip(view.blocks, view.norms, strict=True):
         first = block.gate if block.gate is not None else block.up
         for key, module, norm in (("basis.attn_in", block.k, attn_norm), ("basis.mlp_in", first, mlp_norm)):
+            assert module is not None, "what can be rotated makes K in every block"
             scale: Any = norm.weight
             folded = module.weight.double() * scale.double()
             found[key].append(torch.linalg.svd(folded, full_matrices=True).Vh.T.float().cpu())

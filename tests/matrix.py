@@ -55,7 +55,7 @@ from methods.wina import Wina
 # Every case meets every invariant on FIRST, the REPRESENTATIVE ones do on UNLIKE, families built in ways of their own.
 # Whatever is left is attached, run, counted and detached once, on every family of tests/tiny.py (test_families_matrix).
 FIRST = ("llama", "mistral", "opt")
-UNLIKE = ("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "falcon", "mixtral")
+UNLIKE = ("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "falcon", "mixtral", "gemma3n")
 REPRESENTATIVE = ("teal", "cats", "dejavu", "griffin", "kv_skip", "cett", "random", "relu")
 
 

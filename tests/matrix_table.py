@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests import tiny
 from tests.matrix import CASES
 
@@ -15,9 +17,17 @@ their inner neurons are the sites, and their weights, with attention's, are all 
 token is not routed to are neither touched nor skipped: they are no part of the denominator, so routing is never sold as
 activation sparsity. The router's own weights are not counted.
 
-What transformers has and this table has not: Gemma 3n has no view: its later blocks make no K and V of their own, its
-residual stream is several streams, and each block reads projections beside the seven (AltUp, LAuReL, per-layer inputs)
-that a share would leave out. Its statistical top-k is here as the method `statistical_topk`, for any gated model.
+A block of Gemma 3n reads weights beside the seven projections (AltUp, LAuReL, per-layer inputs: one or two hundredths
+of it). No method skips them and every token reads them, so a share of all block weights is of them too: at
+`sparsity=0.5` TEAL achieves a little less than half of the model, and `scope=model` makes up for it. K and V of the
+last blocks are those of earlier ones: weights that are not there are in no denominator. Of several residual streams a
+method sees the one that attention and MLP work on.
+
+The first blocks of Gemma 3n have a statistical top-k of their own. It is the dense model: it stays on under every
+method, its exact zeros count as dropped under methods that go by zeros, and such a block may skip more than was asked
+for. `method=statistical_topk` leaves these blocks to their own top-k, at the share that they were trained with, and
+skips what that has set to zero; in the other blocks it is what it is on other models. How much the model skips by
+itself is what a dense cell's `zeros` at `gate` say.
 """
 
 
@@ -37,7 +47,11 @@ def table() -> str:
                 cells.append("·")
                 continue
             _, ruled_out, why = sentence.partition(f"can't run on {family}: ")
-            why = why if ruled_out else sentence.replace(family, "the model").replace(f"{method.name} ", "it ", 1)
+            why = (
+                why
+                if ruled_out
+                else re.sub(rf"\b{family}\b", "the model", sentence).replace(f"{method.name} ", "it ", 1)
+            )
             cells.append(str(numbers.setdefault(why, len(numbers) + 1)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     said = [f"{number}. {sentence}" for sentence, number in numbers.items()]

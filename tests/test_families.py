@@ -54,7 +54,7 @@ def test_the_models_of_the_study_are_there() -> None:
 
 PLAIN = ("opt", "gpt_neox", "falcon")
 ACTIVATION = {"opt": "relu", "gpt_neox": "gelu", "falcon": "gelu"}
-ACTIVATION |= dict.fromkeys(("gemma", "gemma2", "gemma3"), "gelu_pytorch_tanh")
+ACTIVATION |= dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3n"), "gelu_pytorch_tanh")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -70,9 +70,12 @@ def test_a_view_has_the_shapes_of_its_model(family: str) -> None:
     assert view.projection_names() == names
     for block in view.blocks:
         shapes = {name: (module.out_features, module.in_features) for name, module in block.projections()}
+        assert set(shapes) == set(names) - ({"k", "v"} if family == "gemma3n" and block in view.blocks[2:] else set())
         wide, narrow = view.n_heads * view.head_dim, view.n_kv_heads * view.head_dim
         assert shapes["q"] == (wide, view.d_model)
-        assert shapes["k"] == shapes["v"] == (narrow, view.d_model)
+        assert (
+            shapes.get("k", (narrow, view.d_model)) == shapes.get("v", (narrow, view.d_model)) == (narrow, view.d_model)
+        )
         assert shapes["o"] == (view.d_model, wide)
         assert shapes["up"] == shapes.get("gate", shapes["up"]) == (view.d_ff, view.d_model)
         assert shapes["down"] == (view.d_model, view.d_ff)
@@ -80,7 +83,8 @@ def test_a_view_has_the_shapes_of_its_model(family: str) -> None:
     if family in tiny.MIXTURES:
         return  # their own test says what is counted
     inside = sum(m.weight.numel() for m in view.model.modules() if isinstance(m, nn.Linear)) - vocabulary_weights(view)
-    assert view.block_weights * view.n_layers == inside, "every linear weight of the blocks is counted once"
+    assert view.block_weights * view.n_layers == inside - view.around, "every linear weight of the blocks counts once"
+    assert (view.beside > 0) == (view.around > 0) == (family == "gemma3n")
 
 
 @pytest.mark.parametrize("family", tiny.MIXTURES)
@@ -179,12 +183,6 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match=r"'mamba' \(known: .*llama.*opt.*qwen3.*CONTRIBUTING.md"):
         view_of(model)
     assert "## Add a family" in Path("CONTRIBUTING.md").read_text()
-
-
-def test_gemma_3n_is_refused_with_what_a_view_lacks_for_it() -> None:
-    config = SimpleNamespace(model_type="gemma3n_text")
-    with pytest.raises(UnsupportedError, match="no K and V of their own"):
-        view_of(SimpleNamespace(config=config))
 
 
 def test_a_mixture_with_blocks_that_have_no_experts_is_refused() -> None:

@@ -136,7 +136,11 @@ def test_achieved_is_near_requested(name, family):
     ]
     assert len(achieved) == 1
     cost = sum(overhead(view, [(method, state)]).values()) / (view.block_weights * view.n_layers)
-    assert achieved[0] == pytest.approx(0.5 - (cost if case.site == "model" else 0), abs=case.tolerance)
+    wanted = 0.5 * (1 - view.beside / view.block_weights) - cost if case.site == "model" else 0.5
+    # A block whose own top-k makes more zeros keeps to that, under methods that go by zeros.
+    more = sum(max(0.0, block.own_topk - 0.5) for block in view.blocks) / view.n_layers
+    more = more if case.site in ("neurons", "mlp_hidden") else 0.0
+    assert wanted - case.tolerance <= achieved[0] <= wanted + more + case.tolerance
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)

@@ -27,6 +27,11 @@ SIZES = {
 }
 OWN_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}  # wider together than the model
 WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SHARED = {  # the last two of four blocks read the K and V of the two before, one of the four has a top-k of its own
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.8, 0.0, 0.0, 0.0],
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+}  # fmt: skip
 ROUTED = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 PLAIN = {"num_key_value_heads": None, "hidden_act": "gelu"}  # None drops a key
 
@@ -43,6 +48,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", OWN_HEADS),
     "gemma2": ("Gemma2", OWN_HEADS | WINDOW | {"query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3Text", OWN_HEADS | WINDOW | {"query_pre_attn_scalar": 16}),
+    "gemma3n": ("Gemma3nText", OWN_HEADS | SHARED),
     "phi3": ("Phi3", {"pad_token_id": None}),
     "olmo2": ("Olmo2", {}),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "pad_token_id": None}),

@@ -123,7 +123,7 @@ def _recording(view: View, recorded: Recorded, attentions: bool) -> Iterator[Non
                 handle = module.register_forward_hook(partial(see, (layer, name)))
                 stack.callback(whole.remove)
                 stack.callback(handle.remove)
-            stream = block.layer.register_forward_pre_hook(
+            stream = block.residual.register_forward_pre_hook(
                 lambda _m, args, layer=layer: recorded.residual.update({layer: args[0]})
             )
             stack.callback(stream.remove)

@@ -62,7 +62,7 @@ class KernelHeads(Heads):
         for layer, block in enumerate(self.view.blocks):
             see = partial(self._see_mask, layer)
             self.handles.append(block.attn.register_forward_pre_hook(see, with_kwargs=True))
-            for name, module in (("q", block.q), ("k", block.k), ("v", block.v)):
+            for name, module in (found for found in block.projections() if found[0] in ("q", "k", "v")):
                 self.stack.enter_context(replaced(module, partial(self._rows, layer, name, module)))
             weight = self.stack.enter_context(transposed(block.o))
             zero = torch.zeros((), device=weight.device)
@@ -171,6 +171,7 @@ class KernelHeads(Heads):
                 continue
             rows = slice(group * width, (group + 1) * width)
             for name, module, states in (("k", block.k, key), ("v", block.v, value)):
+                assert module is not None, "entries are rebuilt in a block that takes them from another"
                 bias = None if module.bias is None else module.bias[rows]
                 made = F.linear(kept[name][:, missing], module.weight[rows], bias)
                 if name == "k" and rotary is not None:

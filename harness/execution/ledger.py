@@ -254,38 +254,40 @@ class Ledger:
 
     # --- reading it
 
-    def _read(self, what: str, scale: Callable[[str, int], float], of_tokens: bool) -> dict[tuple[int, str], Tensor]:
+    def _read(
+        self, what: str, scale: Callable[[int, str, int], float], of_tokens: bool
+    ) -> dict[tuple[int, str], Tensor]:
         totals: dict[tuple[int, str], Tensor] = {}
         for (counted, whole), (sums, tokens) in self._sums.items():
             for note, value in [*zip(counted, sums, strict=True), *((note, tokens) for note in whole)]:
                 kind, layer, where, n = note
                 if kind == what:
-                    part = (tokens if of_tokens else value) * scale(where, n)
+                    part = (tokens if of_tokens else value) * scale(layer, where, n)
                     totals[layer, where] = totals[layer, where] + part if (layer, where) in totals else part
         return totals
 
     @property
     def kept(self) -> dict[tuple[int, str], Tensor]:
         """Channels, neurons or heads that were kept, by (layer, site | "zeros")."""
-        return self._read("kept", lambda _, n: 1.0, of_tokens=False)
+        return self._read("kept", lambda *_: 1.0, of_tokens=False)
 
     @property
     def total(self) -> dict[tuple[int, str], Tensor]:
         """What `kept` is a part of."""
-        return self._read("kept", lambda _, n: n, of_tokens=True)
+        return self._read("kept", lambda _layer, _where, n: n, of_tokens=True)
 
     @property
     def touched(self) -> dict[tuple[int, str], Tensor]:
         """Weights that were touched, by (layer, projection)."""
-        return self._read("touched", lambda name, n: self.view.weights(name) / n, of_tokens=False)
+        return self._read("touched", lambda layer, name, n: self.view.weights(name, layer) / n, of_tokens=False)
 
     @property
     def scales(self) -> dict[tuple[int, str], Tensor]:
         """Scales that were touched, by (layer, projection); none where weights have none."""
         if self.view.stored is None:
             return {}
-        group = self.view.stored.group
-        return self._read("scales", lambda name, n: self.view.weights(name) / group / n, of_tokens=False)
+        weights, group = self.view.weights, self.view.stored.group
+        return self._read("scales", lambda layer, name, n: weights(name, layer) / group / n, of_tokens=False)
 
     @property
     def kv_read(self) -> dict[int, Tensor]:
@@ -299,11 +301,14 @@ class Ledger:
 
     def _cache_bytes(self, what: str) -> dict[int, Tensor]:
         width = self.view.head_dim * self.view.dtype.itemsize
-        return {layer: v for (layer, _), v in self._read(what, lambda _, n: float(width), of_tokens=False).items()}
+        return {layer: v for (layer, _), v in self._read(what, lambda *_: float(width), of_tokens=False).items()}
 
     def skipped_weights(self, projections: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """(skipped, total) weights over all layers, float64 [2] by phase, each token counted apart."""
-        return self._skipped(projections, self.touched, 1)
+        """(skipped, total) weights over all layers, float64 [2] by phase, each token counted apart.
+
+        All projections together are the whole block: what it reads beside them is then part of the total.
+        """
+        return self._and_beside(projections, self._skipped(projections, self.touched, 1), 1)
 
     def skipped_bytes(self, projections: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """As `skipped_weights`, in the bytes that codes and scales are stored in. Of a view with a stored format."""
@@ -315,7 +320,18 @@ class Ledger:
             weight * stored.bytes(1, 0) + scale * stored.bytes(0, 1)
             for weight, scale in zip(weights, scales, strict=True)
         )
-        return skipped, total
+        return self._and_beside(projections, (skipped, total), 2)  # no format of few bits is theirs
+
+    def _and_beside(
+        self, projections: tuple[str, ...], counted: tuple[Tensor, Tensor], each: int
+    ) -> tuple[Tensor, Tensor]:
+        """`counted`, (skipped, total), and with all projections the weights beside them, at `each` a weight."""
+        if not set(self.view.projection_names()) <= set(projections):
+            return counted
+        assert self.tokens is not None
+        per_token, (skipped, total) = float(each * self.view.beside * self.view.n_layers), counted
+        wasted = self.tokens.new_tensor([0, self.wasted]) * per_token
+        return skipped - wasted, total + self.tokens * per_token - wasted
 
     def _skipped(
         self, projections: tuple[str, ...], touched_of: dict[tuple[int, str], Tensor], each: int
@@ -324,7 +340,7 @@ class Ledger:
         assert self.tokens is not None
         names = [p for p in self.view.projection_names() if p in projections]
         given = self.tokens - self.tokens.new_tensor([0, self.wasted])
-        total = given * float(sum(self.view.weights(p) for p in names) * self.view.n_layers // each)
+        total = given * float(round(sum(self.view.weights(p) for p in names) * self.view.n_layers) // each)
         touched = sum((v for (_, p), v in touched_of.items() if p in names), torch.zeros_like(total))
         return total - touched, total
 

@@ -62,7 +62,7 @@ class Installation:
         self.lookback = max(back, default=0)
         if back:
             for layer, block in enumerate(self.view.blocks):
-                self._before(block.layer, self._keep_residual(layer))
+                self._before(block.residual, self._keep_residual(layer))
 
     def remove(self) -> None:
         """Remove every hook; nothing of the method stays."""
@@ -114,7 +114,8 @@ class Installation:
         if sees != OUTPUT:
             # Families compute q, k and v in different orders: whichever comes first decides.
             for module in (block.q, block.k, block.v):
-                self._before(module, lambda x: self._decide_once("heads", layer, x, sees))
+                if module is not None:
+                    self._before(module, lambda x: self._decide_once("heads", layer, x, sees))
 
         def drop(x: Tensor) -> Tensor | None:
             if sees == OUTPUT:

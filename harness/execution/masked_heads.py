@@ -115,10 +115,12 @@ class Heads:
         """Register the hooks of every layer."""
         for layer, block in enumerate(self.view.blocks):
             see = partial(self._see, self.residual, layer)
-            self.handles.append(block.layer.register_forward_pre_hook(see))
+            self.handles.append(block.residual.register_forward_pre_hook(see))
             for name, module in (("k", block.k), ("v", block.v)):
-                # After the forward: by then every method has had its say about the input.
-                self.handles.append(module.register_forward_hook(partial(self._see, self.seen, (layer, name))))
+                # After the forward: by then every method has had its say about the input. Where a block takes K and V
+                # from another, what its queries are made from is all that it is shown.
+                own = block.q if module is None else module
+                self.handles.append(own.register_forward_hook(partial(self._see, self.seen, (layer, name))))
             if self.kv == "recompute":
                 see = partial(self._see_rotary, layer)
                 self.handles.append(block.attn.register_forward_pre_hook(see, with_kwargs=True))
@@ -230,6 +232,7 @@ class Heads:
         rotary, kept = self.rotary[layer], self._keep_inputs(layer, step)
         made, block = [], self.view.blocks[layer]
         for name, module, states in (("k", block.k, key), ("v", block.v, value)):
+            assert module is not None, "entries are rebuilt in a block that takes them from another"
             # Not through the module: other methods' hooks and the ledger count this token's projections, not these.
             rebuilt = F.linear(kept[name], module.weight, module.bias)
             rebuilt = rebuilt.unflatten(-1, (self.view.n_kv_heads, -1)).transpose(1, 2)

@@ -52,7 +52,7 @@ class Calibration:
         handles = []
         for layer, block in enumerate(self.view.blocks):
             modules = {
-                "residual": block.layer,
+                "residual": block.residual,
                 "attn_in": block.q,
                 "attn_out": block.o,
                 "mlp_in": block.up,

@@ -19,10 +19,13 @@ from harness.model.step import StepTracker
 class Block:
     """One decoder block. All projections are nn.Linear; gate is None in a plain (not gated) MLP.
 
-    In a mixture of experts gate, up and down are `families.moe.RoutedLinear`, which look the same from outside.
+    In a mixture of experts gate, up and down are `families.moe.RoutedLinear`, which look the same from outside. k and v
+    are None in a block that attends to the K and V of an earlier one; blocks without them come after all with them.
 
-    layer: the block itself; its first argument is the residual stream [batch, tokens, d_model].
+    layer: the block itself; its first argument is the residual stream [batch, tokens, d_model], or see `stream`.
     act: the activation module, applied to gate (to up in a plain MLP). act_at: the module and attribute that hold it.
+    stream: the module whose first argument is the residual stream, where it is not the block's own.
+    own_topk: the share of the gates that the model itself sets to zero before act, by a statistical top-k.
     """
 
     layer: nn.Module
@@ -30,12 +33,19 @@ class Block:
     act: nn.Module
     act_at: tuple[nn.Module, str]
     q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
+    k: nn.Linear | None
+    v: nn.Linear | None
     o: nn.Linear
     gate: nn.Linear | None
     up: nn.Linear
     down: nn.Linear
+    stream: nn.Module | None = None
+    own_topk: float = 0.0
+
+    @property
+    def residual(self) -> nn.Module:
+        """The module whose first argument is the residual stream [batch, tokens, d_model], before the first norm."""
+        return self.layer if self.stream is None else self.stream
 
     def projections(self) -> Iterator[tuple[str, nn.Linear]]:
         """(name, module) of every projection that the block has, in the order of computation."""
@@ -52,9 +62,11 @@ class View:
     norms: for every block its (attention, MLP) input norm modules, or nothing where norms come after the sublayers.
     final_norm: the norm before the head. logit_cap: logits are capped softly at it (None: they are not).
     limits: what the model rules out, topic -> one sentence: neurons (telling them apart by their place), heads
-        (dropping single ones), attention (another implementation in place of the model's own), recompute (K from the
-        block's input), norms (changing those before the sublayers), weights (rewriting them), kernels,
-        training (of thresholds, by gradients through all blocks).
+        (dropping single ones), attention (another implementation in place of the model's own), entries (leaving some
+        out of the KV cache), recompute (K from the block's input), norms (changing those before the sublayers), weights
+        (rewriting them), kernels, training (of thresholds, by gradients through all blocks).
+    beside: linear weights of a block that are in no projection. Every token reads them: a part of all that a share is
+        of. around: those outside of the blocks, the head's aside: a step reads them, and no share is of them.
     stored: how the projections' weights are stored where the modules hold what they stand for; None: as they are held.
     source: the type of few bits that plain weights were made from, in a word.
     """
@@ -74,6 +86,8 @@ class View:
     fingerprint: str = ""
     logit_cap: float | None = None
     limits: Mapping[str, str] = field(default_factory=dict)
+    beside: int = 0
+    around: int = 0
     stored: Format | None = None
     source: str | None = None
     ledger: Any = None  # the harness.execution.ledger.Ledger that counts at the moment
@@ -124,19 +138,21 @@ class View:
         """Input channels of a projection."""
         return getattr(self.blocks[0], projection).in_features
 
-    def weights(self, projection: str) -> int:
-        """Weights of a projection in one block (biases aside)."""
-        module = getattr(self.blocks[0], projection)
-        return module.in_features * module.out_features
+    def weights(self, projection: str, layer: int | None = None) -> float:
+        """Weights of a projection in a block (biases aside): of this layer, or in the mean where some lack it."""
+        layers = self.blocks if layer is None else [self.blocks[layer]]
+        modules = [module for block in layers if (module := getattr(block, projection)) is not None]
+        total = sum(module.in_features * module.out_features for module in modules)
+        return total / len(layers) if total % len(layers) else total // len(layers)
 
     def projection_names(self) -> list[str]:
-        """Names of the projections that a block of this family has."""
+        """Names of the projections that a block of this family has, if not every one of them."""
         return [name for name, _ in self.blocks[0].projections()]
 
     @property
-    def block_weights(self) -> int:
-        """Linear weights of one block: the denominator of model-wide sparsity."""
-        return sum(self.weights(name) for name in self.projection_names())
+    def block_weights(self) -> float:
+        """Linear weights of one block (a mean): the denominator of model-wide sparsity."""
+        return self.beside + sum(self.weights(name) for name in self.projection_names())
 
     @contextmanager
     def activation_swapped(self, name: str, modules: Sequence[nn.Module]) -> Iterator[None]:

@@ -103,7 +103,8 @@ def thresholds(view: View, methods: Fitted, policy: Policy) -> Iterator[Row]:
             plan = method.plan(view, state)
             for site in sites:
                 for layer in range(view.n_layers):
-                    names = [p for p in PROJECTIONS.get(site, ()) if p in view.projection_names()]
+                    own = dict(view.blocks[layer].projections())
+                    names = [p for p in PROJECTIONS.get(site, ()) if p in own]
                     width = view.channels(names[0]) if names else view.d_ff
                     x = torch.zeros(1, 1, width, dtype=view.dtype, device=view.device)
                     chosen = method.select(plan, site, layer, x, _one_token(view.device))

@@ -70,8 +70,10 @@ def rows_of(view: View, ledger: Ledger, extra: dict[str, int], task: str | None 
     for (layer, site), kept in sorted(kept_of.items(), key=lambda item: item[0]):
         total = total_of[layer, site]
         metric, name = ("zeros", "mlp_hidden") if site == "zeros" else ("achieved", site)
+        own = view.blocks[layer].own_topk if site in ("neurons", "mlp_hidden") else 0.0
+        why = f"the model's own top-k sets a share {own:g} of this block's gates to zero" if own else None
         for phase, k, t in _by_phase(kept, total):
-            yield _row(metric, 1 - k / t, tokens[phase], phase, name, layer, task=task)
+            yield _row(metric, 1 - k / t, tokens[phase], phase, name, layer, task=task, message=why)
     for site in sorted({site for _, site in kept_of}):
         kept = torch.stack([v for (_, s), v in kept_of.items() if s == site]).sum(0)
         total = torch.stack([v for (_, s), v in total_of.items() if s == site]).sum(0)
@@ -130,6 +132,7 @@ def _row(
     layer: int | None,
     unit: str = "share",
     task: str | None = None,
+    message: str | None = None,
 ) -> Row:
     return {
         "probe": "sparsity",
@@ -141,5 +144,5 @@ def _row(
         "site": site,
         "layer": layer,
         "task": task,
-        "message": activations.FROM_PRODUCT if metric == "zeros" else None,
+        "message": activations.FROM_PRODUCT if metric == "zeros" else message,
     }

@@ -47,7 +47,7 @@ def reached(view: View, methods: Sequence[Method], level: float) -> float:
             own = level if name in rows else level ** together["heads" if by_heads else "neurons"]
             scales[name] = max(scales.get(name, 0.0), own)
     skipped = sum(view.weights(name) * ((whole - scale) * level + scale * own) for name, own in scales.items())
-    return skipped / (view.block_weights * whole)
+    return skipped / ((view.block_weights - view.beside) * whole + 2 * view.beside)  # what is beside has 16 bits
 
 
 def to_native(view: View, methods: Fitted, requested: float) -> Fitted:

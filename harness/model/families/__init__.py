@@ -10,18 +10,10 @@ from types import ModuleType
 from typing import Any
 
 from harness.errors import UnsupportedError
-from harness.model.families import bamboo, minicpm, prosparse
+from harness.model.families import bamboo, gemma3n, minicpm, prosparse
 from harness.model.view import Block, View
 
 __all__ = ["Block", "View", "adapters", "config_of", "view_of"]
-
-# Model types that transformers has and a view does not hold, and why.
-RULED_OUT = {
-    "gemma3n_text": (
-        "Gemma 3n has no view: its later blocks make no K and V of their own, its residual stream is several streams, "
-        "and each block reads projections beside the seven (AltUp, LAuReL, per-layer inputs), which a share would omit"
-    )
-}
 
 
 @cache
@@ -42,19 +34,16 @@ def config_of(source: str, revision: str | None) -> Any:
     bamboo.register()
     minicpm_config = minicpm.register()
     found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if found.get("model_type") == gemma3n.WITH_TOWERS:
+        return gemma3n.text_config(source, revision)
     if "model_type" not in found and minicpm.ARCHITECTURE in found.get("architectures", ()):
         return minicpm_config.from_pretrained(source, revision=revision)  # some MiniCPMs leave their type to their code
     return None
 
 
 def view_of(model: Any, name: str = "model", fingerprint: str = "") -> View:
-    """The view of a transformers causal language model.
-
-    Raises `UnsupportedError` where no adapter knows the model type, or where it is ruled out.
-    """
+    """The view of a transformers causal language model. Raises `UnsupportedError` where no adapter knows its type."""
     model_type = model.config.model_type
-    if model_type in RULED_OUT:
-        raise UnsupportedError(RULED_OUT[model_type])
     if model_type not in adapters():
         raise UnsupportedError(
             f"no family adapter for model type {model_type!r} (known: {', '.join(sorted(adapters()))}); "

@@ -13,8 +13,11 @@ from harness.model.view import Block, View
 NORMED_KEYS = "normalises K after the projection, and entries rebuilt by kv=recompute would lack that"
 
 
-def block(layer: nn.Module) -> Block:
-    """The block of a decoder layer. Raises AttributeError if the modules are not as expected."""
+def block(layer: nn.Module, own_keys: bool = True, **facts: Any) -> Block:
+    """The block of a decoder layer. own_keys: it makes K and V. facts: further fields of Block.
+
+    Raises AttributeError if the modules are not as expected.
+    """
     attn: Any = layer.self_attn
     mlp: Any = layer.mlp
     return Block(
@@ -23,12 +26,13 @@ def block(layer: nn.Module) -> Block:
         act=mlp.act_fn,
         act_at=(mlp, "act_fn"),
         q=attn.q_proj,
-        k=attn.k_proj,
-        v=attn.v_proj,
+        k=attn.k_proj if own_keys else None,
+        v=attn.v_proj if own_keys else None,
         o=attn.o_proj,
         gate=mlp.gate_proj,
         up=mlp.up_proj,
         down=mlp.down_proj,
+        **facts,
     )
 
 

@@ -18,10 +18,11 @@ def step_bytes(
 ) -> float:
     """Bytes that one decode step must read: kept block weights, the head, and the KV cache (a share `cached` of it).
 
-    block_bytes: of all blocks' weights as they are stored; None: of the view's dtype.
+    With the head go linear weights outside of the blocks. block_bytes: of all blocks' weights as they are stored; None:
+    of the view's dtype.
     """
     size = view.dtype.itemsize
-    head = view.model.get_output_embeddings().weight.numel()
+    head = view.model.get_output_embeddings().weight.numel() + view.around
     blocks = size * view.block_weights * view.n_layers if block_bytes is None else block_bytes
     return reads * blocks + size * head + cached * batch * cache_bytes(view, context)
 
