@@ -218,6 +218,20 @@ def test_times_of_another_engine_are_not_compared():
     assert apart["verdict"] == "inconclusive" and "one cell at two or more batch sizes" in apart["note"]
 
 
+def test_a_host_that_launches_operations_on_a_gpu_is_no_time_of_a_scheme():
+    study = Planted()
+    table, samples = study.table(), pd.concat(study.samples)
+    timed = (table["probe"] == "latency").to_numpy()
+    table["engine"] = None
+    table.loc[timed, ["engine", "device"]] = ["eager", "NVIDIA H100 80GB HBM3"]
+    verdicts = claims.verdicts(table, samples).set_index("claim")
+    assert verdicts.loc["nominal_exceeds_measured", "note"].startswith("missing: kernel times")
+    table.loc[timed, "engine"] = "graph"
+    assert claims.verdicts(table, samples).set_index("claim").loc["nominal_exceeds_measured", "verdict"] == "described"
+    table.loc[timed, ["engine", "device"]] = ["eager", "cpu: a processor"]
+    assert claims.verdicts(table, samples).set_index("claim").loc["nominal_exceeds_measured", "verdict"] == "described"
+
+
 @pytest.mark.parametrize(("items", "falls"), [(40, 0.09), (100, 0.05), (1000, 0.012), (5000, 0.02)])
 def test_a_loss_that_is_not_seen_is_no_proof_that_accuracy_has_not_fallen(items, falls):
     line = Planted(falls=falls, items=items // 2, seed=2).verdict("inconsistent_first")

@@ -28,6 +28,7 @@ LEARNT = (
     "kv_recompute",
     "expert_prune",
 )  # by gradient steps, which differ by processor
+BY_BASIS = ("larosa", "wina_transform")  # by eigenvectors, which differ by processor too: a choice near a tie may flip
 
 
 def quick_ids() -> list[str]:
@@ -64,7 +65,7 @@ def test_a_method_does_what_it_did_before(name, family):
         pytest.skip("a new method: `make written` keeps what it does")
     assert (before is None) == (now is None)
     if now is not None:
-        tolerance = 2e-2 if name.startswith(LEARNT) else 1e-5
+        tolerance = 2e-2 if name.startswith(LEARNT) else 1e-3 if name.startswith(BY_BASIS) else 1e-5
         assert now["norm"] == pytest.approx(before["norm"], rel=tolerance)
 
 
