@@ -8,7 +8,7 @@ from harness.errors import UnsupportedError
 from harness.execution.attach import attached
 from harness.execution.check import KernelMismatchError
 from harness.execution.fused_check import check_fused
-from harness.execution.fused_cpu import fused_decode, packed_weights, unfit_methods
+from harness.execution.fused_cpu import fused_decode, packed_weights, panel_of, unfit_methods
 from harness.model.families import view_of
 from harness.model.step import Policy
 from methods.teal import Teal
@@ -54,6 +54,13 @@ def test_every_method(name: str) -> None:
         return
     found = check_fused(view, methods, policy, tiny.tokens(1, 24))
     assert found.part < 2e-6 and found.logits < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "panel"), [(49152, 2048), (151936, 2374), (128256, 2004), (50257, 1733), (259, 259), (64, None)]
+)
+def test_panels_of_a_head_divide_it_and_are_neither_narrow_nor_padded_much(vocabulary: int, panel: int | None) -> None:
+    assert panel_of(vocabulary, 4) == panel_of(vocabulary, 8) == panel
 
 
 @pytest.mark.parametrize("name", ["teal", "cats", "dejavu", "dejavu_heads", "griffin", "oracle_token", "drelu"])

@@ -39,7 +39,7 @@ PER_LAYER = len(STAGES)
 FAMILIES = ("llama", "qwen2")  # blocks of the same parts in the same order
 # What a method sees of a layer, by site: the buffer that holds it when it is asked.
 SEEN = {"attn_in": "normed", "attn_out": "attended", "mlp_in": "normed", "mlp_hidden": "hidden"}
-PANELS = (512, 256, 128)  # outputs of a panel of the packed head, the first that divides the vocabulary
+PANEL = range(128, 2561)  # outputs of a panel of the packed head: its sums stay in the first-level cache
 # By (layer, projection), and (-1, "head") unless it stays as it is.
 PackedWeights = Mapping[tuple[int, str], Packed]
 
@@ -102,6 +102,16 @@ def by_rows(methods: Fitted) -> frozenset[str]:
     return frozenset(found - by_columns(methods))
 
 
+def panel_of(outputs: int, bits: int) -> int | None:
+    """Outputs of a panel of the head, a divisor of all; None if none fits.
+
+    The cheapest by the lines' padding and by what it costs to begin a line, about as much as 256 weights.
+    """
+    chunk = 512 // bits  # weights of a cache line
+    fits = [width for width in PANEL if outputs % width == 0]
+    return min(fits, key=lambda width: -(-width // chunk) * chunk / width * (1 + 256 / width), default=None)
+
+
 def packed_weights(view: View, bits: int, methods: Fitted = (), head: bool = True) -> dict[tuple[int, str], Packed]:
     """All projections, and the head if asked for, in int4 or int8, with lines as these methods skip them."""
     rows = by_rows(methods)
@@ -112,8 +122,7 @@ def packed_weights(view: View, bits: int, methods: Fitted = (), head: bool = Tru
     }
     if head:
         weight = view.model.get_output_embeddings().weight
-        panel = next((p for p in PANELS if weight.shape[0] % p == 0), None)
-        found[-1, "head"] = pack(weight.t(), bits, panel)
+        found[-1, "head"] = pack(weight.t(), bits, panel_of(weight.shape[0], bits))
     return found
 
 

@@ -9,18 +9,16 @@ namespace {
 template <typename T>
 constexpr int LINE = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
 
-template <typename T>
-constexpr int64_t LEAD = 1024 / static_cast<int64_t>(sizeof(T));  // elements between a prefetch and its use
-
 // Calls line(i) for every whole cache line of R rows read side by side, and returns where the rest begins. A row is
-// too short for the hardware to follow, least of all over the jump to the next active one: each line is asked for LEAD
-// ahead, and past the row's end that means the row that takes its place in the next group.
+// too short for the hardware to follow, least of all over the jump to the next active one: each line is asked for kLead
+// bytes ahead, and past the row's end that means the row that takes its place in the next group.
 template <int R, typename T, typename Line>
 inline int64_t walk(const T* const* row, const T* const* next, int64_t n, Line line) {
-  const int64_t full = n / LINE<T> * LINE<T>, cut = std::max<int64_t>(0, full - LEAD<T>);
+  const int64_t lead = kLead / static_cast<int64_t>(sizeof(T));
+  const int64_t full = n / LINE<T> * LINE<T>, cut = std::max<int64_t>(0, full - lead);
   int64_t i = 0;
   for (; i < cut; i += LINE<T>) {
-    for (int r = 0; r < R; ++r) prefetch(row[r] + LEAD<T> + i);
+    for (int r = 0; r < R; ++r) prefetch(row[r] + lead + i);
     line(i);
   }
   for (; i < full; i += LINE<T>) {

@@ -121,12 +121,15 @@ inline void each_field(F f) {
   }
 }
 
+// How many groups of R lines ahead the next are asked for: narrow lines are soon done.
+inline int64_t groups_ahead(int64_t R, int64_t stride) { return std::max<int64_t>(1, 8192 / (R * stride)); }
+
 // acc += P pairs of lines; multipliers: [P][groups], a dword for two lines.
 template <int BITS, int P>
 inline void add_pairs(const uint8_t* const* line, const uint8_t* const* next, int64_t stride, int64_t chunks,
                       const int32_t* multiplier, int64_t apart, int32_t* acc) {
   constexpr int FIELDS = 16 / BITS;
-  const int64_t lead = std::min<int64_t>(1024, stride);
+  const int64_t lead = std::min<int64_t>(kLead, stride);
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t ahead = 64 * c + lead;
     for (int r = 0; r < 2 * P; ++r) prefetch(ahead < stride ? line[r] + ahead : next[r] + (ahead - stride));
@@ -170,6 +173,7 @@ void axpy_lines_of(const uint8_t* lines, int64_t stride, int64_t width, const fl
   constexpr int PAIRS = 4, FIELDS = 16 / BITS, OFFSET = 1 << (BITS - 1);
   constexpr int64_t BLOCK = 256;  // lines whose int32 sums can't overflow: 256 * 255 * 32767 < 2^31
   const int64_t chunks = line_chunks(BITS, width), groups = chunks * FIELDS, apart = groups + 16;
+  const int64_t ahead = 2 * PAIRS * groups_ahead(2 * PAIRS, stride);
   int32_t *acc = work, *sums = acc + groups * 32, *multiplier = sums + apart;
   const Words ones = broadcast(0x00010001);
   auto at = [&](int64_t j) { return lines + (idx ? idx[j] : first + j) * stride; };
@@ -181,7 +185,7 @@ void axpy_lines_of(const uint8_t* lines, int64_t stride, int64_t width, const fl
       int16_t own[2 * PAIRS];
       for (int r = 0; r < 2 * PAIRS; ++r) {
         line[r] = at(std::min(j + r, to - 1));
-        next[r] = at(std::min(j + 2 * PAIRS + r, m - 1));
+        next[r] = at(std::min(j + ahead + r, m - 1));
         own[r] = j + r < to ? x[j + r] : int16_t(0);
         for (int64_t b = 64 * chunks; b < stride; b += 64) prefetch(next[r] + b);
       }
@@ -274,7 +278,7 @@ template <int BITS, int R>
 inline void dot_group_of(const uint8_t* const* line, const uint8_t* const* next, int64_t stride, int64_t groups,
                          const int16_t* own, const int32_t* less, float unit, float* out) {
   constexpr int FIELDS = 16 / BITS;
-  const int64_t chunks = groups / FIELDS, lead = std::min<int64_t>(1024, stride);
+  const int64_t chunks = groups / FIELDS, lead = std::min<int64_t>(kLead, stride);
   Vec sum[R];
   for (int r = 0; r < R; ++r) {
     sum[r] = zero();
@@ -314,9 +318,10 @@ void dot_lines_of(const uint8_t* lines, int64_t stride, int64_t groups, const in
                   const int16_t* own, const int32_t* less, float unit, int64_t m, float* out) {
   auto at = [&](int64_t j) { return lines + (idx ? idx[j] : first + j) * stride; };
   const uint8_t *line[4], *next[4];
+  const int64_t ahead = 4 * groups_ahead(4, stride);
   int64_t j = 0;
   for (; j + 4 <= m; j += 4) {
-    for (int r = 0; r < 4; ++r) line[r] = at(j + r), next[r] = at(std::min(j + 4 + r, m - 1));
+    for (int r = 0; r < 4; ++r) line[r] = at(j + r), next[r] = at(std::min(j + ahead + r, m - 1));
     dot_group_of<BITS, 4>(line, next, stride, groups, own, less, unit, out + j);
   }
   for (; j < m; ++j) {
