@@ -110,10 +110,11 @@ def kernel_section(run: dict[str, Any]) -> str:
     least = {row["bits"]: row["goal"] for row in rows}
     missed = [f"{r['model']} int{r['bits']} {r['kernel']}" for r in rows if r["half_over_dense"] < r["goal"]]
     goals = " and ".join(f"{figure(goal)} in int{bits}" for bits, goal in least.items())
+    where = run["environment"]["cpu"].replace("(R)", "")
     return "\n\n".join(
         [
             "Low-bit products at 50 % over the same layout dense, in brackets the share of the byte roofline (dense / "
-            "50 %); MLP shapes, one thread:",
+            f"50 %); MLP shapes, one thread, {where}:",
             table(["model", "format", *names], lines),
             f"Goals: {goals}. Missed: {', '.join(missed) or 'none'}.",
         ]
@@ -124,9 +125,7 @@ def drawn() -> str:
     """All committed runs."""
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("cpu_step*.json"))]
     parts = [run_section(run) for run in runs]
-    kernels = RUNS / "cpu_lowbit.json"
-    if kernels.exists():
-        parts.append(kernel_section(json.loads(kernels.read_text())))
+    parts += [kernel_section(json.loads(path.read_text())) for path in sorted(RUNS.glob("cpu_lowbit*.json"))]
     return "\n\n".join(parts) or "No run of `python -m bench.cpu_step` is committed."
 
 

@@ -67,6 +67,8 @@ def test_nothing_to_collect_and_drift_are_one_clear_sentence(tmp_path: Path) -> 
         read_table(tmp_path / "table.csv")
     with pytest.raises(ConfigError, match="no table"):
         read_table(tmp_path / "nowhere.csv")
+    with pytest.raises(ConfigError, match=r"is a folder: name a table in it"):
+        read_table(tmp_path)
 
 
 def test_a_failed_cell_is_in_the_table_and_in_the_headline(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_low_bit_products_that_miss_their_goal_are_named() -> None:
         own | {"kernel": "columns up", "half_over_dense": 1.5},
         own | {"kernel": "rows up", "half_over_dense": 1.39},
     ]
-    text = latency_page.kernel_section({"kernels": rows})
+    text = latency_page.kernel_section({"kernels": rows, "environment": {"cpu": "a processor"}})
+    assert "one thread, a processor:" in text
     assert "| 7B | int4 | 1.50x (60 % / 50 %) | 1.39x (60 % / 50 %) |" in text
     assert text.endswith("Missed: 7B int4 rows up.")

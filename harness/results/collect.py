@@ -120,6 +120,8 @@ def collect(root: Path | str) -> pd.DataFrame:
 def read_table(path: Path | str) -> pd.DataFrame:
     """Read a collected table (.parquet or .csv) typed as `collect` returned it; `SchemaError` on drift."""
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a table in it, such as {path / 'table.parquet'}")
     if not path.exists():
         raise ConfigError(f"there is no table {path}: run a cell first")
     frame = up_to_date(read_parquet(path) if path.suffix == ".parquet" else read_csv(path, low_memory=False))
