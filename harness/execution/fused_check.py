@@ -25,8 +25,8 @@ from harness.model.view import View
 # Largest relative L2 error of a part by the module's dtype. In low bits activations have 16 bits of the largest, which
 # outliers of real models make coarse: 1.2e-3 is seen in SmolLM2-135M.
 LOW_BIT = {torch.float32: 4e-3, torch.bfloat16: 2e-2}
-# Of attention in bf16 more: a softmax of large scores multiplies their rounding, here and in the module. 3.2e-2 is seen in a
-# layer of SmolLM2-135M on one processor, 1.2e-2 on another, 3e-4 in fp32.
+# Of attention in bf16 more: a softmax of large scores multiplies their rounding, here and in the module. 3.2e-2 is
+# seen in a layer of SmolLM2-135M on one processor, 1.2e-2 on another, 3e-4 in fp32.
 ATTENDED = 2.5
 # Of the logits of a whole step: of the dense model, and where decisions can move (unrelated logits differ by 1.4). In
 # low bits those of bf16 hold.

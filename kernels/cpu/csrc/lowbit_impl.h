@@ -122,7 +122,7 @@ inline void each_field(F f) {
 }
 
 // How many groups of R lines ahead the next are asked for: narrow lines are soon done.
-inline int64_t groups_ahead(int64_t R, int64_t stride) { return std::max<int64_t>(1, 8192 / (R * stride)); }
+inline int64_t groups_ahead(int64_t R, int64_t stride) { return std::max<int64_t>(1, 4 * kLead / (R * stride)); }
 
 // acc += P pairs of lines; multipliers: [P][groups], a dword for two lines.
 template <int BITS, int P>
