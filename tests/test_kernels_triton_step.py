@@ -10,6 +10,7 @@ from harness.errors import UnsupportedError
 from harness.execution.decode_loop import DecodeLoop
 from harness.execution.fused_step import fast_decode
 from harness.model.families import view_of
+from methods.spon import biased
 from tests.interpreter import error, interpreted, run_interpreted, starts_it
 
 
@@ -65,6 +66,22 @@ class TestFusedDecode:
             assert error(self.logits(view, loop=linear == "columns"), want) <= 3e-3
         assert torch.equal(self.logits(view), want)
         assert all(m.weight.is_contiguous() for block in view.blocks for _, m in block.projections())
+
+    @interpreted
+    def test_constants_folded_into_biases_are_a_part_of_the_step(self, view):
+        """As SPON and combined leave the model, while they are attached."""
+        constants = {
+            (name, layer): torch.randn(module.out_features).half() * 0.3
+            for layer, block in enumerate(view.blocks)
+            for name, module in block.projections()
+        }
+        bare = self.logits(view)
+        with biased(view, constants):
+            want = self.logits(view)
+            assert error(bare, want) > 0.1
+            with fast_decode(view):
+                assert error(self.logits(view), want) <= 3e-3
+        assert torch.equal(self.logits(view), bare)
 
     @interpreted
     def test_thresholds_drop_what_masked_execution_drops(self, view):

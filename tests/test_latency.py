@@ -25,6 +25,7 @@ from harness.probes.latency.chained import no_chain
 from harness.probes.latency.timing import Timing
 from harness.results.collect import relate
 from harness.results.rows import make_row, to_frame
+from methods.combined import Combined
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
@@ -301,6 +302,21 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     for batch in config["batch"]:
         more = len(chain) if batch == 1 else 0
         assert executions(rows, batch) == ["dense"] * (5 + more) + ["kernel"] * (2 + more)
+
+
+@pytest.mark.gpu
+def test_constants_as_biases_are_timed_through_the_fused_step_on_a_gpu():
+    """What SPON and combined leave of a model: thresholds and biases. The chained step knows none."""
+    view = tiny.view("llama", head_dim=16)
+    view.model.to("cuda", torch.bfloat16)
+    method = Combined(0.5, steps=2, batch=1)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    plan = planned(view, fitted, context=[16], new_tokens=5)
+    own = [variant for variant in plan if variant.execution == "kernel"]
+    assert [variant.engine for variant in own] == ["graph", "graph"]
+    assert "fused step equals masked within" in own[1].columns["message"]
+    rows = latency_rows.measure(view, plan, tiny.tokens(2, 96).to("cuda"), CONFIG)
+    assert [r["engine"] for r in rows if r["metric"] == "tpot_median" and r["execution"] == "kernel"] == ["graph"] * 2
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import kernels
 from harness.execution.attach import attached
 from harness.execution.check import KernelMismatchError, NoKernelRanError, check_kernels
 from harness.execution.layouts import own_gemv
+from harness.execution.nest import fit_nest
 from harness.model.step import Policy
 from harness.probes.latency import batched, chained, plans, reads, timing
 from harness.probes.latency import rows as latency_rows
@@ -19,11 +20,14 @@ from harness.probes.latency.timing import Timing
 from harness.probes.latency.variants import Variant
 from harness.results.collect import headline, relate, time_ratios
 from harness.results.rows import make_row, to_frame, with_engine
+from methods.combined import Combined
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
 from methods.polar import Polar
 from methods.random import Random
+from methods.scap import Scap
+from methods.spon import Spon
 from methods.teal import Teal
 from methods.topp import TopP
 from tests import tiny
@@ -259,6 +263,36 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
     monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, {}))
     with pytest.raises(KernelMismatchError, match="block 0"):
         planned(view, fitted)
+
+
+@pytest.mark.parametrize("name", ["combined", "spon", "scap"])
+def test_constants_as_biases_run_fused_and_what_hooks_does_not(name, monkeypatch):
+    """Thresholds in a model whose biases a method has rewritten; the chained step knows no biases."""
+    view = tiny.view("llama")
+    make = {
+        "combined": [Combined(0.5, steps=2, batch=1)],
+        "spon": [Spon(0.5, epochs=1), Teal(0.5)],
+        "scap": [Scap(0.5)],
+    }[name]
+    fitted = fit_nest(view, make, lambda method, _: method.fit(view, tiny.calibration(view)))
+    biases = [module.bias for block in view.blocks for _, module in block.projections()]
+
+    def stand_in(view, linear, limits=None, expected=0.5):
+        return lambda: own_gemv(view, limits)
+
+    monkeypatch.setattr(chained, "no_chain", lambda view: None)
+    monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, thresholds))
+    monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
+    monkeypatch.setattr(plans, "fused", stand_in)
+    monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense"), Variant("dense", captured=True)])
+    own = [(v.engine, v.columns) for v in planned(view, fitted) if v.execution == "kernel"]
+    assert [engine for engine, _ in own] == (["eager", "eager"] if name == "scap" else ["graph", "graph"])
+    assert ("fused step equals masked within" in own[-1][1]["message"]) == (name != "scap")
+    assert biases == [module.bias for block in view.blocks for _, module in block.projections()]
+    if name != "scap":  # without the constants a block is another
+        monkeypatch.setattr(plans, "rewritten", lambda *_: nullcontext())
+        with pytest.raises(KernelMismatchError, match="block"):
+            planned(view, fitted)
 
 
 def test_routed_heads_of_a_batch_are_checked_then_timed(monkeypatch):

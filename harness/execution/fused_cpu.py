@@ -165,7 +165,7 @@ def fused_decode(
             stack.enter_context(dequantised(view, packed, methods))
         for method, state in methods:
             stack.enter_context(method.rewrite(view, state))
-        reason = unfit(view) or _hooked(view)  # a rewrite may have changed the model
+        reason = unfit(view) or hooked(view)  # a rewrite may have changed the model
         if reason is not None:
             raise UnsupportedError(reason)
         columns = by_columns(methods)
@@ -184,13 +184,14 @@ def fused_decode(
         yield step
 
 
-def _hooked(view: View) -> str | None:
+def hooked(view: View) -> str | None:
+    """Why a model that methods have rewritten is not all in its parameters, or None."""
     relu_on_up = view.activation in GATED and GATED[view.activation].relu_on_up
     for block in view.blocks:
         for module in block.layer.modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 if not (module is block.up and relu_on_up):
-                    return "the method puts hooks of its own into the blocks, which the fused CPU step does not run"
+                    return "the method puts hooks of its own into the blocks, which the fused step does not run"
     return None
 
 

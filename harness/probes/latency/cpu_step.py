@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import kernels
+from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
 from harness.execution.fused_check import check_fused
 from harness.execution.fused_cpu import fused_decode, unfit, unfit_methods
@@ -43,7 +44,10 @@ def method_step(
     reason = no_cpu_step(view) or unfit_methods(methods)
     if reason is not None:
         return [], reason
-    found = check_fused(view, methods, policy, windows[:1, :64])
+    try:
+        found = check_fused(view, methods, policy, windows[:1, :64])
+    except UnsupportedError as error:  # what a method makes of the model, by hooks, does not fit
+        return [], str(error)
     message = f"fused step equals masked within {found.part:.1e} by part"
     attach = lambda: fused_decode(view, methods, policy)  # noqa: E731
     masks = policy.phase == "all"

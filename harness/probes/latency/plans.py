@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,10 +16,11 @@ import kernels
 from harness.execution.attach import Fitted, attached
 from harness.execution.block_check import check_blocks
 from harness.execution.check import Check, NoKernelRanError, check_kernels
+from harness.execution.fused_cpu import hooked
 from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_fused_step
 from harness.execution.kernel import has_kernels, kernel_execution
 from harness.execution.layouts import own_gemv, sliced
-from harness.execution.method import Method
+from harness.execution.method import Method, State
 from harness.model.families import view_of
 from harness.model.sees import OUTPUT
 from harness.model.selection import PROJECTIONS, Thresholds
@@ -83,12 +85,16 @@ def variants(
         masked.columns = {"message": str(error)}
         return [*plan, masked]
     union = None if known.no_batch else partial(union_read, view, methods, policy, known.ran)
-    if fits_fused_step(view) and (limits := known.thresholds) is not None:
-        attach = fused(view, "columns", limits, sparsity)
+    if fits_fused_step(view) and (limits := fused_thresholds(view, methods, policy)) is not None:
+        rewrite = partial(rewritten, view, methods, policy)
+        attach = within(rewrite, fused(view, "columns", limits, sparsity))
         error = check_blocks(view, methods, policy, windows[:1, :64].to(view.device), attach)
         known = replace(known, message=f"{known.message}; fused step equals masked within {error:.1e} by block")
-        chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
-        return plan + fused_plan(view, known, sparsity, union) + chain
+        chain = []
+        if known.thresholds is not None:  # in the model as it is: the chained step knows no biases
+            chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
+        batch_attach = within(rewrite, lambda: own_gemv(view, limits))
+        return plan + fused_plan(view, known, attach, batch_attach, sparsity, union) + chain
     batch = method_batch(view, methods, policy, known.cache, windows)
     steps, reason = method_step(view, methods, policy, known.skipped, windows)
     if reason is not None:
@@ -126,16 +132,18 @@ def fused(view: View, linear: Linear, thresholds: ThresholdOf | None = None, exp
     return lambda: fast_decode(view, linear, thresholds, expected_sparsity=expected)
 
 
-def fused_plan(view: View, known: Kernels, sparsity: float, union: Any) -> list[Variant]:
-    """Fixed thresholds in the fused step of a GPU, and the same kernels at 0 %."""
+def fused_plan(
+    view: View, known: Kernels, attach: Attach, attach_batch: Attach, sparsity: float, union: Any
+) -> list[Variant]:
+    """Fixed thresholds in the fused step of a GPU, as they are attached, and the same kernels at 0 %."""
     return [
         Variant(
             "kernel", fused(view, "columns", expected=sparsity), {"sparsity_requested": 0.0}, captured=True,
             attach_batch=lambda: own_gemv(view, limits={}), no_batch=known.no_zero_batch,
         ),
         Variant(
-            "kernel", fused(view, "columns", known.thresholds, sparsity), {"message": known.message}, 1 - known.skipped,
-            captured=True, attach_batch=lambda: own_gemv(view, known.thresholds), no_batch=known.no_batch, union=union,
+            "kernel", attach, {"message": known.message}, 1 - known.skipped,
+            captured=True, attach_batch=attach_batch, no_batch=known.no_batch, union=union,
         ),
     ]  # fmt: skip
 
@@ -231,13 +239,53 @@ def compiled(view: View, thresholds: ThresholdOf | None, columns: Row, reads: fl
     return plan
 
 
-def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
-    """(projection, layer) -> threshold, where nested methods come to fixed thresholds at channel sites; else None."""
-    thresholds: dict[tuple[str, int], Tensor | float] = {}
-    if len(methods) != 1:
+@contextmanager
+def rewritten(view: View, methods: Fitted, policy: Policy) -> Iterator[None]:
+    """The model as its methods rewrite it for a policy, without what they decide, until the context ends."""
+    with ExitStack() as stack:
+        with view.tracker.tracking(policy):  # constants become biases where every token is sparse
+            changes = [method.rewrite(view, state) for method, state in methods]
+        for change in changes:
+            stack.enter_context(change)
+        yield
+
+
+def within(outer: Attach, inner: Attach) -> Attach:
+    """`inner` attached to what `outer` has made of the model."""
+
+    @contextmanager
+    def both() -> Iterator[Any]:
+        with outer(), inner() as found:
+            yield found
+
+    return both
+
+
+def fused_thresholds(view: View, methods: Fitted, policy: Policy) -> ThresholdOf | None:
+    """Thresholds of nested methods that come to fixed ones in a model with other parameters; else None.
+
+    A constant as a bias is such a parameter. Hooks of a method's own would be passed over by a fused step.
+    """
+    selecting = [(method, state) for method, state in methods if method.sites]
+    if len(selecting) != 1:
         return None
-    method, state = methods[0]
-    if not has_kernels(method) or type(method).rewrite is not Method.rewrite:
+    with rewritten(view, methods, policy):
+        if hooked(view) is not None or no_fused_step(view) is not None:
+            return None
+    return _thresholds(view, *selecting[0])
+
+
+def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
+    """(projection, layer) -> threshold, where one method comes to fixed ones in the model as it is; else None."""
+    if len(methods) != 1 or type(methods[0][0]).rewrite is not Method.rewrite:
+        return None
+    return _thresholds(view, *methods[0])
+
+
+def _thresholds(view: View, method: Method, state: State) -> ThresholdOf | None:
+    """(projection, layer) -> threshold, where a method comes to fixed thresholds at channel sites; else None."""
+    thresholds: dict[tuple[str, int], Tensor | float] = {}
+    if not has_kernels(method):
         return None
     plan = method.plan(view, state)
     for site in method.sites:
