@@ -31,7 +31,6 @@ def exported(folder: Path) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in done.stdout.splitlines() if "=" in line)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_in_an_unpacked_bundle_pip_and_prefetch_stay_in_it(tmp_path: Path) -> None:
     assert not set(FETCHING) & set(exported(tmp_path))
     (tmp_path / "bundled/wheels").mkdir(parents=True)
@@ -41,7 +40,6 @@ def test_in_an_unpacked_bundle_pip_and_prefetch_stay_in_it(tmp_path: Path) -> No
     assert found["DYNACT_CACHE"] == str(tmp_path / "bundled/cache")
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_a_bundle_is_this_commit_with_wheels_data_and_the_models_that_are_named() -> None:
     done = subprocess.run(["make", "-n", "bundle", "models=a b"], cwd=ROOT, capture_output=True, text=True, check=True)
     installs = subprocess.run(["make", "-nB", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -52,7 +50,6 @@ def test_a_bundle_is_this_commit_with_wheels_data_and_the_models_that_are_named(
     assert places == sorted(places)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(("patch", "minor"), [(0, 1), (1, 0)])
 def test_a_bundle_made_with_another_python_says_so_before_it_installs(tmp_path: Path, patch: int, minor: int) -> None:
     """Its wheels are for that series, and may ask for the patch that they were chosen by."""
@@ -75,7 +72,6 @@ def no_network() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.skipif(not no_network(), reason="needs unshare, and the right to make a network namespace")
 def test_a_bundle_runs_without_a_network(tmp_path: Path) -> None:
     """Packed here, with the network; unpacked, set up and run where nothing can be reached. Takes many minutes."""

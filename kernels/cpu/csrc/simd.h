@@ -23,8 +23,8 @@ inline float widen(bf16 v) {
   return f;
 }
 
-// An AMD core has room for few lines on their way to its first-level cache (24 on Zen 4, half of the bandwidth) and for
-// many more on their way to its second: there they are asked for into the second, and earlier.
+// An AMD core takes more lines on their way to its second-level cache than to its first: there they are asked for into the
+// second, and earlier. Of a plain read's 27 GB/s (EPYC) rows of 576 in bf16 got 12 and get 24.
 #if defined(__x86_64__) && defined(__GNUC__)
 inline bool into_second() {
   __builtin_cpu_init();
