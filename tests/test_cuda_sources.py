@@ -244,7 +244,7 @@ def test_a_chained_step_passes_the_check_and_a_wrong_one_does_not(
     from methods.teal import Teal
     from tests import tiny
 
-    monkeypatch.setattr(chained_step, "_norm_forward", lambda norm: norm.forward)  # Triton's, before the head
+    monkeypatch.setattr(chained_step, "norm_forward", lambda norm: norm.forward)  # Triton's, before the head
     view = tiny.view("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
     for weight in view.model.parameters():
         weight.data *= 5

@@ -47,6 +47,19 @@ def test_listed_rows():
     assert error(pair, want.expand(2, -1)) <= ROUNDING[x.dtype]
 
 
+@interpreted
+@pytest.mark.parametrize("k", [60, 64])
+def test_rows_by_a_mask(k):
+    x, w, bias = (randn(*size, dtype=torch.float16) for size in ((1, k), (96, k), (96,)))
+    for keep in (torch.arange(96) % 3 == 0, torch.zeros(96, dtype=torch.bool), torch.ones(96, dtype=torch.bool)):
+        want = torch.where(keep, x.double() @ w.double().t() + bias.double(), 0)
+        unread = torch.where(keep[:, None], w, torch.nan)  # what is not kept is not read
+        y = kc.row_gemv_mask(x, unread, keep, bias)
+        assert error(y, want) <= ROUNDING[x.dtype] and (y[:, ~keep] == 0).all()
+        pair = kc.row_gemv_mask(x.expand(2, -1), w, keep, bias)
+        assert error(pair, want.expand(2, -1)) <= ROUNDING[x.dtype]
+
+
 def check_neuron_mlp(device, dtype, k, f, kept, *, gated=True, bias=False, act="silu", count=False):
     x = randn(1, 1, k, dtype=dtype, device=device)
     gate, up, down = (randn(f, k, dtype=dtype, device=device, scale=k**-0.5) for _ in range(3))

@@ -266,8 +266,8 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["combined", "spon", "scap"])
-def test_constants_as_biases_run_fused_and_what_hooks_does_not(name, monkeypatch):
-    """Thresholds in a model whose biases a method has rewritten; the chained step knows no biases."""
+def test_constants_as_biases_run_fused_and_what_hooks_in_the_frame(name, monkeypatch):
+    """Thresholds in a model whose biases a method has rewritten (the chained step knows none); hooks run in the frame."""
     view = tiny.view("llama")
     make = {
         "combined": [Combined(0.5, steps=2, batch=1)],
@@ -284,10 +284,12 @@ def test_constants_as_biases_run_fused_and_what_hooks_does_not(name, monkeypatch
     monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, thresholds))
     monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
     monkeypatch.setattr(plans, "fused", stand_in)
+    monkeypatch.setattr(plans, "framed", lambda view: nullcontext())
     monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense"), Variant("dense", captured=True)])
     own = [(v.engine, v.columns) for v in planned(view, fitted) if v.execution == "kernel"]
-    assert [engine for engine, _ in own] == (["eager", "eager"] if name == "scap" else ["graph", "graph"])
-    assert ("fused step equals masked within" in own[-1][1]["message"]) == (name != "scap")
+    assert [engine for engine, _ in own] == ["graph", "graph"]
+    step = "in our norms and attention it equals" if name == "scap" else "fused step equals"
+    assert f"{step} masked within" in own[-1][1]["message"]
     assert biases == [module.bias for block in view.blocks for _, module in block.projections()]
     if name != "scap":  # without the constants a block is another
         monkeypatch.setattr(plans, "rewritten", lambda *_: nullcontext())

@@ -18,6 +18,7 @@ from transformers import StaticCache
 
 from harness.execution.attach import Fitted, attached
 from harness.execution.check import TOLERANCE, KernelMismatchError
+from harness.model.sees import PROMPT
 from harness.model.step import Policy, Step
 from harness.model.view import View
 
@@ -56,12 +57,14 @@ def check_blocks(
         step = view.tracker.step
     errors, limits = [], []
     with attach(), _at_step(view, step):
+        _decide_from(view, methods, prompt)
         for layer, one in enumerate(shown):
             _back(cache, layer)
             added = _added(view.blocks[layer].layer, one.x, one.kwargs)
             errors.append(_errors(added, one.added))
             limits.append(ROUNDINGS * _errors(one.moved, one.added))
     with attach():
+        _decide_from(view, methods, prompt)
         for layer in range(view.n_layers):
             _back(cache, layer)
         logits = view.model(prompt[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -77,6 +80,14 @@ def check_blocks(
             f"{wrong[layer, sequence]:.1e} (tolerance {allowed[layer, sequence]:.0e}); {agree:.0%} of blocks agree"
         )
     return wrong.flatten().quantile(share).item()
+
+
+def _decide_from(view: View, methods: Fitted, prompt: Tensor) -> None:
+    """Methods that decide from a prompt decide anew each time that they are attached."""
+    if any(PROMPT in method.sites.values() for method, _ in methods):
+        step = view.tracker.step
+        view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
+        view.tracker.step = step
 
 
 @contextmanager

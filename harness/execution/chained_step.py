@@ -23,12 +23,12 @@ from harness.execution.fused_step import (
     ThresholdOf,
     _block_forward,
     _forward,
-    _norm_forward,
-    _one_token,
     decode_attention,
     merged_thresholds,
     merged_weights,
     no_fused_step,
+    norm_forward,
+    one_token,
 )
 from harness.model.view import Block, View
 
@@ -213,7 +213,7 @@ def chained(
         for block, own in zip(view.blocks, blocks, strict=True):
             stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
         assert view.final_norm is not None
-        stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
+        stack.enter_context(_forward(view.final_norm, norm_forward(view.final_norm)))
         head = view.model.get_output_embeddings()
         stack.enter_context(_forward(head, _head_forward(head, weights.head)))
         yield blocks
@@ -244,7 +244,7 @@ def _head_forward(head: nn.Linear, weight: Tensor | Strips) -> Any:
     def forward(hidden_states: Tensor) -> Tensor:
         from kernels.cuda.packed import rows
 
-        if not _one_token(hidden_states):
+        if not one_token(hidden_states):
             return own(hidden_states)
         y = hidden_states.new_empty(1, 1, head.out_features)
         rows(hidden_states.reshape(-1), weight, y=y.view(-1), half=y.dtype)

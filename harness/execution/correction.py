@@ -127,9 +127,8 @@ class Correction:
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"][:, -1:] + offsets
         last = offsets.eq(0).expand(tokens.shape)
-        facts = {"valid": last & step.valid[:, -1:], "decode": torch.ones_like(last), "sparse": torch.zeros_like(last)}
-        position = step.position[:, -1:] + offsets
-        again = Step(position=position, past=step.past - back, input_ids=tokens, **facts)
+        valid, decode, sparse = last & step.valid[:, -1:], torch.ones_like(last), torch.zeros_like(last)
+        again = Step(valid, decode, step.position[:, -1:] + offsets, sparse, step.past - back, tokens)
         with self._as(again):
             return self.plain(tokens, **kwargs)
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from harness.model.view import View
+from harness.model.view import Block, View
+
+
+def fused_tokens(block: Block) -> int:
+    """Sequences whose new tokens a block, or its attention, writes into a cache in a forward of ours; 0: none."""
+    return max(getattr(module.forward, "fused", 0) for module in (block.layer, block.attn))
 
 
 class DecodeLoop:
@@ -18,14 +23,14 @@ class DecodeLoop:
 
     def __init__(self, view: View, cache: StaticCache, token: Tensor, graph: bool = True) -> None:
         """cache: filled by a prefill. token: int64 [batch, 1], the next token of each sequence."""
-        self.model, self.cache = view.model, cache
+        self.model, self.cache, self.tracker = view.model, cache, view.tracker
         self.token = token.clone()
         self.length = cache.layers[0].cumulative_length
         self.capacity = cache.layers[0].max_cache_len
         self.filled = int(self.length)
         # Fused blocks leave counting to this loop, for as many sequences as they take; the module's own count for
         # themselves.
-        self.shared = all(token.numel() <= getattr(block.layer.forward, "fused", 0) for block in view.blocks)
+        self.shared = all(token.numel() <= fused_tokens(block) for block in view.blocks)
         if self.shared:
             for layer in cache.layers:
                 layer.cumulative_length, layer.counts_elsewhere = self.length, True
@@ -37,9 +42,10 @@ class DecodeLoop:
     @torch.no_grad()
     def _body(self) -> None:
         position = self.length.view(1, 1).clone()
-        out = self.model(
-            self.token, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        with self.tracker.decoding(self.filled, position):
+            out = self.model(
+                self.token, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
         self.logits = out.logits
         self.token.copy_(self.logits[:, -1:].argmax(-1))
         if self.shared:

@@ -275,7 +275,7 @@ def fast_decode(
             fused = FusedBlock(view, layer, weights, buffers, linear, thresholds or {}, expected_sparsity)
             stream = view.dtype if linear == "library" else torch.float32
             stack.enter_context(_forward(block.layer, _block_forward(block.layer, fused, stream)))
-        stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
+        stack.enter_context(_forward(view.final_norm, norm_forward(view.final_norm)))
         if linear != "library":
             head = view.model.get_output_embeddings()
             stack.enter_context(_forward(head, _head_forward(head)))
@@ -292,7 +292,8 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
 
 
-def _one_token(x: Tensor) -> bool:
+def one_token(x: Tensor) -> bool:
+    """Whether x [..., d_model] is one token of one sequence."""
     return x.shape[:-1] == (1, 1)
 
 
@@ -310,7 +311,7 @@ def _block_forward(layer: nn.Module, fused: OneToken, residual_dtype: torch.dtyp
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if not _one_token(hidden_states) or not isinstance(cache, StaticCache):
+        if not one_token(hidden_states) or not isinstance(cache, StaticCache):
             return own(hidden_states, **kwargs)
         own_cache = cache.layers[fused.layer]
         if hidden_states.dtype != residual_dtype or fused.layer == 0:
@@ -324,13 +325,14 @@ def _block_forward(layer: nn.Module, fused: OneToken, residual_dtype: torch.dtyp
     return forward
 
 
-def _norm_forward(norm: nn.Module) -> Callable[..., Any]:
+def norm_forward(norm: nn.Module) -> Callable[..., Any]:
+    """The forward of an RMS norm: one launch for one token, rounded to the dtype of its weight; else its own."""
     own = norm.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
         from kernels.cuda.step import rms_norm
 
-        if not _one_token(hidden_states):
+        if not one_token(hidden_states):
             return own(hidden_states)
         y = torch.empty_like(hidden_states, dtype=norm.weight.dtype)
         rms_norm(hidden_states.reshape(-1), norm.weight, norm.variance_epsilon, y.view(-1))
@@ -345,7 +347,7 @@ def _head_forward(head: nn.Linear) -> Callable[..., Any]:
     def forward(hidden_states: Tensor) -> Tensor:
         from kernels.cuda.rows import dense_gemv_rows
 
-        if not _one_token(hidden_states):
+        if not one_token(hidden_states):
             return own(hidden_states)
         return dense_gemv_rows(hidden_states, head.weight, head.bias)
 

@@ -4,6 +4,9 @@ Every projection that a selection touches gets a forward of its own on the same 
 is contiguous: input channels of a transposed weight, rows of a plain one. There is one weight copy; `nn.Linear.weight`
 is a view of it meanwhile. One token of one sequence takes the kernels.
 
+On a GPU the host waits for nothing, or a CUDA graph could not hold a step: lists, whose length it would have to know,
+are masks there.
+
 One token each of 2 to 16 sequences takes those for input channels, which read what any of the sequences keeps: where
 thresholds decide, and where dropped neurons or heads left zeros. Lists of channels, neurons and heads are for one token
 only: those of a batch, prompts and larger batches are masked and take the library's matmul on that same weight.
@@ -50,7 +53,8 @@ class KernelInstallation(Installation):
     def __init__(self, view: View, sites: Mapping[str, Sees], decide: Decide) -> None:
         super().__init__(view, sites, decide)
         self.stack = ExitStack()
-        self.index: dict[tuple[str, int], Tensor] = {}  # kept rows of the current token, int32
+        # Kept rows of the current token: a list, int32, and on a GPU bool [rows].
+        self.index: dict[tuple[str, int], Tensor] = {}
         # By (layer, projection) the last thresholds and their tensor: most methods give the same ones for every token.
         self.limits: dict[tuple[int, str], tuple[Thresholds, Tensor]] = {}
         self.with_kernel: set[str] = set()  # projections that a kernel stands behind
@@ -82,8 +86,11 @@ class KernelInstallation(Installation):
             if module is None:
                 continue
             weight = self.stack.enter_context(transposed(module))
+            zero = torch.zeros((), device=weight.device)
 
-            def forward(x: Tensor, m: nn.Linear = module, wt: Tensor = weight, p: str = projection) -> Tensor:
+            def forward(
+                x: Tensor, m: nn.Linear = module, wt: Tensor = weight, p: str = projection, zero: Tensor = zero
+            ) -> Tensor:
                 single = self._single(x)
                 if single or self._batch(x, wt):
                     selection = own_selection(self._decision(site, layer, x).selection, p)
@@ -93,6 +100,9 @@ class KernelInstallation(Installation):
                             return kernels.dense_gemv(x, wt, m.bias)
                         if isinstance(selection, Thresholds):
                             return kernels.column_gemv(x, wt, self._limit(layer, p, selection, x.device), m.bias)
+                        if by_masks(x):
+                            dropped = self._channels(site, layer, p, x)
+                            return kernels.column_gemv(x if dropped is None else dropped, wt, zero, m.bias)
                         return kernels.column_gemv_index(x, wt, indices(selection), m.bias)
                 masked = self._channels(site, layer, p, x)
                 return F.linear(x if masked is None else masked, m.weight, m.bias)
@@ -103,7 +113,7 @@ class KernelInstallation(Installation):
     def _limit(self, layer: int, projection: str, selection: Thresholds, device: torch.device) -> Tensor:
         known = self.limits.get((layer, projection))
         if known is None or known[0] is not selection:
-            known = selection, torch.as_tensor(selection.t, dtype=torch.float32, device=device)
+            known = selection, _float32(selection.t, device)
             self.limits[layer, projection] = known
         return known[1]
 
@@ -112,7 +122,7 @@ class KernelInstallation(Installation):
         keep = self.kept.get((site, layer))
         self.index.pop((site, layer), None)
         if keep is not None and self._single(x):
-            self.index[site, layer] = indices(Mask(keep))
+            self.index[site, layer] = keep.reshape(-1) if by_masks(keep) else indices(Mask(keep))
 
     def _install_neurons(self, layer: int, sees: Sees) -> None:
         super()._install_neurons(layer, sees)
@@ -137,10 +147,15 @@ class KernelInstallation(Installation):
             index = self.index.get((site, layer))
             if index is None or not self._single(x):
                 return F.linear(x, module.weight, module.bias)
+            self.called.add(projection)
+            if index.dtype == torch.bool:
+                from kernels.cuda import row_gemv_mask
+
+                rows = index if width == 1 else index.repeat_interleave(width)
+                return row_gemv_mask(x, module.weight, rows, module.bias)
             if width > 1:
                 within = torch.arange(width, dtype=torch.int32, device=x.device)
                 index = (index[:, None] * width + within).flatten()
-            self.called.add(projection)
             return kernels.row_gemv_index(x, module.weight, index, module.bias)
 
         self.with_kernel.add(projection)
@@ -160,6 +175,18 @@ class KernelInstallation(Installation):
 
         self.with_kernel.add(projection)
         self.stack.enter_context(replaced(module, forward))
+
+
+def by_masks(x: Tensor) -> bool:
+    """Whether kernels take masks in the place of lists where x lies: how long a list is, only the device knows."""
+    return x.is_cuda
+
+
+def _float32(t: float | Tensor, device: torch.device) -> Tensor:
+    """A threshold as kernels take it. A number is filled in: copied from the host, it would keep a CUDA graph out."""
+    if isinstance(t, Tensor):
+        return t.to(device, torch.float32)
+    return torch.full((), t, dtype=torch.float32, device=device)
 
 
 def indices(selection: Selection) -> Tensor:

@@ -33,6 +33,7 @@ class Step:
     sparse: bool [batch, tokens], or None when every token is.
     past: tokens already in the KV cache.
     input_ids: int64 [batch, tokens] or None when the model was given embeddings.
+    decoding: known without a look at the device to hold no token of a prompt.
     """
 
     valid: Tensor
@@ -41,11 +42,12 @@ class Step:
     sparse: Tensor | None
     past: int
     input_ids: Tensor | None
+    decoding: bool = False
 
     @cached_property
     def has_prompt(self) -> bool:
         """Whether this pass holds any token of a prompt."""
-        return bool(self.prompt.any())
+        return not self.decoding and bool(self.prompt.any())
 
     @property
     def prompt(self) -> Tensor:
@@ -58,7 +60,7 @@ class Step:
             return self
         sparse, ids = (None if fact is None else fact.to(device) for fact in (self.sparse, self.input_ids))
         there = (self.valid.to(device), self.decode.to(device), self.position.to(device))
-        return Step(*there, sparse, self.past, ids)
+        return Step(*there, sparse, self.past, ids, self.decoding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,19 @@ class StepTracker:
         self.step: Step | None = None
         self._hint: Hint | None = None
         self._ended: Tensor | None = None
+        self._known: tuple[int, Tensor] | None = None
+
+    @contextmanager
+    def decoding(self, past: int, position: Tensor) -> Iterator[None]:
+        """Forward passes inside feed one token a sequence behind `past` others, at `position` (int64 [1, 1]).
+
+        Then nothing is asked of the device, for which a host would wait: a CUDA graph can hold such a pass.
+        """
+        before, self._known = self._known, (past, position)
+        try:
+            yield
+        finally:
+            self._known = before
 
     @contextmanager
     def hint(self, valid: Tensor, decode: Tensor) -> Iterator[None]:
@@ -128,6 +143,14 @@ class StepTracker:
         input_ids = args[0] if args else kwargs.get("input_ids")
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"][..., 0]
         batch, length = tokens.shape
+        if self._known is not None:
+            past, position = self._known
+            yes = torch.ones((batch, 1), dtype=torch.bool, device=tokens.device)
+            valid = yes if self._ended is None else ~self._ended[:, None]
+            position = position.expand(batch, 1)
+            sparse = None if past >= self.policy.dense_prefix else self._sparse(yes, position)
+            self.step = Step(valid, yes, position, sparse, past, input_ids, decoding=True)
+            return
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
@@ -147,7 +170,7 @@ class StepTracker:
         # In decode beyond the dense prefix every token is sparse: say so without a look at the device.
         settled = self._hint is None and past > 0 and past >= self.policy.dense_prefix and mask is None
         sparse = None if settled else self._sparse(decode, position)
-        self.step = Step(valid, decode, position, sparse, past, input_ids)
+        self.step = Step(valid, decode, position, sparse, past, input_ids, self._hint is None and past > 0)
 
     def _sparse(self, decode: Tensor, position: Tensor) -> Tensor | None:
         late = position >= self.policy.dense_prefix if self.policy.dense_prefix else None

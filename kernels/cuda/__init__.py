@@ -20,6 +20,7 @@ _HOMES = {
     "dense_gemv": "column",
     "dense_gemv_rows": "rows",
     "row_gemv_index": "rows",
+    "row_gemv_mask": "rows",
     "neuron_mlp": "rows",
     "cats_mlp": "rows",
     "decode_attention": "attention",

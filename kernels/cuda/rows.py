@@ -174,6 +174,32 @@ def up_where_kernel(
         tl.store(h_ptr + row, a.to(h_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def rows_where_kernel(
+    x_ptr,
+    w_ptr,
+    keep_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    K,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """y[i] = x . w[i] + bias[i] where keep[i], else 0; rows of w that are not kept are not read."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = row < N
+    keep = tl.load(keep_ptr + row, mask=live, other=0) != 0
+    v = tl.zeros([BR], tl.float32)
+    if tl.max(keep.to(tl.int32), 0) > 0:
+        v = dot_rows(x_ptr, w_ptr, row, keep, K, EVEN_K, DT, BR, BK)
+        v = add_bias(v, bias_ptr, row, keep, HAS_BIAS)
+    tl.store(y_ptr + row, tl.where(keep, v, 0.0).to(y_ptr.dtype.element_ty), mask=live)
+
+
 def _block_k(k: int, widest: int) -> int:
     width = 1 << max(4, (k - 1).bit_length())
     return min(width, widest)
@@ -259,6 +285,21 @@ def row_gemv_index(
         return y
     by_torch()
     return torch.nn.functional.linear(x, w, bias) * _listed(idx, count, w.shape[0]).to(x.dtype)
+
+
+def row_gemv_mask(x: Tensor, w: Tensor, keep: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`row_gemv_index` of the outputs where keep (bool [N]) is True: a list's length is known on the host alone."""
+    if not fast_path(x, w):
+        by_torch()
+        return torch.where(keep, torch.nn.functional.linear(x, w, bias), 0)
+    n, k = w.shape
+    y = x.new_empty(*x.shape[:-1], n)
+    br, bk, warps = 1, _block_k(k, 4096), 4
+    rows_where_kernel[(cdiv(n, br),)](
+        x.reshape(-1).contiguous(), w, keep.contiguous().view(torch.uint8), x if bias is None else bias, y, n, k,
+        HAS_BIAS=bias is not None, EVEN_K=k % bk == 0, DT=DTYPES[w.dtype], BR=br, BK=bk, num_warps=warps,
+    )  # fmt: skip
+    return y
 
 
 def _listed(idx: Tensor, count: Tensor | None, n: int) -> Tensor:

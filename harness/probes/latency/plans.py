@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import kernels
 from harness.execution.attach import Fitted, attached
 from harness.execution.block_check import check_blocks
-from harness.execution.check import Check, NoKernelRanError, check_kernels
+from harness.execution.capture import not_captured
+from harness.execution.check import Check, KernelMismatchError, NoKernelRanError, check_kernels
+from harness.execution.frame import framed
 from harness.execution.fused_cpu import hooked
 from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_fused_step
 from harness.execution.kernel import has_kernels, kernel_execution
@@ -99,7 +101,10 @@ def variants(
     steps, reason = method_step(view, methods, policy, known.skipped, windows)
     if reason is not None:
         known = replace(known, message=f"{known.message}; not fused: {reason}")
-    return plan + module_plan(view, methods, policy, known, union, compiles) + steps + batch
+    frame, reason = frame_of(view, methods, policy, windows)
+    if reason is not None:
+        known = replace(known, message=f"{known.message}; {reason}")
+    return plan + module_plan(view, methods, policy, known, union, compiles, frame) + steps + batch
 
 
 def fits_fused_step(view: View) -> bool:
@@ -148,23 +153,52 @@ def fused_plan(
     ]  # fmt: skip
 
 
+def frame_of(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> tuple[Attach | None, str | None]:
+    """What the module's steps run in where a CUDA graph can hold them, or None; and what is to be said of that.
+
+    A step that does not come to what masks give, or at which the host waits, is launched by the host.
+    """
+    if not fits_fused_step(view) or any(method.own_kernels for method, _ in methods):
+        return None, None
+    attach = within(lambda: kernel_execution(view, methods, policy), lambda: framed(view))
+    prompt = windows[:1, :64].to(view.device)
+    try:
+        error = check_blocks(view, methods, policy, prompt, attach)
+    except KernelMismatchError as wrong:
+        return None, f"launched by the host: in our norms and attention, {wrong}"
+    reason = not_captured(view, attach, prompt)
+    if reason is not None:
+        return None, f"launched by the host: {reason}"
+    return lambda: framed(view), f"in our norms and attention it equals masked within {error:.1e} by block"
+
+
 def module_plan(
-    view: View, methods: Fitted, policy: Policy, known: Kernels, union: Any, compiles: bool
+    view: View, methods: Fitted, policy: Policy, known: Kernels, union: Any, compiles: bool, frame: Attach | None = None
 ) -> list[Variant]:
-    """Kernels inside the module, launched by the host: at 0 %, the method, the ideal slice; on a CPU also compiled."""
+    """Kernels inside the module: at 0 %, the method, the ideal slice; on a CPU also compiled.
+
+    frame: what they run in where a CUDA graph holds the step; None: the host launches it.
+    """
     message = known.message
+    held = frame is not None
+    inside = (lambda attach: within(attach, frame)) if frame is not None else (lambda attach: attach)
     if compiles and known.thresholds is None:
         message += "; not compiled: the method decides more at run time than fixed thresholds"
     shares = ideal_slice(view, methods, known.skipped)
     weights = sum(share * view.weights(name) for name, share in shares.items())
     plan = [
-        Variant("kernel", lambda: own_gemv(view, limits={}), {"sparsity_requested": 0.0}, no_batch=known.no_zero_batch),
         Variant(
-            "kernel", lambda: kernel_execution(view, methods, policy), {"message": message}, 1 - known.skipped,
-            known.cache, no_batch=known.no_batch, union=union,
+            "kernel", inside(lambda: own_gemv(view, limits={})), {"sparsity_requested": 0.0},
+            no_batch=known.no_zero_batch, captured=held,
+        ),
+        Variant(
+            "kernel", inside(lambda: kernel_execution(view, methods, policy)), {"message": message}, 1 - known.skipped,
+            known.cache, no_batch=known.no_batch, union=union, captured=held,
             most=ANY_BATCH if "attention" in known.ran else kernels.MAX_ROWS, masks_prompt=policy.phase == "all",
         ),
-        Variant("dense_slice", lambda: sliced(view, shares), {}, 1 - weights / view.block_weights),
+        Variant(
+            "dense_slice", inside(lambda: sliced(view, shares)), {}, 1 - weights / view.block_weights, captured=held
+        ),
     ]  # fmt: skip
     if compiles and known.thresholds is not None:
         plan += compiled(view, known.thresholds, {"message": message}, 1 - known.skipped)
