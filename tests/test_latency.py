@@ -290,7 +290,7 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
     config = CONFIG | {"batch": [1, 2, 16], "context": [128], "new_tokens": 16, "repeats": 5}
     variants = latency.variants(view, fitted, Policy(), 0.5, config, tokens)
     chain = [] if no_chain(view) else ["chained"]
-    assert [v.engine for v in variants] == ["eager", "eager", *["graph"] * 2, *chain, *["graph"] * 3, *chain]
+    assert [v.engine for v in variants] == ["eager", *["graph"] * 2, *chain, *["graph"] * 3, *chain]
     rows = latency.measure(view, variants, tokens, config)
     times = {
         (r["batch"], r["engine"], r["execution"], r.get("variant"), r.get("sparsity_requested")): r["value"]
@@ -298,10 +298,22 @@ def test_thresholds_are_timed_through_the_fused_step_on_a_gpu():
         if r["metric"] == "tpot_median"
     }
     print(times)
-    assert len(times) == 21 + 2 * len(chain)
+    assert len(times) == 18 + 2 * len(chain)
     for batch in config["batch"]:
         more = len(chain) if batch == 1 else 0
-        assert executions(rows, batch) == ["dense"] * (5 + more) + ["kernel"] * (2 + more)
+        assert executions(rows, batch) == ["dense"] * (4 + more) + ["kernel"] * (2 + more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [Griffin(0.5), Random(0.5)], ids=["griffin", "random"])
+def test_what_decides_anew_is_timed_in_a_graph_on_a_gpu(method):
+    view = tiny.view("llama", head_dim=16)
+    view.model.to("cuda", torch.bfloat16)
+    plan = planned(view, [(method, {})], phase="decode", context=[16], new_tokens=5)
+    own = [variant for variant in plan if variant.execution in ("kernel", "dense_slice")]
+    assert [variant.engine for variant in own] == ["graph"] * 3, own[1].columns["message"]
+    rows = latency_rows.measure(view, plan, tiny.tokens(2, 96).to("cuda"), CONFIG | {"batch": [1, 2]})
+    assert all(r["value"] > 0 for r in rows if r["metric"] == "tpot_median")
 
 
 @pytest.mark.gpu

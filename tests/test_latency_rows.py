@@ -267,7 +267,7 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
 
 @pytest.mark.parametrize("name", ["combined", "spon", "scap"])
 def test_constants_as_biases_run_fused_and_what_hooks_in_the_frame(name, monkeypatch):
-    """Thresholds in a model whose biases a method has rewritten (the chained step knows none); hooks run in the frame."""
+    """Thresholds in a model with rewritten biases, which the chained step does not know; hooks run in the frame."""
     view = tiny.view("llama")
     make = {
         "combined": [Combined(0.5, steps=2, batch=1)],

@@ -7,15 +7,16 @@ a speed-up from it.
 
 Rows say by which engine a step ran:
     eager: the module, launched operation by operation.
-    graph: a CUDA graph of the step, fused where the model allows it; fused attention takes batches too.
+    graph: a CUDA graph of the step, fused where the model allows it; fused attention takes batches too. What decides
+        anew for each token runs in the module's own projections, between fused norms and attention (`frame`).
     chained: a CUDA graph of seven launches a block, each begun before the one before it ends, on a GPU of capability 9
         or more, at batch 1, in 16 bits; its library baseline is the module's graph.
     fused: the whole step as one C++ operator, on a CPU at batch 1; its library baseline is the eager module.
     compiled: torch.compile of the step (on a CPU, with `compile`), under an execution of its own (`dense_compiled`,
         `kernel_compiled`), compared with compiled dense only.
 The dense variants depend on the model and the machine alone, never on the method, and `time_ratio` is always to the
-fastest of them. A method that decides on the host can't be captured, so on a GPU it is eager beside a dense graph:
-`time_ratio_engine` compares it with the fastest dense run of its own engine.
+fastest of them. A method at which the host waits for the device can't be captured, so on a GPU it is eager beside a
+dense graph, and its row says why: `time_ratio_engine` compares it with the fastest dense run of its own engine.
 
 Above batch 1 a step reads each channel that any of its sequences keeps: `union_touched` says how much that is, counted
 over the masks of the same prompts. Kernels take batches of up to 16 where thresholds decide. Where they take only some
