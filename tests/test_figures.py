@@ -151,6 +151,20 @@ def test_pareto_draws_the_measured_speedup_and_the_frontier(kernel: pd.DataFrame
     assert frontier(speed, quality, more=False) == [(2.5, 0.2), (3.0, 0.3)]
 
 
+def test_pareto_keeps_devices_apart(kernel: pd.DataFrame) -> None:
+    """The same scheme timed on two devices: quality is one, and each speed stands in its device's panel."""
+    other = kernel[kernel["probe"] != "quality"].copy()
+    other["cell_id"], other["device"] = other["cell_id"] + "-b", "cpu: another"
+    slow = (other["metric"] == "tpot_median") & (other["execution"] == "kernel")
+    other.loc[slow, "speedup"] = other.loc[slow, "speedup"] / 2
+    kernel = kernel.assign(device=kernel["device"].where(kernel["probe"] != "latency", "NVIDIA H100 80GB HBM3"))
+    fig = figures.pareto(pd.concat([kernel, other]))
+    panels = {ax.get_title(loc="left"): [line for line in ax.lines if line.get_color() == "#009E73"] for ax in fig.axes}
+    assert sorted(panels) == ["timed on CPU, float32", "timed on H100, float32"]
+    slow_x, fast_x = (line[0].get_xdata() for _, line in sorted(panels.items()))
+    assert slow_x == pytest.approx([x / 2 for x in fast_x])
+
+
 @pytest.mark.parametrize("draw", [figures.nominal_against_measured, figures.latency_against_load, figures.pareto])
 def test_no_speed_figure_holds_a_masked_row(draw: Callable[..., Figure], study: pd.DataFrame) -> None:
     timed = study[(study["probe"] == "latency") & (study["source"] == "measured")]

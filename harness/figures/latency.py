@@ -13,23 +13,29 @@ from matplotlib.figure import Figure
 
 from harness.figures import select, style
 from harness.results.collect import MILLISECONDS, SKIPPING, TIME_PER_TOKEN, headline
+from harness.results.rows import short_device
 
 
 def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) -> Figure:
     """Quality against measured speed-up in time per token, with the frontier that no other cell beats.
 
     metric: as in `quality_against_sparsity`. Only cells timed with a kernel or an ideal smaller matmul are
-    drawn. A table whose only times come from masked execution is refused with `ConfigError`.
+    drawn, each device that something was timed on in a panel of its own: quality is that of one, speed is not. A table
+    whose only times come from masked execution is refused with `ConfigError`.
     """
     column, label, more = select.quality(metric)
     lines, dense = select.lines(df, limited, [column])
     # Quality and time may have been measured in two cells of one configuration.
-    speedups = _speedups(headline(select.drawable(df, limited)))
-    lines = lines.assign(speedup=[speedups.get(key) for key in _keys(lines)])
-    lines = lines.astype({"speedup": "Float64"}).dropna(subset=["speedup"])
+    speedups = _speedups(select.drawable(df, limited))
+    keys = _keys(lines)
+    devices = sorted({device for _, device in speedups})
+    lines = pd.concat(
+        lines.assign(speedup=pd.array([speedups.get((key, on)) for key in keys], dtype="Float64"), timed_on=on)
+        for on in devices or [""]
+    ).dropna(subset=["speedup"])
     select.need(lines, "no cell with this metric was timed with a kernel, and masked execution says nothing of speed")
     with mpl.rc_context(fname=style.STYLE):
-        heading, panels = select.panels(lines, select.POLICY)
+        heading, panels = select.panels(lines, [*select.POLICY, "timed_on"])
         fig, axes = style.canvas(heading, len(panels), width=4.0, height=3.4)
         looks = style.looks(lines)
         for ax, (title, panel) in zip(axes, panels, strict=True):
@@ -65,12 +71,16 @@ def _keys(lines: pd.DataFrame) -> list[tuple[Any, ...]]:
     return [tuple(None if pd.isna(value) else value for value in line) for line in lines[SAME].itertuples(index=False)]
 
 
-def _speedups(lines: pd.DataFrame) -> dict[tuple[Any, ...], float]:
-    """Measured speed-up of each configuration: the mean over its cells that were timed skipping bytes."""
+def _speedups(rows: pd.DataFrame) -> dict[tuple[tuple[Any, ...], str], float]:
+    """Measured speed-up of each configuration by device: the mean over its cells that were timed skipping bytes."""
+    lines = headline(rows)
     timed = lines[lines["execution"].isin(SKIPPING) & lines["speedup"].notna()]
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for key, speedup in zip(_keys(timed), timed["speedup"], strict=True):
-        found.setdefault(key, []).append(float(speedup))
+    ran = rows[rows["probe"] == "latency"].drop_duplicates("cell_id").set_index("cell_id")
+    on = "timed on " + ran["device"].map(short_device, na_action="ignore").astype("string") + ", " + ran["dtype"]
+    on = timed["cell_id"].map(on).astype("string")
+    found: dict[tuple[tuple[Any, ...], str], list[float]] = {}
+    for key, device, speedup in zip(_keys(timed), on.fillna(""), timed["speedup"], strict=True):
+        found.setdefault((key, device), []).append(float(speedup))
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 

@@ -6,7 +6,6 @@ terminal, for a README and for the report.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
@@ -23,6 +22,7 @@ from harness.report import adviser, tables
 from harness.report.manual import NEEDS, entries
 from harness.report.terminal import PHASES
 from harness.results.find import find
+from harness.results.rows import short_device
 
 SAME = ["model", "method", "variant", "scope", "sparsity_requested", "phase"]  # of a cell scored and a cell timed
 POINTS = 100  # of accuracy, to one
@@ -63,7 +63,7 @@ def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     times = times.merge(identity, on="cell_id")
     for (device, dtype), timed in times.groupby(["device", "dtype"]):
         best = timed.sort_values("batch").drop_duplicates(SAME)[[*SAME, "speedup"]]
-        name = f"speedup:{_short(str(device))}, {dtype}"
+        name = f"speedup:{short_device(str(device))}, {dtype}"
         lines = lines.merge(best.rename(columns={"speedup": name}), how="left", on=SAME)
     return lines
 
@@ -81,12 +81,6 @@ def _needs(method: str, facts: dict[str, str]) -> str:
     """The most that any method of a nest needs."""
     order = list(NEEDS)
     return max((facts.get(name, "nothing") for name in method.split("+")), key=order.index)
-
-
-def _short(device: str) -> str:
-    """NVIDIA H100 80GB HBM3 -> H100; of a CPU that it is one."""
-    gpu = re.search(r"\b([A-Z]+\d+\w*)\b", device.replace("NVIDIA", ""))
-    return "CPU" if device.startswith("cpu") or gpu is None else gpu[1]
 
 
 def timed_on(lines: pd.DataFrame) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,6 +65,12 @@ REQUIRED = ("metric", "unit", "n", "source", "status")
 
 class RowError(ValueError):
     """A row without a unit, a count or a source: a defect of the probe that made it."""
+
+
+def short_device(device: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> H100; of a CPU that it is one."""
+    gpu = re.search(r"\b([A-Z]+\d+\w*)\b", device.replace("NVIDIA", ""))
+    return "CPU" if device.startswith("cpu") or gpu is None else gpu[1]
 
 
 def quantised(frame: pd.DataFrame) -> pd.Series:
