@@ -25,6 +25,7 @@ from kernels.ops import (
     skip_softmax,
 )
 from kernels.ran import calls_by_torch
+from kernels.top import top_indices, top_mask
 
 __all__ = [
     "MAX_ROWS",
@@ -44,4 +45,6 @@ __all__ = [
     "read_bandwidth",
     "row_gemv_index",
     "skip_softmax",
+    "top_indices",
+    "top_mask",
 ]

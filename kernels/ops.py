@@ -41,7 +41,7 @@ def cpu_extension() -> bool:
 
 
 @cache
-def _cuda_function(name: str) -> Callable[..., Any] | None:
+def cuda_function(name: str) -> Callable[..., Any] | None:
     """kernels.cuda's function of that name, or None where it cannot be loaded (no Triton)."""
     try:
         return getattr(importlib.import_module("kernels.cuda"), name)
@@ -53,7 +53,7 @@ def _cuda(name: str) -> Callable[..., Tensor]:
     plain = counted(getattr(reference, name))
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        return (_cuda_function(name) or plain)(*args, **kwargs)
+        return (cuda_function(name) or plain)(*args, **kwargs)
 
     return call
 
@@ -129,7 +129,7 @@ def batch_path(x: Tensor, *weights: Tensor | None) -> bool:
 
 def _taken(name: str, x: Tensor, weights: tuple[Tensor | None, ...], fits: bool) -> bool:
     if x.is_cuda:
-        on_cuda = _cuda_function(name)
+        on_cuda = cuda_function(name)
         return on_cuda is not None and on_cuda(x, *weights)
     return (
         fits
@@ -144,7 +144,7 @@ def backend(device: torch.device | str) -> str | None:
     """Whose kernels this device has, "Triton" or "C++ <instruction set>", or None: torch's operators run everything."""
     kind = torch.device(device).type
     if kind == "cuda":
-        return "Triton" if _cuda_function("column_gemv") is not None else None
+        return "Triton" if cuda_function("column_gemv") is not None else None
     return f"C++ {instruction_set()}" if kind == "cpu" and cpu_extension() else None
 
 
@@ -153,7 +153,7 @@ def read_bandwidth(device: torch.device | str, seconds: float = 1.0) -> float:
     roofline. The median over whole passes of a 512 MiB buffer that together take at least `seconds`.
     """
     device = torch.device(device)
-    on_cuda = _cuda_function("read_bandwidth") if device.type == "cuda" else None
+    on_cuda = cuda_function("read_bandwidth") if device.type == "cuda" else None
     if on_cuda is not None:
         return on_cuda(device, seconds)
     buffer = torch.ones(2**27, device=device)  # ones: a page never written is read from one shared zero page

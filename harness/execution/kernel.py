@@ -196,7 +196,7 @@ def indices(selection: Selection) -> Tensor:
     assert not isinstance(selection, Thresholds)
     if selection.k >= selection.score.shape[-1]:
         return torch.arange(selection.score.shape[-1], dtype=torch.int32, device=selection.score.device)
-    return selection.score.reshape(-1).topk(selection.k, sorted=False).indices.sort().values.int()
+    return kernels.top_indices(selection.score, selection.k)
 
 
 @contextmanager

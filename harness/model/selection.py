@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
+
 Site = Literal["attn_in", "heads", "kv", "attn_out", "mlp_in", "neurons", "mlp_hidden"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -75,6 +77,8 @@ def keep_mask(selection: Selection, x: Tensor) -> Tensor:
     n = selection.score.shape[-1]
     if k >= n:
         return torch.ones_like(selection.score, dtype=torch.bool)
+    if selection.score.numel() == n:  # one token: a kernel's business
+        return kernels.top_mask(selection.score, k)
     kept = selection.score.topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(selection.score, dtype=torch.bool).scatter_(-1, kept, True)
 

@@ -26,6 +26,8 @@ _HOMES = {
     "decode_attention": "attention",
     "skip_softmax": "blocks",
     "read_bandwidth": "bandwidth",
+    "top_mask": "top",
+    "top_fits": "top",
     "fast_path": "column",
     "batch_path": "column",
 }
