@@ -12,6 +12,7 @@ from harness.execution.attach import attached
 from harness.execution.capture import HostReadError, no_host_reads
 from harness.execution.decode_loop import DecodeLoop
 from harness.execution.frame import framed
+from harness.execution.fused_step import no_fused_step
 from harness.execution.kernel import kernel_execution
 from harness.fitting.calibration import Calibration
 from harness.model.families import view_of
@@ -169,9 +170,12 @@ def test_a_frame_leaves_what_is_decided_and_computed(name, monkeypatch):
 
 
 @starts_it
-def test_a_frame_refuses_what_the_fused_step_does_not_know():
+def test_a_frame_is_of_llama_like_blocks_with_any_activation():
     with pytest.raises(UnsupportedError, match="opt"), framed(tiny.view("opt")):
         pass
+    view = tiny.view("llama")
+    with view.activation_swapped("another", [block.act for block in view.blocks]), framed(view):
+        assert no_fused_step(view) == "no kernel for the activation 'another'"
 
 
 @starts_it
@@ -181,7 +185,7 @@ def test_a_step_that_can_not_be_held_says_why(monkeypatch):
     fitted = [(Random(0.5), {})]
     windows = tiny.tokens(2, 64)
     assert plans.frame_of(view, fitted, Policy(), windows) == (None, None), "on a CPU nothing is captured"
-    monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
+    monkeypatch.setattr(plans, "fits_frame", lambda view: True)
     monkeypatch.setattr(plans, "check_blocks", lambda *a: 1e-3)
     monkeypatch.setattr(plans, "not_captured", lambda *a: "the host waits")
     assert plans.frame_of(view, fitted, Policy(), windows) == (None, "launched by the host: the host waits")

@@ -283,6 +283,7 @@ def test_constants_as_biases_run_fused_and_what_hooks_in_the_frame(name, monkeyp
     monkeypatch.setattr(chained, "no_chain", lambda view: None)
     monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, thresholds))
     monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
+    monkeypatch.setattr(plans, "fits_frame", lambda view: True)
     monkeypatch.setattr(plans, "fused", stand_in)
     monkeypatch.setattr(plans, "framed", lambda view: nullcontext())
     monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense"), Variant("dense", captured=True)])

@@ -24,6 +24,7 @@ from harness.model.view import View
 
 FLIPS = 0.1  # relative L2 error in 16 bits that values moved over a threshold may come to, alone
 ROUNDINGS = 3  # of the input, that a block may be off by
+DRAWS = 4  # of such a rounding: which values it moves over a threshold is chance
 CHOSEN = 0.9  # share of blocks that must agree where heads are chosen: a tie that turns out the other way is no error
 
 
@@ -31,13 +32,13 @@ CHOSEN = 0.9  # share of blocks that must agree where heads are chosen: a tie th
 class Shown:
     """One block of a masked step. x: its input [batch, 1, d_model]; kwargs: what else it was called with.
 
-    added: what it added to x, float64; moved: the same for an input that is off by half a rounding.
+    added: what it added to x, float64; moved: the same for inputs that are off by half a rounding, DRAWS of them.
     """
 
     x: Tensor
     kwargs: dict[str, Any]
     added: Tensor
-    moved: Tensor = field(default_factory=lambda: torch.empty(0))
+    moved: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def check_blocks(
             _back(cache, layer)
             added = _added(view.blocks[layer].layer, one.x, one.kwargs)
             errors.append(_errors(added, one.added))
-            limits.append(ROUNDINGS * _errors(one.moved, one.added))
+            limits.append(ROUNDINGS * torch.stack([_errors(moved, one.added) for moved in one.moved]).amax(0))
     with attach():
         _decide_from(view, methods, prompt)
         for layer in range(view.n_layers):
@@ -106,11 +107,12 @@ def _shown(view: View, token: Tensor, cache: StaticCache) -> list[Shown]:
     with _watching(view, shown):
         view.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
     generator = torch.Generator().manual_seed(0)
+    half = torch.finfo(view.dtype).eps / 2
     for layer, one in enumerate(shown):
-        noise = torch.randn(one.x.shape, generator=generator).to(one.x.device)
-        half = torch.finfo(view.dtype).eps / 2
-        _back(cache, layer)
-        one.moved = _added(view.blocks[layer].layer, (one.x.float() * (1 + half * noise)).to(one.x.dtype), one.kwargs)
+        for _ in range(DRAWS):
+            off = 1 + half * torch.randn(one.x.shape, generator=generator).to(one.x.device)
+            _back(cache, layer)
+            one.moved.append(_added(view.blocks[layer].layer, (one.x.float() * off).to(one.x.dtype), one.kwargs))
     return shown
 
 

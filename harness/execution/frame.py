@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from harness.errors import UnsupportedError
-from harness.execution.fused_step import advance, decode_attention, no_fused_step, norm_forward, one_token
+from harness.execution.fused_step import advance, decode_attention, no_frame, norm_forward, one_token
 from harness.execution.layouts import replaced
 from harness.model.view import View
 
@@ -25,9 +25,9 @@ from harness.model.view import View
 def framed(view: View) -> Iterator[None]:
     """While the context lasts, the norms and the attention of one-token steps with a `StaticCache` run on our kernels.
 
-    Raises UnsupportedError where the fused step does not fit the model, whose frame this is.
+    Raises UnsupportedError where they do not fit the model. Its activation may be any.
     """
-    reason = no_fused_step(view)
+    reason = no_frame(view)
     if reason is not None:
         raise UnsupportedError(reason)
     with ExitStack() as stack:

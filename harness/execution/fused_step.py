@@ -237,16 +237,23 @@ class FusedBlock:
             )  # fmt: skip
 
 
-def no_fused_step(view: View) -> str | None:
-    """Why the fused step can't run this model, or None."""
+def no_frame(view: View) -> str | None:
+    """Why norms and attention of the fused step can't stand in this model's blocks, or None."""
     if view.family != "llama":
         return f"the fused decode step knows Llama-like blocks only, not the {view.family} family"
+    if view.head_dim & (view.head_dim - 1):
+        return f"the attention kernel needs a head dimension that is a power of two, not {view.head_dim}"
+    return None
+
+
+def no_fused_step(view: View) -> str | None:
+    """Why the fused step can't run this model, or None."""
+    if (reason := no_frame(view)) is not None:
+        return reason
     if view.activation not in ACTIVATIONS:
         return f"no kernel for the activation {view.activation!r}"
     if any(float(getattr(block.act, "threshold", 0.0)) > 0 for block in view.blocks):
         return "the fused decode step knows no activation with a threshold"
-    if view.head_dim & (view.head_dim - 1):
-        return f"the attention kernel needs a head dimension that is a power of two, not {view.head_dim}"
     return None
 
 

@@ -19,7 +19,7 @@ from harness.execution.capture import not_captured
 from harness.execution.check import Check, KernelMismatchError, NoKernelRanError, check_kernels
 from harness.execution.frame import framed
 from harness.execution.fused_cpu import hooked
-from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_fused_step
+from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_frame, no_fused_step
 from harness.execution.kernel import has_kernels, kernel_execution
 from harness.execution.layouts import own_gemv, sliced
 from harness.execution.method import Method, State
@@ -109,7 +109,16 @@ def variants(
 
 def fits_fused_step(view: View) -> bool:
     """Whether this model's step runs fused, in a CUDA graph, on this machine."""
-    return view.device.type == "cuda" and kernels.backend(view.device) is not None and no_fused_step(view) is None
+    return _has_gpu_kernels(view) and no_fused_step(view) is None
+
+
+def fits_frame(view: View) -> bool:
+    """Whether this model's blocks run in our norms and attention on this machine, whatever their activation."""
+    return _has_gpu_kernels(view) and no_frame(view) is None
+
+
+def _has_gpu_kernels(view: View) -> bool:
+    return view.device.type == "cuda" and kernels.backend(view.device) is not None
 
 
 def dense_variants(view: View) -> list[Variant]:
@@ -161,7 +170,7 @@ def frame_of(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> tu
 
     A step that does not come to what masks give, or at which the host waits, is launched by the host.
     """
-    if not fits_fused_step(view) or any(method.own_kernels for method, _ in methods):
+    if not fits_frame(view) or any(method.own_kernels for method, _ in methods):
         return None, None
     attach = within(lambda: kernel_execution(view, methods, policy), lambda: framed(view))
     prompt = windows[:1, :64].to(view.device)
