@@ -307,16 +307,21 @@ class FusedStep:
 
     def _channels(self, installation: Installation, site: str, layer: int) -> None:
         selection = installation.decide(site, layer, self._seen(SEEN[site]), installation.step)
+        lists: dict[int, Tensor] = {}  # by selection: q, k and v (gate and up) mostly share one
         for name in PROJECTIONS[site]:
-            self._set(layer, name, own_selection(selection, name))
+            self._set(layer, name, own_selection(selection, name), lists)
 
-    def _set(self, layer: int, name: str, selection: Selection | None) -> None:
-        if self.last.get((layer, name), self) is selection:
+    def _set(self, layer: int, name: str, selection: Selection | None, lists: dict[int, Tensor]) -> None:
+        before = self.last.get((layer, name), self)
+        if before is selection:
             return
         self.last[layer, name] = selection
-        limit = selection.t if isinstance(selection, Thresholds) else None
-        self.step.limit(layer, name, limit)
-        self.step.index(layer, name, indices(selection) if isinstance(selection, Mask | TopK) else None)
+        listed = isinstance(selection, Mask | TopK)
+        if not listed or not isinstance(before, Mask | TopK):  # what changes from list to list is the list alone
+            self.step.limit(layer, name, selection.t if isinstance(selection, Thresholds) else None)
+        if isinstance(selection, Mask | TopK) and id(selection) not in lists:
+            lists[id(selection)] = indices(selection)
+        self.step.index(layer, name, lists[id(selection)] if listed else None)
 
     def _rows(self, installation: Installation, site: str, sees: Sees, layer: int) -> None:
         if sees.point == "residual":
