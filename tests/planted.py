@@ -139,12 +139,13 @@ class Planted:
         where = ({"d": device} if device else {}) | ({"w": stored} if stored else {})
         name = cell_id({"model": model, "method": method, "sparsity": s, "v": variant, "l": length, "p": phase} | where)
         self.dense_cells[name] = f"{model} {stored} {length}"
+        called = f"{model}-{stored}" if stored else model
         activation = "relu" if "relu" in model else "silu"
-        same = {"cell_id": name, "model": model, "family": "llama", "activation": activation, "method": method}
+        same = {"cell_id": name, "model": called, "family": "llama", "activation": activation, "method": method}
         same |= {"variant": variant, "sparsity_requested": s, "scope": "native", "phase": phase, "dense_prefix": 0}
         same |= {"seed": 0, "limited": self.limited, "execution": "dense" if method == "dense" else "masked"}
         same |= {"device": device} if device else {}
-        same |= {"weight_format": stored} if stored else {}
+        same |= {"weight_format": f"Q4_1 as {stored}"} if stored else {}
 
         def row(probe: str, metric: str, value: float, n: int = 1000, unit: str = "share", **facts: Any) -> None:
             fact = {"probe": probe, "metric": metric, "value": float(value), "n": n, "unit": unit}

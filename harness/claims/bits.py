@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pandas as pd
 
 from harness.claims.evidence import Evidence, by_stretch
 from harness.claims.study import BASELINES, Study, need, used
+from harness.results.rows import QUANTISED, in_16_bits
 
 EQUAL_BYTES = 0.05  # of what 16-bit weights have: so many bytes less or more still count as equal
 FULL = 16.0  # bits of a weight that is not quantised, in whatever dtype it was computed
@@ -16,13 +15,12 @@ SCALE = 16.0  # bits of a group's scale
 HALF = 0.5  # of the channels
 WORDS = "a quantised model beside the same model in 16 bits, sparse, reading as many bytes a token"
 SAME = ["model", "phase", "dense_prefix", "seed", "length"]
-_FORMAT = re.compile(r"int(\d+)-g(\d+)")
 
 
 def bits(weight_format: object) -> float:
     """Bits a weight that rows' `weight_format` stands for, scales included: 4.5 of "int4-g32"."""
-    found = _FORMAT.fullmatch(str(weight_format))
-    return float(found[1]) + SCALE / float(found[2]) if found else FULL
+    found = QUANTISED.fullmatch(str(weight_format))
+    return float(found["bits"]) + SCALE / float(found["group"]) if found else FULL
 
 
 def bits_beat_channels(study: Study) -> Evidence:
@@ -65,10 +63,13 @@ def _pairs(study: Study) -> pd.DataFrame:
     read: bytes of the 16-bit cell over those of 16-bit weights; more: what that is more than the quantised cell's.
     """
     lines = pd.concat([study.lines, study.quantised], ignore_index=True)
+    lines["model"] = in_16_bits(lines["model"])
     lines = lines.reindex(columns=[*lines.columns.difference(["achieved_model"]), "achieved_model"])
     scored = np.array([(str(cell), "text") in study.items for cell in lines["cell_id"]], dtype=bool)
     dense = lines["method"] == "dense"
-    known = dense | (lines["cell_id"].isin(study.counted) & ~lines["method"].isin(BASELINES))
+    oracles = study.rows.loc[study.rows["message"].fillna("").str.startswith("oracle:"), "cell_id"]
+    schemes = lines["cell_id"].isin(study.counted) & ~lines["method"].isin(BASELINES) & ~lines["cell_id"].isin(oracles)
+    known = dense | schemes
     lines = lines[scored & known.to_numpy(dtype=bool) & lines["length"].notna().to_numpy()]
     skipped = lines["achieved_model"].where(lines["method"] != "dense", 0.0).fillna(0.0)
     widths = lines["weight_format"].map(bits, na_action=None).astype(float)  # of no line it has the type of the texts
@@ -83,10 +84,11 @@ def _pairs(study: Study) -> pd.DataFrame:
     found = []
     for pair in both.to_dict("records"):
         own = f" {pair['scheme_low'].strip()} {pair['achieved_model_low']:.0%}" if pair["method_low"] != "dense" else ""
-        words = f"{pair['weight_format_low']}{own} against {pair['scheme_high'].strip()}"
+        stored = str(pair["weight_format_low"]).rpartition(" ")[2]  # of "Q4_1 as int8-g32"
+        words = f"{stored}{own} against {pair['scheme_high'].strip()}"
         facts = {"model": str(pair["model"]), "length": float(pair["length"]), "words": words}
         facts |= {"low": str(pair["cell_id_low"]), "high": str(pair["cell_id_high"]), "read": float(pair["read_high"])}
-        found.append(facts | {"more": float(pair["read_high"] - pair["read_low"]), "format": pair["weight_format_low"]})
+        found.append(facts | {"more": float(pair["read_high"] - pair["read_low"]), "format": stored})
     return pd.DataFrame(found, columns=["model", "length", "words", "low", "high", "read", "more", "format"])
 
 

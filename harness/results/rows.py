@@ -73,9 +73,19 @@ def short_device(device: str) -> str:
     return "CPU" if device.startswith("cpu") or gpu is None else gpu[1]
 
 
+# "int4-g32", and "Q4_1 as int4-g32" where the model's own file holds other bits; and how such a model is called.
+QUANTISED = re.compile(r"(?:.* as )?int(?P<bits>\d+)-g(?P<group>\d+)")
+_NAMED = r"-int\d+-g\d+$"
+
+
 def quantised(frame: pd.DataFrame) -> pd.Series:
     """Which rows or lines are of quantised weights: bool. They are another model than that of their name in 16 bits."""
-    return frame["weight_format"].astype("string").str.fullmatch(r"int\d+-g\d+").fillna(False).astype(bool)
+    return frame["weight_format"].astype("string").str.fullmatch(QUANTISED.pattern).fillna(False).astype(bool)
+
+
+def in_16_bits(models: pd.Series) -> pd.Series:
+    """Names of models without their quantised format: smollm2-135m-int8-g32 -> smollm2-135m."""
+    return models.astype("string").str.replace(_NAMED, "", regex=True)
 
 
 def make_row(**facts: Any) -> dict[str, Any]:
