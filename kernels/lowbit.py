@@ -88,6 +88,16 @@ def pack(weight: Tensor, bits: int, panel: int | None = None) -> Packed:
     return Packed(torch.stack(lines), peaks.contiguous(), bits, width)
 
 
+def pack_codes(codes: Tensor, bits: int) -> Packed:
+    """Integers [lines, width] from -2^(bits - 1) to 2^(bits - 1) - 1, as they are: every scale is one."""
+    if bits not in (4, 8):
+        raise ValueError(f"weights have 4 or 8 bits, not {bits}")
+    groups = _grouped(codes, bits)
+    most = torch.full(groups.shape[:-1], _ONE - 1, dtype=torch.int16)
+    peaks = torch.full((1, groups.shape[1]), _ONE / (_ONE - 1))
+    return Packed(_stored(groups.int(), most, bits, align=True)[None].contiguous(), peaks, bits, codes.shape[1])
+
+
 def _grouped(lines: Tensor, bits: int) -> Tensor:
     """Lines [L, width] as fp32 [L, groups, 32], zeros behind the last weight."""
     lines = torch.nn.functional.pad(lines.float(), (0, -lines.shape[-1] % (8 * _LINE // bits)))
@@ -106,7 +116,13 @@ def _encoded(lines: Tensor, peak: Tensor, bits: int, align: bool) -> Tensor:
     floor = torch.finfo(torch.float32).tiny
     scales = (_wanted(groups, bits) / peak.clamp(min=floor) * _ONE).round().short()
     each = (scales.float() * peak / _ONE)[..., None]
-    codes = torch.where(each == 0, 0.0, groups / each).round().clamp(-half, half - 1).int() + half
+    codes = torch.where(each == 0, 0.0, groups / each).round().clamp(-half, half - 1).int()
+    return _stored(codes, scales, bits, align)
+
+
+def _stored(codes: Tensor, scales: Tensor, bits: int, align: bool) -> Tensor:
+    """Codes int32 [L, groups, 32] and scales int16 [L, groups] as bytes, uint8 [L, stride]."""
+    codes = codes + 2 ** (bits - 1)
     words = codes.flatten(-2).unflatten(-1, (-1, 8 * _LINE // bits))[..., _order(bits)]  # [L, chunks, 32, of a word]
     whole = (words << (bits * torch.arange(16 // bits, dtype=torch.int32))).sum(-1, dtype=torch.int32)
     body = torch.where(whole >= _ONE, whole - 2 * _ONE, whole).short().view(torch.uint8).flatten(1)

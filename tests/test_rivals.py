@@ -16,7 +16,7 @@ from methods.larosa import LaRoSA, tilted
 from methods.meangate import MeanGate
 from methods.norms import column_norms, contribution_quantiles
 from methods.oracle import Oracle
-from methods.prox import Prox, quantised
+from methods.prox import Prox, copied
 from methods.rotation import rotated
 from methods.rsparse import RSparse, low_rank
 from methods.scap import SITES, Scap
@@ -274,8 +274,43 @@ def test_prox_with_an_exact_copy_is_the_gate_oracle():
 
 def test_a_copy_holds_whole_multiples_of_a_scale_a_row():
     weight = torch.tensor([[0.7, -0.32, 0.06], [70.0, -32.0, 6.0]])
-    torch.testing.assert_close(quantised(weight, 4), torch.tensor([[0.7, -0.3, 0.1], [70.0, -30.0, 10.0]]))
-    assert quantised(weight, 16) is weight
+    torch.testing.assert_close(copied(weight, 4).values, torch.tensor([[0.7, -0.3, 0.1], [70.0, -30.0, 10.0]]))
+    assert copied(weight, 16).values is weight
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_reads_the_copy_as_few_bits(bits, dtype):
+    """The product that decides for one token, from codes, against the values that they stand for, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((200, 96), (200,)))
+    x = torch.randn(1, 1, 96, generator=generator).to(dtype)
+    copy = copied(weight, bits)
+    assert copy.codes is not None and torch.equal(copy.codes.values().round(), copy.codes.values())
+    torch.testing.assert_close((copy.codes.values().t() * copy.scale[:, None]).to(dtype), copy.values)
+    assert copy.codes.line_bytes * 8 <= 256 * bits + 8 * 64 * 2, "padded to cache lines, with a scale for 32 codes"
+    for cut in (-1.0, 0.5, 100.0):
+        kept = torch.where(x.abs() > cut, x, 0).double()
+        expected = kept @ copy.values.double().t() + bias.double()
+        found = copy.product(x, cut, bias)
+        together = copy.product(x.repeat(2, 1, 1), cut, bias)[:1]  # as a batch is decided: by the values
+        assert found.dtype == together.dtype == dtype
+        for way in (found, together):
+            off = (way.double() - expected).norm() / expected.norm()
+            assert off <= (1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_a_token_is_decided_as_a_batch_is_but_for_neurons_on_the_cut():
+    view = tiny.view("llama")
+    method = Prox(0.5)
+    plan = method.plan(view, method.fit(view, tiny.calibration(view)))
+    x = torch.randn(40, 1, view.d_model, generator=torch.Generator().manual_seed(1))
+    together = method.select(plan, "neurons", 0, x, None).keep
+    alone = torch.cat([method.select(plan, "neurons", 0, row[None], None).keep for row in x])
+    scores = method.score(plan, "neurons", 0, x, None)
+    unlike = together != alone
+    assert unlike.float().mean() < 1e-3 and 0.3 < alone.float().mean() < 0.7
+    assert ((scores[unlike] / plan[0][1] - 1).abs() < 1e-3).all()
 
 
 def test_proxs_copy_is_charged():
