@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.model.selection import PROJECTIONS
 from harness.model.view import View
 
+FAMILIES = ("llama", "qwen2", "qwen3")  # whose norms scale and do nothing else
 NORM_OF = {"attn_in": 0, "mlp_in": 1}  # which of a block's norms makes a site's input
 
 
@@ -19,7 +20,9 @@ def cannot_rotate(view: View) -> str | None:
     """One sentence why the inputs of this model cannot be rotated, or None: behind a norm must be a plain scale."""
     if "weights" in view.limits:
         return f"{view.name} can't be rotated: {view.limits['weights']}"
-    if view.family != "llama" or any(getattr(norm, "bias", None) is not None for norms in view.norms for norm in norms):
+    if view.family not in FAMILIES or any(
+        getattr(norm, "bias", None) is not None for norms in view.norms for norm in norms
+    ):
         return f"inputs are rotated behind LLaMA's norms, whose scale folds into the weights, not behind {view.name}'s"
     return None
 

@@ -11,6 +11,7 @@ from harness.execution.decode_loop import DecodeLoop
 from harness.execution.fused_step import fast_decode
 from harness.model.families import view_of
 from methods.spon import biased
+from tests import tiny
 from tests.interpreter import error, interpreted, run_interpreted, starts_it
 
 
@@ -66,6 +67,16 @@ class TestFusedDecode:
             assert error(self.logits(view, loop=linear == "columns"), want) <= 3e-3
         assert torch.equal(self.logits(view), want)
         assert all(m.weight.is_contiguous() for block in view.blocks for _, m in block.projections())
+
+    @interpreted
+    @pytest.mark.parametrize("linear", ["columns", "rows", "library"])
+    def test_qwen2s_biases_are_a_part_of_the_step(self, linear):
+        view = tiny.view("qwen2", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+        view.model.half()
+        assert view.blocks[0].q.bias is not None and view.blocks[0].q.bias.abs().sum() > 0
+        want = self.logits(view)
+        with fast_decode(view, linear):
+            assert error(self.logits(view, loop=True), want) <= 3e-3
 
     @interpreted
     def test_constants_folded_into_biases_are_a_part_of_the_step(self, view):

@@ -106,7 +106,7 @@ def test_winas_pooled_threshold_is_the_rule_called_oracle():
 # --- rotations
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kind", ["wina", "pca", "random"])
 def test_a_rotation_leaves_the_dense_function_unchanged(family, kind):
     view = wide_view(family)

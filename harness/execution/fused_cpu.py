@@ -19,7 +19,7 @@ from transformers import StaticCache
 
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
-from harness.execution.fused_step import ACTIVATIONS
+from harness.execution.fused_step import ACTIVATIONS, FAMILIES, slides
 from harness.execution.kernel import has_kernels, indices
 from harness.execution.layouts import replaced, transposed
 from harness.execution.masked import Installation, install, own_selection
@@ -36,7 +36,6 @@ from kernels.cpu.step import BEFORE, STAGES, Step
 from kernels.lowbit import Packed, pack
 
 PER_LAYER = len(STAGES)
-FAMILIES = ("llama", "qwen2")  # blocks of the same parts in the same order
 # What a method sees of a layer, by site: the buffer that holds it when it is asked.
 SEEN = {"attn_in": "normed", "attn_out": "attended", "mlp_in": "normed", "mlp_hidden": "hidden"}
 PANEL = range(128, 2561)  # outputs of a panel of the packed head: its sums stay in the first-level cache
@@ -57,10 +56,7 @@ def unfit(view: View) -> str | None:
     rotary = getattr(view.model.base_model, "rotary_emb", None)
     if rotary is None or getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
         return "the fused CPU step needs rotary angles that depend on the position alone"
-    config = view.model.config
-    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    ):
+    if slides(view):
         return "the fused CPU step knows no sliding windows"
     if not load_extension():
         return "the fused CPU step needs the C++ kernels"

@@ -33,6 +33,7 @@ Linear = Literal["columns", "rows", "library"]
 # (projection, layer) -> keep channel i where |x_i| > t_i; a float, 0-d or [channels]. Absent: keep all.
 ThresholdOf = Mapping[tuple[str, int], "Tensor | float"]
 
+FAMILIES = ("llama", "qwen2")  # blocks of the same parts in the same order
 ATTENTION = "dynact_decode"
 MERGED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 ACTIVATIONS = {
@@ -237,10 +238,20 @@ class FusedBlock:
             )  # fmt: skip
 
 
+def slides(view: View) -> bool:
+    """Whether some block attends to a window of the last tokens alone."""
+    config = view.model.config
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        return True
+    return bool(getattr(config, "sliding_window", None)) and bool(getattr(config, "use_sliding_window", True))
+
+
 def no_frame(view: View) -> str | None:
     """Why norms and attention of the fused step can't stand in this model's blocks, or None."""
-    if view.family != "llama":
+    if view.family not in FAMILIES:
         return f"the fused decode step knows Llama-like blocks only, not the {view.family} family"
+    if slides(view):
+        return "the fused decode step knows no sliding windows"
     if view.head_dim & (view.head_dim - 1):
         return f"the attention kernel needs a head dimension that is a power of two, not {view.head_dim}"
     return None
