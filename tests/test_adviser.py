@@ -64,6 +64,18 @@ def test_times_are_of_kernels_only(table):
         assert [t["speedup"] for t in point["times"]] == times
 
 
+def test_steps_that_a_host_launches_on_a_gpu_are_no_times(table):
+    timed = (table["probe"] == "latency").to_numpy()
+    for device, engine, counted in (
+        ("NVIDIA A", "eager", False),
+        ("NVIDIA A", "graph", True),
+        ("cpu: b", "eager", True),
+    ):
+        rows = table.copy()
+        rows.loc[timed, ["device", "engine"]] = [device, engine]
+        assert (len(adviser.times(rows)) > 0) == counted
+
+
 def test_the_data_cannot_end_its_script(table):
     lines, rows = measured(table)
     evil = lines.assign(model="</script><b>")

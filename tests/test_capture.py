@@ -130,8 +130,8 @@ FRAMED = {"teal": Teal, "cats": Cats, "griffin": Griffin, "topk": TopK, "topp": 
 
 
 @interpreted
-@pytest.mark.parametrize("name", [None, *FRAMED])
-def test_a_frame_leaves_what_is_decided_and_computed(name, monkeypatch):
+@pytest.mark.parametrize(("name", "batch"), [(None, 1), *((name, 1) for name in FRAMED), (None, 3), ("teal", 3)])
+def test_a_frame_leaves_what_is_decided_and_computed(name, batch, monkeypatch):
     """The module with its projections and hooks between our norms and attention, against the module alone."""
     from kernels.cuda import row_gemv_mask
 
@@ -143,7 +143,7 @@ def test_a_frame_leaves_what_is_decided_and_computed(name, monkeypatch):
     if name is not None:
         method = FRAMED[name](0.5)
         fitted = [(method, method.fit(view, tiny.calibration(view)) if method.needs != "nothing" else {})]
-    prompt = tiny.tokens(1, 9)
+    prompt = tiny.tokens(batch, 9)
 
     @torch.no_grad()
     def logits(frame):

@@ -88,7 +88,7 @@ def test_every_variant_is_timed_in_every_round(teal, monkeypatch):
         assert len(one.each) == 3 * (5 - 1), "iterations times (tokens - 1) intervals, no more"
     complete = [make_row(cell_id="c", **row) for row in rows]
     assert {r["unit"] for r in complete if r["metric"].startswith("tpot")} == {"s"}
-    assert all(r["value"] > 0 for r in complete)
+    assert all(r["value"] > 0 for r in complete if r["metric"] != "disturbance"), "but that nobody disturbed it"
 
 
 def test_a_batch_runs_through_kernels_up_to_16_and_then_says_so(teal):

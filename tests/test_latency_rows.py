@@ -247,6 +247,7 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
     monkeypatch.setattr(chained, "chained_decode", stand_in)
     monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
     monkeypatch.setattr(plans, "fused", lambda view, linear, limits=None, expected=0.5: lambda: own_gemv(view, limits))
+    monkeypatch.setattr(plans, "framed", lambda view: nullcontext())
     monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense"), Variant("dense", captured=True)])
     plan = planned(view, fitted)
     assert [(v.execution, v.engine) for v in plan] == [

@@ -10,6 +10,7 @@ from harness.claims.evidence import Evidence
 from harness.claims.length import PROMPT_FIXED
 from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used, wants_sparsity
 from harness.results.collect import time_ratios
+from harness.results.rows import host_launched
 
 LEFT = 0.5  # share of a token's sparsity that a batch must leave, or it needs many more neurons
 SETTING = ["model", "method", "variant", "sparsity_requested", "scope", "phase", "dense_prefix"]
@@ -76,13 +77,10 @@ def batch_unites(study: Study) -> Evidence:
 def _kernel_times(study: Study) -> pd.DataFrame:
     """Paired time ratios of methods' own kernels to dense of their engine. Masked execution never counts.
 
-    Nor does a module that a host launches on a GPU, operation by operation: 50 ms a step of a 135M model on an H100, of
-    which .5 ms are the GPU's, say how fast the host is.
+    Nor do steps that a host launches on a GPU, operation by operation.
     """
     rows = time_ratios(study.rows[study.rows["execution"].isin(["kernel", "kernel_compiled"])])
-    if {"engine", "device"} <= set(rows):
-        launched = (rows["engine"] == "eager") & ~rows["device"].astype("string").fillna("cpu").str.startswith("cpu")
-        rows = rows[~launched.fillna(False).to_numpy(dtype=bool)]
+    rows = rows[~host_launched(rows)]
     rows = rows[rows["cell_id"].isin(study.counted) & wants_sparsity(rows)]
     rows = need(rows, "kernel times of a method (masked execution is no time)")
     texts = [*_engines(rows), *(name for name in SETTING if name != "sparsity_requested")]

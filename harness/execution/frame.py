@@ -1,4 +1,4 @@
-"""The frame of a block for one token on a GPU: norms, and attention with rotary embedding and cache write.
+"""The frame of a block on a GPU, for one token a sequence: norms, and attention with rotary embedding and cache write.
 
 The projections between them are the module's own calls, with whatever hooks and kernels decide there. So what the fused
 step can't run (harness/execution/fused_step.py knows fixed thresholds alone) shares its small parts with it: in a CUDA
@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import StaticCache
 
 from harness.errors import UnsupportedError
-from harness.execution.fused_step import advance, decode_attention, no_frame, norm_forward, one_token
+from harness.execution.fused_batch import MAX_BATCH, fits, norm_forward
+from harness.execution.fused_step import advance, decode_attention, no_frame
 from harness.execution.layouts import replaced
 from harness.model.view import View
 
@@ -25,7 +26,8 @@ from harness.model.view import View
 def framed(view: View) -> Iterator[None]:
     """While the context lasts, the norms and the attention of one-token steps with a `StaticCache` run on our kernels.
 
-    Raises UnsupportedError where they do not fit the model. Its activation may be any.
+    Sequences are of one length, without padding; batches above 256 take the module's own path. Raises UnsupportedError
+    where they do not fit the model. Its activation may be any.
     """
     reason = no_frame(view)
     if reason is not None:
@@ -51,18 +53,18 @@ def _attention_forward(view: View, layer: int) -> Callable[..., Any]:
         from kernels.cuda.attention import attend_step
 
         cache = kwargs.get("past_key_values")
-        if not one_token(hidden_states) or not isinstance(cache, StaticCache):
+        if not fits(hidden_states) or not isinstance(cache, StaticCache):
             return own(hidden_states, **kwargs)
         own_cache = cache.layers[layer]
-        qkv = torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1).view(-1)
-        heads = qkv.new_empty(1, 1, view.n_heads * view.head_dim)
+        qkv = torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1)[:, 0]
+        heads = qkv.new_empty(len(qkv), view.n_heads * view.head_dim)
         cos, sin = kwargs["position_embeddings"]
         attend_step(
-            qkv, cos.view(-1), sin.view(-1), own_cache.keys, own_cache.values, own_cache.cumulative_length,
-            heads.view(-1), n_heads=view.n_heads, scale=cast(float, block.attn.scaling),
+            qkv, cos, sin, own_cache.keys, own_cache.values, own_cache.cumulative_length, heads,
+            n_heads=view.n_heads, scale=cast(float, block.attn.scaling),
         )  # fmt: skip
         advance(own_cache)
-        return block.o(heads), None
+        return block.o(heads[:, None]), None
 
-    forward.fused = 1  # type: ignore[attr-defined]
+    forward.fused = MAX_BATCH  # type: ignore[attr-defined]
     return forward

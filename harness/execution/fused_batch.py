@@ -117,7 +117,7 @@ def batch_decode(view: View, routers: Mapping[int, Router] | None = None) -> Ite
             stack.enter_context(_forward(block.layer, _block_forward(block.layer, fused)))
             blocks.append(fused)
         assert view.final_norm is not None
-        stack.enter_context(_forward(view.final_norm, _norm_forward(view.final_norm)))
+        stack.enter_context(_forward(view.final_norm, norm_forward(view.final_norm)))
         yield blocks
 
 
@@ -127,7 +127,8 @@ def _aligned(router: Router) -> tuple[Tensor, Tensor]:
     return F.pad(router.weight, (0, 0, 0, missing)), F.pad(router.bias, (0, missing))
 
 
-def _fits(x: Tensor) -> bool:
+def fits(x: Tensor) -> bool:
+    """Whether x [B, tokens, d_model] is one token each of so many sequences as the step takes."""
     return x.shape[1] == 1 and len(x) <= MAX_BATCH
 
 
@@ -136,7 +137,7 @@ def _block_forward(layer: nn.Module, fused: BatchBlock) -> Callable[..., Any]:
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if not _fits(hidden_states) or not isinstance(cache, StaticCache):
+        if not fits(hidden_states) or not isinstance(cache, StaticCache):
             return own(hidden_states, **kwargs)
         own_cache = cache.layers[fused.layer]
         residual = hidden_states[:, 0].clone() if fused.layer == 0 else hidden_states[:, 0]
@@ -149,13 +150,14 @@ def _block_forward(layer: nn.Module, fused: BatchBlock) -> Callable[..., Any]:
     return forward
 
 
-def _norm_forward(norm: Any) -> Callable[..., Any]:
+def norm_forward(norm: Any) -> Callable[..., Any]:
+    """The forward of an RMS norm: one launch for one token each of a batch; else its own."""
     own = norm.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
         from kernels.cuda.step import rms_norm
 
-        if not _fits(hidden_states):
+        if not fits(hidden_states):
             return own(hidden_states)
         return rms_norm(hidden_states, norm.weight, norm.variance_epsilon, torch.empty_like(hidden_states))
 

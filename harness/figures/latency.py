@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from harness.figures import select, style
 from harness.results.collect import MILLISECONDS, SKIPPING, TIME_PER_TOKEN, headline
-from harness.results.rows import short_device
+from harness.results.rows import host_launched, short_device
 
 
 def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) -> Figure:
@@ -73,7 +73,7 @@ def _keys(lines: pd.DataFrame) -> list[tuple[Any, ...]]:
 
 def _speedups(rows: pd.DataFrame) -> dict[tuple[tuple[Any, ...], str], float]:
     """Measured speed-up of each configuration by device: the mean over its cells that were timed skipping bytes."""
-    lines = headline(rows)
+    lines = headline(rows[~host_launched(rows)])
     timed = lines[lines["execution"].isin(SKIPPING) & lines["speedup"].notna()]
     ran = rows[rows["probe"] == "latency"].drop_duplicates("cell_id").set_index("cell_id")
     on = "timed on " + ran["device"].map(short_device, na_action="ignore").astype("string") + ", " + ran["dtype"]

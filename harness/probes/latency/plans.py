@@ -95,7 +95,8 @@ def variants(
         chain = []
         if known.thresholds is not None:  # in the model as it is: the chained step knows no biases
             chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
-        batch_attach = within(rewrite, lambda: own_gemv(view, limits))
+        batch_attach = within(rewrite, within(lambda: own_gemv(view, limits), lambda: framed(view)))
+        check_blocks(view, methods, policy, prompts(windows, 2, 64).to(view.device), batch_attach)
         return plan + fused_plan(view, known, attach, batch_attach, sparsity, union) + chain
     batch = method_batch(view, methods, policy, known.cache, windows)
     steps, reason = method_step(view, methods, policy, known.skipped, windows)
@@ -156,7 +157,7 @@ def fused_plan(
     return [
         Variant(
             "kernel", fused(view, "columns", expected=sparsity), {"sparsity_requested": 0.0}, captured=True,
-            attach_batch=lambda: own_gemv(view, limits={}), no_batch=known.no_zero_batch,
+            attach_batch=within(lambda: own_gemv(view, limits={}), lambda: framed(view)), no_batch=known.no_zero_batch,
         ),
         Variant(
             "kernel", attach, {"message": known.message}, 1 - known.skipped,
@@ -176,6 +177,7 @@ def frame_of(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> tu
     prompt = windows[:1, :64].to(view.device)
     try:
         error = check_blocks(view, methods, policy, prompt, attach)
+        check_blocks(view, methods, policy, prompts(windows, 2, 64).to(view.device), attach)
     except KernelMismatchError as wrong:
         return None, f"launched by the host: in our norms and attention, {wrong}"
     reason = not_captured(view, attach, prompt)
