@@ -117,8 +117,9 @@ class Wina(Method):
         return {"attn": adapter, "mlp": adapter} if self.transform else {}
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[None]:
-        """The rotated model."""
-        return rotated(view, _by_site(state)) if self.sparsity > 0 else nullcontext()
+        """The rotated model; without the transform the model as it is."""
+        turned = _by_site(state)
+        return rotated(view, turned) if turned and self.sparsity > 0 else nullcontext()
 
 
 def bases(view: View) -> State:

@@ -26,10 +26,12 @@ from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
 from methods.polar import Polar
 from methods.random import Random
+from methods.rsparse import RSparse
 from methods.scap import Scap
 from methods.spon import Spon
 from methods.teal import Teal
 from methods.topp import TopP
+from methods.wina import Wina
 from tests import tiny
 from tests.timed import CONFIG, fitted_teal, planned
 
@@ -431,3 +433,15 @@ def test_the_kernel_at_zero_reads_everything_also_where_a_relu_made_zeros():
         x[..., 3] = 0
         assert down(x).isnan().all()
         assert down(x.repeat(2, 1, 1)).isnan().all(), "a batch too"
+
+
+def test_fixed_thresholds_are_those_of_methods_that_rewrite_nothing():
+    """WINA rewrites the model for its transform alone; R-Sparse and SCAP always do, so the model is another."""
+    view = tiny.view("llama")
+    found = {}
+    for name, method in {
+        "teal": Teal(0.5), "wina": Wina(0.5, rule="threshold"), "rsparse": RSparse(0.5), "scap": Scap(0.5),
+    }.items():  # fmt: skip
+        fitted = [(method, method.fit(view, tiny.calibration(view)))]
+        found[name] = plans.static_thresholds(view, fitted) is not None
+    assert found == {"teal": True, "wina": True, "rsparse": False, "scap": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -325,7 +325,7 @@ def fused_thresholds(view: View, methods: Fitted, policy: Policy) -> ThresholdOf
 
 def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     """(projection, layer) -> threshold, where one method comes to fixed ones in the model as it is; else None."""
-    if len(methods) != 1 or type(methods[0][0]).rewrite is not Method.rewrite:
+    if len(methods) != 1 or not isinstance(methods[0][0].rewrite(view, methods[0][1]), nullcontext):
         return None
     return _thresholds(view, *methods[0])
 
