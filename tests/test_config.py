@@ -105,6 +105,15 @@ def test_a_users_weights_are_part_of_the_cell_by_their_content(tmp_path: Path) -
     assert ids[0] != ids[1]
 
 
+def test_a_level_that_is_counted_is_counted_on_calibration_text() -> None:
+    """Also of a method that needs nothing else, whose calibration settings are no part of a cell otherwise."""
+    for scope, counts in (("native", False), ("model", False), ("achieved", True)):
+        ids = {cell("method=dip", f"scope={scope}", f"calibration.tokens={tokens}").id for tokens in (4096, 8192)}
+        assert len(ids) == (2 if counts else 1), scope
+    with pytest.raises(ConfigError, match="scope must be one of native, model, achieved, not 'all'"):
+        cell("scope=all")
+
+
 def test_the_dense_cell_is_one_cell_for_every_method_and_sparsity() -> None:
     dense = cell("method=dense").id
     assert cell("method=dense").dense_cell() is None and cell("probe=sparsity").dense_cell() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,15 +11,18 @@ import pytest
 from torch import Tensor
 
 from harness.errors import UnsupportedError
+from harness.execution.attach import attached
 from harness.execution.method import Method
+from harness.execution.nest import fit_nest
 from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
 from harness.probes.sparsity import measure
-from harness.run.scope import coverage, to_native, unsolvable
+from harness.run.scope import CLOSE, counted, coverage, to_achieved, to_native, unsolvable
 from methods.cett import Cett
 from methods.kv_skip import KvSkip
 from methods.relu import Relu
+from methods.spon import Spon
 from methods.teal import Teal
 from tests import tiny
 
@@ -86,3 +90,64 @@ def test_teal_covers_everything():
     view = tiny.view("opt")
     assert coverage(view, [Teal(0.5)]) == 1.0
     assert to_native(view, [(Teal(0.5), {})], 0.5)[0][0].sparsity == 0.5
+
+
+@dataclass(frozen=True)
+class Shrunk(Neurons):
+    """Skips a level's square, whatever arithmetic thinks."""
+
+    def select(self, plan, site, layer, x: Tensor, step) -> TopK:
+        return TopK(x.abs(), top_k_count(x.shape[-1], self.sparsity**2))
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy("decode")])
+def test_a_level_is_moved_until_the_count_is_what_was_asked_for(policy):
+    view = tiny.view("llama", intermediate_size=1024)
+    windows = tiny.tokens(4, 32)
+    arithmetic = to_native(view, [(Shrunk(0.4), {})], 0.4)
+    assert abs(counted(view, arithmetic, policy, windows) - 0.4) > 0.1
+    [(method, _)] = solved = to_achieved(view, arithmetic, 0.4, policy, windows)
+    share = coverage(view, [Neurons()])
+    assert share * method.sparsity**2 == pytest.approx(0.4, abs=0.005), "by hand"
+    assert counted(view, solved, policy, windows) == pytest.approx(0.4, abs=CLOSE)
+    assert to_achieved(view, solved, 0.4, policy, windows)[0][0].sparsity == method.sparsity, "what fits stays"
+
+
+def test_a_nest_with_a_repair_is_moved_where_thresholds_were_fitted_before_it():
+    """Zeros are counted here where projections read them, weighted by their size."""
+    view = tiny.view("llama")
+    calibration = tiny.calibration(view)
+    nest = fit_nest(view, [Teal(0.5), Spon(0.5, epochs=1)], lambda method, _: method.fit(view, calibration))
+    solved = to_achieved(view, nest, 0.5, Policy(), tiny.tokens(8, 64))
+    zeros = weights = 0.0
+    with attached(view, solved, Policy()), ExitStack() as stack:
+
+        def see(module, args):
+            nonlocal zeros, weights
+            zeros += (args[0] == 0).double().sum().item() * module.out_features
+            weights += args[0].numel() * module.out_features
+
+        for block in view.blocks:
+            for _, module in block.projections():
+                stack.callback(module.register_forward_pre_hook(see).remove)
+        view.model(tiny.tokens(8, 64))
+    assert zeros / weights == pytest.approx(0.5, abs=0.005)
+
+
+def test_what_no_level_reaches_is_told_and_what_fits_its_level_stays():
+    view = tiny.view("llama")
+
+    @dataclass(frozen=True)
+    class Never(Neurons):
+        def select(self, plan, site, layer, x: Tensor, step) -> TopK:
+            return TopK(x.abs(), top_k_count(x.shape[-1], 0.1))
+
+    with pytest.raises(UnsupportedError, match="neurons skips at most 0.[0-9]+ of the block weights .* as counted"):
+        to_achieved(view, [(Never(0.6), {})], 0.4, Policy(), tiny.tokens(2, 16))
+
+    @dataclass(frozen=True)
+    class Own(Never):
+        fit_fields: ClassVar[tuple[str, ...]] = ("sparsity",)
+
+    own = [(Own(0.6), {})]
+    assert to_achieved(view, own, 0.4, Policy(), tiny.tokens(2, 16)) is own

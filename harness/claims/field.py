@@ -20,6 +20,7 @@ from harness.results import stats
 from harness.results.collect import ANSWER_TOKENS
 from harness.results.rows import quantised
 
+OF_ALL = ("model", "achieved")  # scopes that a level of all block weights was asked in
 LEVELS = (0.25, 0.4, 0.5, 0.6)  # of all block weights
 ARENA = ["model", "phase", "dense_prefix", "level"]  # lines that are compared with one another
 SCHEME = ["method", "variant"]
@@ -80,7 +81,7 @@ def placed(study: Study) -> Iterator[dict[str, Any]]:
     for level in LEVELS:
         off = (lines["achieved_model"] - level).abs().astype(float).round(3)
         near = off <= EQUAL_SPARSITY
-        asked = (lines["scope"] == "model") & (lines["sparsity_requested"] == level).fillna(False)
+        asked = lines["scope"].isin(OF_ALL) & (lines["sparsity_requested"] == level).fillna(False)
         few = -lines["cell_id"].map(items).fillna(0).astype(float)
         order = lines.assign(_far=~near, _asked=~asked, _off=off, _few=few)
         order = order[near | asked].sort_values(["_far", "_asked", "_off", "_few", "seed"], kind="stable")
@@ -91,7 +92,7 @@ def placed(study: Study) -> Iterator[dict[str, Any]]:
 
 def _absent(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Schemes that were asked for a level of all block weights and have no results there: why."""
-    broken = table[(table["status"] != "ok") & (table["scope"] == "model") & table["sparsity_requested"].isin(LEVELS)]
+    broken = table[(table["status"] != "ok") & table["scope"].isin(OF_ALL) & table["sparsity_requested"].isin(LEVELS)]
     broken = broken[~quantised(broken)]
     for line in broken.to_dict("records"):
         why = line["message"] if not pd.isna(line["message"]) else line["status"]

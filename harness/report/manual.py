@@ -28,7 +28,7 @@ LEVEL = 0.5  # sparsity at which a method is asked for its sites: at 0 most have
 # What a curve is of. Quantised weights are another model under the same name, and methods may stand in a nest.
 SAME = ["model", "weights", "method", "variant", "phase", "dense_prefix"]
 ASKED = ["sparsity_requested", "scope"]
-SCOPES = {"native": "sites", "model": "blocks"}
+SCOPES = {"native": "sites", "model": "blocks", "achieved": "blocks, counted"}
 NEEDS = {"nothing": "nothing", "calibration": "calibration text", "training": "training"}
 
 

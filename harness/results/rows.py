@@ -22,7 +22,7 @@ COLUMNS: dict[str, str] = {
     "method": "string",  # nested methods joined by "+", outermost first: "relu2+cett"
     "variant": "string",  # the method's hyper-parameters that differ from its defaults: "allocation=greedy"
     "sparsity_requested": "Float64",
-    "scope": "string",  # native (the method's own sites) | model (share of all block weight bytes)
+    "scope": "string",  # native (the method's own sites) | model (of all block weight bytes) | achieved (that, counted)
     "phase": "string",  # which tokens are sparse: all | decode
     "dense_prefix": "Int64",  # tokens at the start of a prompt that stay dense
     "needs": "string",  # what the cell's methods had to be given: nothing | calibration | training

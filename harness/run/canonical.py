@@ -55,7 +55,7 @@ def canonical(cfg: Mapping[str, Any]) -> dict[str, Any]:
         methods = []
     else:
         cfg |= _requested(cfg, methods)
-    if all(m.needs == "nothing" for m in methods):
+    if all(m.needs == "nothing" for m in methods) and cfg["scope"] != "achieved":  # whose level is counted on it
         cfg["calibration"] = None
     if "processor" not in cfg:
         device, index = machine.pick_device(str(cfg["device"]))

@@ -29,7 +29,7 @@ from harness.run import session
 from harness.run.config import CellConfig
 from harness.run.estimate import alike
 from harness.run.nest import build_methods
-from harness.run.scope import unsolvable
+from harness.run.scope import OF_ALL, unsolvable
 
 if TYPE_CHECKING:
     from harness.model.lm import HarnessLM
@@ -130,7 +130,7 @@ class Run:
             device=device_name(view.device),
         )
         sentence = refusal(view, methods, config["phase"])
-        if config["scope"] == "model":
+        if config["scope"] in OF_ALL:
             sentence = sentence or unsolvable(methods)
         if sentence:
             raise UnsupportedError(sentence)

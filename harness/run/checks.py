@@ -30,7 +30,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     sparsity = number(cfg["sparsity"], "sparsity")
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is a share: it must be at least 0 and below 1, not {cfg['sparsity']}")
-    choice(cfg["scope"], "scope", ("native", "model"))
+    choice(cfg["scope"], "scope", ("native", "model", "achieved"))
     choice(cfg["phase"], "phase", ("auto", "all", "decode"))
     choice(cfg["dtype"], "dtype", ("auto", "float32", "bfloat16", "float16"))
     whole(cfg["dense_prefix"], "dense_prefix", at_least=0)

@@ -1,14 +1,28 @@
-"""What "50 %" is of: a method's own sites (native), or all linear weights of the decoder blocks (model)."""
+"""What "50 %" is of: a method's own sites (native), or all linear weights of the decoder blocks.
+
+Of those it is what arithmetic makes of a native level (model), or what is counted on calibration text (achieved). A
+masked model's activations are not those that its thresholds were fitted on: 60 % by arithmetic can be 64 % counted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted, overhead
 from harness.execution.method import Method
+from harness.model.step import Policy
 from harness.model.view import View
+from harness.probes import sparsity
+
+OF_ALL = ("model", "achieved")  # scopes of all block weights
+CLOSE = 0.002  # of all block weights, between what is asked for and what is counted
+FINEST = 1e-4  # between levels: fewer channels than one
+MOST = 0.995  # a level that leaves next to nothing
+BRACKETS = 12  # steps outwards, of a fifth, until the level lies between
 
 
 def unsolvable(methods: Sequence[Method]) -> str | None:
@@ -77,6 +91,57 @@ def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
             f"so {requested} of the whole model is out of reach"
         )
     return [(replace(method, sparsity=level) if method.sparsity > 0 else method, state) for method, state in methods]
+
+
+def to_achieved(view: View, methods: Fitted, requested: float, policy: Policy, windows: Tensor) -> Fitted:
+    """The same methods at the native level at which `requested` of all block weights are counted as skipped.
+
+    methods: at the level of `to_native`. windows: int64 [n, length], text to count on. A method whose fit depends on
+    its level has counted for itself, and stays. Raises `UnsupportedError` where no level gets within `CLOSE`.
+    """
+    moved = [method for method, _ in methods if method.sparsity > 0 and method.sites]
+    if requested == 0 or not moved or any("sparsity" in method.fit_fields for method in moved):
+        return methods
+    common = moved[0].sparsity  # all have the one that arithmetic gave them
+    tried: dict[float, float] = {}
+
+    def at(level: float) -> Fitted:
+        return [(replace(method, sparsity=level) if method in moved else method, state) for method, state in methods]
+
+    def off(level: float) -> float:
+        if level not in tried:
+            tried[level] = counted(view, at(level), policy, windows) - requested
+        return tried[level]
+
+    def found() -> bool:
+        return min(abs(off(level)) for level in (common, *tried)) <= CLOSE
+
+    low = high = common
+    for _ in range(BRACKETS):
+        if found() or off(low) <= 0 <= off(high):
+            break
+        low, high = (0.8 * low, high) if off(low) > 0 else (low, min(1.2 * high, MOST))
+    if not found() and not off(low) <= 0 <= off(high):
+        names = "+".join(method.name for method, _ in methods)
+        raise UnsupportedError(
+            f"{names} skips at most {requested + max(tried.values()):.2f} of the block weights of {view.name}, as "
+            f"counted, so {requested} of the whole model is out of reach"
+        )
+    while not found() and high - low > FINEST:
+        level = low + (high - low) * min(max(-off(low) / (off(high) - off(low)), 0.1), 0.9)  # a secant, kept inside
+        low, high = (level, high) if off(level) < 0 else (low, level)
+    return at(min(tried, key=lambda level: abs(tried[level])))
+
+
+def counted(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> float:
+    """Share of all block weights that masked execution is counted to skip of the tokens that a policy makes sparse."""
+    phase = "decode" if policy.phase == "decode" else "all"
+    rows = sparsity.measure(view, methods, policy, windows)
+    return next(
+        row["value"]
+        for row in rows
+        if (row["metric"], row["site"], row["step_phase"], row["layer"]) == ("achieved", "model", phase, None)
+    )
 
 
 def _solved(rising: Callable[[float], float], wanted: float, low: float) -> float:

@@ -22,6 +22,7 @@ from harness.execution.method import Method, State
 from harness.execution.nest import behaviour, fit_nest
 from harness.fitting.calibration import Calibration
 from harness.fitting.scratch import Scratch
+from harness.model.step import Policy
 from harness.results.fits import Learnt
 from harness.results.identity import content_key
 from harness.results.store import Store
@@ -29,12 +30,13 @@ from harness.run import probing
 from harness.run.config import CellConfig
 from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
 from harness.run.nest import in_order
-from harness.run.scope import to_native
+from harness.run.scope import OF_ALL, to_achieved, to_native
 
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 
 
 Names = tuple[str, ...]  # of texts
+COUNTED = 8  # windows of calibration text that a level is counted on
 LETTERS_A_TOKEN = 5  # of English, a little more than tokenizers need: enough text for so many tokens
 
 
@@ -179,9 +181,14 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
 
     droppers, repairs = in_order(methods)
     done = fit_nest(view, droppers, learn)
-    if config["scope"] == "model":
+    if config["scope"] in OF_ALL:
         done = to_native(view, done, config["sparsity"])
-    return fit_nest(view, repairs, learn, done) if repairs else done
+    done = fit_nest(view, repairs, learn, done) if repairs else done
+    if config["scope"] == "achieved":  # repairs and all, which change what is skipped
+        policy = Policy(config["phase"], config["dense_prefix"])
+        windows = calibration_windows(loaded, config["calibration"])[:COUNTED]
+        done = to_achieved(view, done, config["sparsity"], policy, windows)
+    return done
 
 
 def needed(loaded: Loaded, fitted: Fitted, config: CellConfig) -> dict[str, Any]:
@@ -195,7 +202,10 @@ def needed(loaded: Loaded, fitted: Fitted, config: CellConfig) -> dict[str, Any]
             found["calibration"] = max(found.get("calibration", 0), learnt)
     most = next(kind for kind in ("training", "calibration", "nothing") if kind in found)
     columns: dict[str, Any] = {"needs": most, "needs_tokens": found[most] or None}
-    if any(isinstance(state, Learnt) and state.tokens for _, state in fitted):
+    if config["scope"] == "achieved" and most == "nothing":  # but for the text that its level was counted on
+        text = calibration_windows(loaded, config["calibration"])[:COUNTED]
+        columns = {"needs": "calibration", "needs_tokens": text.numel()}
+    if config["scope"] == "achieved" or any(isinstance(state, Learnt) and state.tokens for _, state in fitted):
         settings = config["calibration"]
         digest = text_digest(calibration_windows(loaded, settings))
         columns["calibration"] = f"{'own' if settings['path'] else '+'.join(_names(settings['text']))} {digest[:12]}"
