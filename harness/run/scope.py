@@ -97,7 +97,8 @@ def to_achieved(view: View, methods: Fitted, requested: float, policy: Policy, w
     """The same methods at the native level at which `requested` of all block weights are counted as skipped.
 
     methods: at the level of `to_native`. windows: int64 [n, length], text to count on. A method whose fit depends on
-    its level has counted for itself, and stays. Raises `UnsupportedError` where no level gets within `CLOSE`.
+    its level has counted for itself, and stays. Within `CLOSE`, or as near as the method's own steps allow. Raises
+    `UnsupportedError` where the count never comes to it.
     """
     moved = [method for method, _ in methods if method.sparsity > 0 and method.sites]
     if requested == 0 or not moved or any("sparsity" in method.fit_fields for method in moved):
