@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from torch import Tensor
 
-from harness.errors import UnsupportedError
+from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached
 from harness.execution.method import Method
 from harness.execution.nest import fit_nest
@@ -151,3 +151,24 @@ def test_what_no_level_reaches_is_told_and_what_fits_its_level_stays():
 
     own = [(Own(0.6), {})]
     assert to_achieved(view, own, 0.4, Policy(), tiny.tokens(2, 16)) is own
+
+
+def test_where_a_level_ends_or_skips_too_much_is_told_as_such():
+    view = tiny.view("llama")
+
+    @dataclass(frozen=True)
+    class Always(Neurons):
+        """Never less than most of it, and no level above 0.7."""
+
+        def __post_init__(self) -> None:
+            if self.sparsity > 0.7:
+                raise ConfigError("no such level")
+
+        def select(self, plan, site, layer, x: Tensor, step) -> TopK:
+            return TopK(x.abs(), top_k_count(x.shape[-1], 0.6))
+
+    least, most = (f"neurons skips at {way} 0.[34][0-9] of the block weights" for way in ("least", "most"))
+    with pytest.raises(UnsupportedError, match=least):
+        to_achieved(view, [(Always(0.3), {})], 0.1, Policy(), tiny.tokens(2, 16))
+    with pytest.raises(UnsupportedError, match=most):
+        to_achieved(view, [(Always(0.65), {})], 0.6, Policy(), tiny.tokens(2, 16))

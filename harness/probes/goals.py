@@ -145,7 +145,7 @@ def check_methods(settings: Mapping[str, Any], scope: str, methods: Sequence[Met
     """Raise `ConfigError` where a search makes no sense for these methods: before anything is loaded."""
     knob, inner = settings["knob"], methods[-1]
     name = inner.name
-    if scope == "model":
+    if scope != "native":
         raise ConfigError("a search varies the native level, and its rows say what of the model that is: scope=native")
     if knob not in [field.name for field in fields(inner)]:
         raise ConfigError(f"probe.search.knob={knob}, but {name} has no option {knob}")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from harness.errors import UnsupportedError
+from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import Fitted, overhead
 from harness.execution.method import Method
 from harness.model.step import Policy
@@ -121,12 +121,18 @@ def to_achieved(view: View, methods: Fitted, requested: float, policy: Policy, w
     for _ in range(BRACKETS):
         if found() or off(low) <= 0 <= off(high):
             break
-        low, high = (0.8 * low, high) if off(low) > 0 else (low, min(1.2 * high, MOST))
+        try:
+            low, high = (0.8 * low, high) if off(low) > 0 else (low, min(1.2 * high, MOST))
+            off(high)
+        except ConfigError:  # a method that goes up to a level of its own
+            high = max(tried)
+            break
     if not found() and not off(low) <= 0 <= off(high):
         names = "+".join(method.name for method, _ in methods)
+        way, share = ("least", min(tried.values())) if off(low) > 0 else ("most", max(tried.values()))
         raise UnsupportedError(
-            f"{names} skips at most {requested + max(tried.values()):.2f} of the block weights of {view.name}, as "
-            f"counted, so {requested} of the whole model is out of reach"
+            f"{names} skips at {way} {requested + share:.2f} of the block weights of {view.name}, as counted, so "
+            f"{requested} of the whole model is out of reach"
         )
     while not found() and high - low > FINEST:
         level = low + (high - low) * min(max(-off(low) / (off(high) - off(low)), 0.1), 0.9)  # a secant, kept inside
