@@ -1,7 +1,7 @@
 """The k largest scores of one token: a decision, not a product, but one that every top-k scheme makes at each site.
 
-torch's topk takes longer for one row than the product that it saves: some 30 us and three launches on a GPU, as much on
-a CPU. These take one launch, and a few microseconds. Of equal scores the first are taken; NaN is above all.
+For one row torch's topk and a sort take twice as long on a CPU (11 us for 576 scores, these 5), and three launches on a
+GPU, where these take one. Of equal scores the first are taken; NaN is above all.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pandas as pd
 
 from harness.claims.evidence import Evidence, by_stretch
 from harness.claims.study import BASELINES, Study, need, used
-from harness.results.rows import QUANTISED, in_16_bits
+from harness.results.rows import QUANTISED, in_16_bits, of_oracles
 
 EQUAL_BYTES = 0.05  # of what 16-bit weights have: so many bytes less or more still count as equal
 FULL = 16.0  # bits of a weight that is not quantised, in whatever dtype it was computed
@@ -67,8 +67,7 @@ def _pairs(study: Study) -> pd.DataFrame:
     lines = lines.reindex(columns=[*lines.columns.difference(["achieved_model"]), "achieved_model"])
     scored = np.array([(str(cell), "text") in study.items for cell in lines["cell_id"]], dtype=bool)
     dense = lines["method"] == "dense"
-    oracles = study.rows.loc[study.rows["message"].fillna("").str.startswith("oracle:"), "cell_id"]
-    schemes = lines["cell_id"].isin(study.counted) & ~lines["method"].isin(BASELINES) & ~lines["cell_id"].isin(oracles)
+    schemes = lines["cell_id"].isin(study.counted - of_oracles(study.rows)) & ~lines["method"].isin(BASELINES)
     known = dense | schemes
     lines = lines[scored & known.to_numpy(dtype=bool) & lines["length"].notna().to_numpy()]
     skipped = lines["achieved_model"].where(lines["method"] != "dense", 0.0).fillna(0.0)

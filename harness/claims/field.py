@@ -18,9 +18,8 @@ from harness.claims.pairs import EQUAL_SPARSITY, stretches
 from harness.claims.study import Study, study_of
 from harness.results import stats
 from harness.results.collect import ANSWER_TOKENS
-from harness.results.rows import quantised
+from harness.results.rows import OF_ALL, of_oracles, quantised
 
-OF_ALL = ("model", "achieved")  # scopes that a level of all block weights was asked in
 LEVELS = (0.25, 0.4, 0.5, 0.6)  # of all block weights
 ARENA = ["model", "phase", "dense_prefix", "level"]  # lines that are compared with one another
 SCHEME = ["method", "variant"]
@@ -77,7 +76,7 @@ def placed(study: Study) -> Iterator[dict[str, Any]]:
     lines = study.lines[scored].reindex(columns=[*study.lines.columns.difference(["achieved_model"]), "achieved_model"])
     lines = lines[~lines["method"].isin(LEFT_OUT) & lines["achieved_model"].notna()]
     items = {cell: len(values) for (cell, kind), values in study.items.items() if kind == "accuracy"}
-    oracles = set(study.rows.loc[study.rows["message"].fillna("").str.startswith("oracle:"), "cell_id"])
+    oracles = of_oracles(study.rows)
     for level in LEVELS:
         off = (lines["achieved_model"] - level).abs().astype(float).round(3)
         near = off <= EQUAL_SPARSITY

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from harness.results.collect import TIME_RATIO
-from harness.results.rows import host_launched, quantised
+from harness.results.rows import host_launched, of_oracles, quantised
 
 SCRIPT = Path(__file__).with_name("adviser.js")
 MARKUP = Path(__file__).with_name("adviser.html")
@@ -46,7 +46,7 @@ def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
     known = ~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok") & ~quantised(lines)
     lines = lines.loc[known, ["cell_id", *KEY, *SHOWN]]
     times_ = times(rows)
-    oracles = set(rows.loc[rows["message"].fillna("").str.startswith("oracle:"), "cell_id"])
+    oracles = of_oracles(rows)
     found = []
     for key, cells in lines.groupby(KEY, dropna=False):
         best = cells.sort_values("stderr:change", na_position="last").iloc[0]  # of two, the one with more items

@@ -73,6 +73,15 @@ def short_device(device: str) -> str:
     return "CPU" if device.startswith("cpu") or gpu is None else gpu[1]
 
 
+OF_ALL = ("model", "achieved")  # scopes whose requested sparsity is of all block weights
+
+
+def of_oracles(frame: pd.DataFrame) -> set[str]:
+    """Ids of the cells that say of themselves that they read what no deployable method knows."""
+    told = frame["message"].fillna("").str.startswith("oracle:")
+    return set(frame.loc[told, "cell_id"])
+
+
 def host_launched(frame: pd.DataFrame) -> pd.Series:
     """Which rows time steps that a host launched on a GPU one operation at a time: bool. They say how fast the host is.
 

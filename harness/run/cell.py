@@ -23,13 +23,13 @@ from harness.probes.goals import at_level
 from harness.progress import tell
 from harness.report.tracking import track
 from harness.results.cells import Cell, CellView
-from harness.results.rows import SCHEMA_VERSION
+from harness.results.rows import OF_ALL, SCHEMA_VERSION
 from harness.results.store import State, Store
 from harness.run import session
 from harness.run.config import CellConfig
 from harness.run.estimate import alike
 from harness.run.nest import build_methods
-from harness.run.scope import OF_ALL, unsolvable
+from harness.run.scope import unsolvable
 
 if TYPE_CHECKING:
     from harness.model.lm import HarnessLM

@@ -18,7 +18,6 @@ from harness.model.step import Policy
 from harness.model.view import View
 from harness.probes import sparsity
 
-OF_ALL = ("model", "achieved")  # scopes of all block weights
 CLOSE = 0.002  # of all block weights, between what is asked for and what is counted
 FINEST = 1e-4  # between levels: fewer channels than one
 MOST = 0.995  # a level that leaves next to nothing

@@ -25,12 +25,13 @@ from harness.fitting.scratch import Scratch
 from harness.model.step import Policy
 from harness.results.fits import Learnt
 from harness.results.identity import content_key
+from harness.results.rows import OF_ALL
 from harness.results.store import Store
 from harness.run import probing
 from harness.run.config import CellConfig
 from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
 from harness.run.nest import in_order
-from harness.run.scope import OF_ALL, to_achieved, to_native
+from harness.run.scope import to_achieved, to_native
 
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 

@@ -150,35 +150,10 @@ def neurons_kernel(
 
 
 @triton.jit
-def up_where_kernel(
-    x_ptr,
-    w_ptr,
-    a_ptr,
-    h_ptr,
-    F,
-    K,
-    EVEN_K: tl.constexpr,
-    DT: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """h[i] = a[i] * (x . w[i]) where a[i] is not zero, else 0; rows of w where it is zero are not read."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = row < F
-    a = tl.load(a_ptr + row, mask=live, other=0.0).to(tl.float32)
-    keep = a != 0.0
-    if tl.max(keep.to(tl.int32), 0) > 0:
-        up = dot_rows(x_ptr, w_ptr, row, keep, K, EVEN_K, DT, BR, BK).to(DT).to(tl.float32)
-        tl.store(h_ptr + row, (a * up).to(h_ptr.dtype.element_ty), mask=live)
-    else:
-        tl.store(h_ptr + row, a.to(h_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit
 def rows_where_kernel(
     x_ptr,
     w_ptr,
-    keep_ptr,
+    a_ptr,
     bias_ptr,
     y_ptr,
     N,
@@ -189,15 +164,17 @@ def rows_where_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """y[i] = x . w[i] + bias[i] where keep[i], else 0; rows of w that are not kept are not read."""
+    """y[i] = a[i] * (x . w[i] + bias[i]) where a[i] is not zero, else 0; rows of w where it is zero are not read."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     live = row < N
-    keep = tl.load(keep_ptr + row, mask=live, other=0) != 0
-    v = tl.zeros([BR], tl.float32)
+    a = tl.load(a_ptr + row, mask=live, other=0).to(tl.float32)
+    keep = a != 0.0
     if tl.max(keep.to(tl.int32), 0) > 0:
         v = dot_rows(x_ptr, w_ptr, row, keep, K, EVEN_K, DT, BR, BK)
-        v = add_bias(v, bias_ptr, row, keep, HAS_BIAS)
-    tl.store(y_ptr + row, tl.where(keep, v, 0.0).to(y_ptr.dtype.element_ty), mask=live)
+        v = add_bias(v, bias_ptr, row, keep, HAS_BIAS).to(DT).to(tl.float32)
+        tl.store(y_ptr + row, (a * v).to(y_ptr.dtype.element_ty), mask=live)
+    else:
+        tl.store(y_ptr + row, a.to(y_ptr.dtype.element_ty), mask=live)
 
 
 def _block_k(k: int, widest: int) -> int:
@@ -232,6 +209,17 @@ def rows(
         HAS_IDX=idx is not None, DEVICE_COUNT=count is not None, HAS_BIAS=bias is not None, ADD=add, ACT=act_code(act),
         T_MODE=0 if t is None else (1 if t.numel() == 1 else 2), EVEN_K=k % bk == 0, DT=DTYPES[w.dtype], BR=br, BK=bk,
         num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def rows_where(x: Tensor, w: Tensor, a: Tensor, *, y: Tensor, widest: int, bias: Tensor | None = None) -> Tensor:
+    """One launch for one row x [K]: y = a * (w x + bias), [N], of which only rows of w where a is not zero are read."""
+    n, k = w.shape
+    bk = _block_k(k, widest)
+    rows_where_kernel[(n,)](
+        x, w, a, x if bias is None else bias, y, n, k,
+        HAS_BIAS=bias is not None, EVEN_K=k % bk == 0, DT=DTYPES[w.dtype], BR=1, BK=bk, num_warps=4,
     )  # fmt: skip
     return y
 
@@ -292,14 +280,9 @@ def row_gemv_mask(x: Tensor, w: Tensor, keep: Tensor, bias: Tensor | None = None
     if not fast_path(x, w):
         by_torch()
         return torch.where(keep, torch.nn.functional.linear(x, w, bias), 0)
-    n, k = w.shape
-    y = x.new_empty(*x.shape[:-1], n)
-    br, bk, warps = 1, _block_k(k, 4096), 4
-    rows_where_kernel[(cdiv(n, br),)](
-        x.reshape(-1).contiguous(), w, keep.contiguous().view(torch.uint8), x if bias is None else bias, y, n, k,
-        HAS_BIAS=bias is not None, EVEN_K=k % bk == 0, DT=DTYPES[w.dtype], BR=br, BK=bk, num_warps=warps,
-    )  # fmt: skip
-    return y
+    y = x.new_empty(*x.shape[:-1], w.shape[0])
+    ones = keep.contiguous().view(torch.uint8)
+    return rows_where(x.reshape(-1).contiguous(), w, ones, y=y.view(-1), bias=bias, widest=4096).view_as(y)
 
 
 def _listed(idx: Tensor, count: Tensor | None, n: int) -> Tensor:
@@ -337,14 +320,9 @@ def neuron_mlp(
 def cats_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, wt_down: Tensor, t: Tensor, act: str) -> Tensor:
     """As the reference's. Three launches."""
     if fast_path(x, w_gate, w_up, wt_down):
-        f, k = w_up.shape
         flat = x.reshape(-1).contiguous()
-        a = rows(flat, w_gate, y=torch.empty(f, dtype=w_gate.dtype, device=x.device), act=act, t=t)
-        h = torch.empty_like(a)
-        br, bk, warps = 1, _block_k(k, 2048), 4
-        up_where_kernel[(cdiv(f, br),)](
-            flat, w_up, a, h, f, k, EVEN_K=k % bk == 0, DT=DTYPES[w_up.dtype], BR=br, BK=bk, num_warps=warps
-        )
+        a = rows(flat, w_gate, y=torch.empty(len(w_up), dtype=w_gate.dtype, device=x.device), act=act, t=t)
+        h = rows_where(flat, w_up, a, y=torch.empty_like(a), widest=2048)
         y = x.new_empty(*x.shape[:-1], wt_down.shape[1])
         column(h, wt_down, 0.0, y=y.view(-1), expected_sparsity=1.0)
         return y
