@@ -1,10 +1,10 @@
 """Combined: thresholds of all projections learnt together under one byte budget, with constants for what they drop.
 
 Our own. What it joins: static magnitude thresholds (TEAL), a budget that goes where it hurts least, here by gradients
-and down to single channels, and SPON's constants. Norms of columns are not needed: a threshold of its own says as much
-about a channel. Left out after trials: a gain for every input and a narrower step brought nothing. A low-rank update of
-the weights, merged, brought a hundredth of the perplexity, but they would no longer be the dense model's, nor quantised
-weights be what is stored.
+and down to single channels, SPON's constants and, where asked for, neurons that a copy in few bits chooses (Prox).
+Norms of columns are not needed: a threshold of its own says as much about a channel. Left out after trials: a gain for
+every input and a narrower step brought nothing. A low-rank update of the weights, merged, brought a hundredth of the
+perplexity, but they would no longer be the dense model's, nor quantised weights be what is stored.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, UnsupportedError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
-from harness.model.sees import Sees
-from harness.model.selection import PROJECTIONS, Thresholds
+from harness.model.sees import INPUT, Sees
+from harness.model.selection import PROJECTIONS, Mask, SiteSelection, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
 from methods.distillation import distil
+from methods.prox import WEIGHT_BITS, Copy, Prox
 from methods.spon import added, biased
 from methods.topk import channels
 
-Key = tuple[str, int]  # projection, layer
+Key = tuple[str, int]  # projection or "neurons", layer
 WIDTH = 0.3  # of the logistic step that stands in for a threshold's jump in the backward pass, in units of log|x|
 BETAS = (0.9, 0.98)  # AdamW's: gradients shrink to a tenth over the training, which a longer memory holds against rates
 WARM_UP = 20  # steps, and at most a quarter of all
@@ -46,12 +47,18 @@ class Combined(Method):
     so that the share of block weights dropped on calibration text is `sparsity`. All weights are frozen. At serving
     time it reads what thresholds and biases read, and runs through the column kernels.
 
+    With `bits` the MLP has no thresholds on its inputs: neuron i runs, whole and exactly, where what Prox's copy of
+    gate and up gives for |u_i * act(g_i)| exceeds t_i, a threshold of its own that is trained like the others. What is
+    read of the copy is made up for, so that `sparsity` holds with it.
+
+    bits: of that copy, of whose inputs half are read; 0: none, and thresholds on the inputs of all seven projections.
     steps: of training, each on `batch` calibration windows, which are drawn in shuffled passes over the text.
     level_rate, offset_rate, constant_rate: learning rates of AdamW, rising over the first steps and falling to zero by
         a cosine; what has a rate of 0 stays. The defaults are for some dozen steps; over hundreds channels find their
         levels themselves, and a level_rate of 0 is better.
     """
 
+    bits: int = 0
     steps: int = 64
     batch: int = 1
     level_rate: float = 0.03
@@ -64,10 +71,12 @@ class Combined(Method):
     needs: ClassVar[str] = "calibration"
     compensated: ClassVar[bool] = True
     fit_fields: ClassVar[tuple[str, ...]] = (
-        "sparsity", "steps", "batch", "level_rate", "offset_rate", "constant_rate"
+        "sparsity", "bits", "steps", "batch", "level_rate", "offset_rate", "constant_rate"
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not (self.bits == 0 or 2 <= self.bits <= WEIGHT_BITS):
+            raise ConfigError(f"method.combined.bits must be 0 or from 2 to {WEIGHT_BITS}, not {self.bits!r}")
         for field, least in (("steps", 0), ("batch", 1)):
             if not isinstance(value := getattr(self, field), int) or value < least:
                 raise ConfigError(f"method.combined.{field} must be a whole number of at least {least}, not {value!r}")
@@ -81,9 +90,22 @@ class Combined(Method):
         return self.steps > 0
 
     @property
+    def copying(self) -> Prox | None:
+        """What makes the copy, and counts it; None without."""
+        return Prox(self.sparsity, bits=self.bits) if self.bits else None
+
+    @property
+    def names_neurons(self) -> bool:
+        """It copies their weights, if any."""
+        return self.bits > 0
+
+    @property
     def sites(self) -> Mapping[str, Sees]:
-        """Input channels of all seven projections."""
-        return channels(self.sparsity)
+        """Input channels of all seven projections; neurons in the place of the MLP's."""
+        found = channels(self.sparsity)
+        if self.bits and found:
+            return {"attn_in": INPUT, "attn_out": INPUT, "neurons": INPUT}
+        return found
 
     def unsupported(self, view: View) -> str | None:
         """Every threshold is trained where the first block lies."""
@@ -95,10 +117,25 @@ class Combined(Method):
         """By projection float32: `cut.P` thresholds [layers, channels], `P` constants [layers, outputs], of the layers
         that have it.
 
-        And `kl` [steps], the loss before each step in nats a token, and `read` [steps], the share of weights read.
+        With a copy, of the MLP: `cut.neurons` [layers, neurons] on what it gives, `copy` [layers] on its inputs, and
+        constants of down alone. And `kl` [steps], the loss before each step in nats a token, and `read` [steps], the
+        share of weights read, without the copy's.
         """
-        thresholds = Cuts(view, calibration, self.sparsity)
-        constants = {(p, n): torch.zeros(m.out_features, device=view.device) for p, n, m in projections(view)}
+        state, copies, budget = {}, None, self.sparsity
+        if self.copying is not None:
+            seen = self.copying.fit(view, calibration)
+            state, copies = {"copy": seen["cut"]}, self.copying.copies(view, seen["cut"])
+            budget += sum(self.copying.overhead_weights(view, seen).values()) / (view.block_weights * view.n_layers)
+            if budget >= 1:
+                raise UnsupportedError(
+                    f"combined can't skip {self.sparsity:g} beside what its copy reads: {budget:.2f} in all"
+                )
+        thresholds = Cuts(view, calibration, budget, copies)
+        constants = {
+            (p, n): torch.zeros(m.out_features, device=view.device)
+            for p, n, m in projections(view)
+            if copies is None or p not in ("gate", "up")
+        }
         groups = [
             {"params": list(parameters.values()), "lr": rate, "betas": BETAS}
             for parameters, rate in (
@@ -112,32 +149,52 @@ class Combined(Method):
         with added(view, constants), thresholds.installed():
             kl = distil(view, batches, groups, thresholds.settle, warm_up) if batches else []
             thresholds.meet(calibration.batches[:2])
-        state = {"kl": torch.tensor(kl), "read": torch.tensor(thresholds.read[: len(kl)])}
-        for p in view.projection_names():
-            layers = [n for n in range(view.n_layers) if (p, n) in constants]
-            state[f"cut.{p}"] = torch.stack([thresholds.log_cut(p, n).exp().cpu() for n in layers])
-            state[p] = torch.stack([constants[p, n].cpu() for n in layers])
+        state |= {"kl": torch.tensor(kl), "read": torch.tensor(thresholds.read[: len(kl)])}
+        for name in sorted({name for name, _ in thresholds.gates}):
+            state[f"cut.{name}"] = torch.stack(
+                [thresholds.log_cut(*key).exp().cpu() for key in thresholds.gates if key[0] == name]
+            )
+        for name in sorted({name for name, _ in constants}):
+            state[name] = torch.stack([constant.cpu() for key, constant in constants.items() if key[0] == name])
         return state
 
-    def plan(self, view: View, state: State) -> dict[tuple[str, int], dict[str, Thresholds]]:
-        """Thresholds [channels] by (site, layer), for each projection, in the model's dtype."""
-        cuts = {p: state[f"cut.{p}"].to(view.device, view.dtype) for p in view.projection_names()}
-        return {
+    def plan(self, view: View, state: State) -> dict[tuple[str, int], Any]:
+        """By (site, layer): thresholds [channels] for each projection, in the model's dtype; of neurons the copy and
+        theirs.
+        """
+        cuts = {key[4:]: cut.to(view.device, view.dtype) for key, cut in state.items() if key.startswith("cut.")}
+        plan: dict[tuple[str, int], Any] = {
             (site, layer): {p: Thresholds(cuts[p][layer]) for p in names if layer < len(cuts.get(p, ()))}
             for site, names in PROJECTIONS.items()
+            if site in self.sites
             for layer in range(view.n_layers)
         }
+        if self.copying is not None:
+            copies = self.copying.copies(view, state["copy"])
+            plan |= {("neurons", n): (copy, cuts["neurons"][n]) for n, copy in enumerate(copies)}
+        return plan
 
-    def select(self, plan: dict, site: str, layer: int, x: Tensor, step: Step) -> dict[str, Thresholds]:
-        """Static thresholds. x: [batch, tokens, channels]."""
-        return plan[site, layer]
+    def select(self, plan: dict, site: str, layer: int, x: Tensor, step: Step) -> SiteSelection:
+        """Static thresholds, on x or on what the copy makes of it. x: [batch, tokens, channels]."""
+        if site != "neurons":
+            return plan[site, layer]
+        copy, cut = plan[site, layer]
+        return Mask(~(copy.score(x) <= cut))
+
+    def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
+        """What is read of the copy, in weights of 16 bits."""
+        return {} if self.copying is None else self.copying.overhead_weights(view, {})
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[None]:
         """The constants as biases where every token is sparse; else added to the sparse tokens alone."""
         if self.sparsity == 0:
             return nullcontext()
-        names = view.projection_names()
-        constants = {(p, layer): c for p in names for layer, c in enumerate(state[p].to(view.device, view.dtype))}
+        constants = {
+            (p, layer): c
+            for p in view.projection_names()
+            if p in state
+            for layer, c in enumerate(state[p].to(view.device, view.dtype))
+        }
         return biased(view, constants) if view.tracker.policy == Policy() else added(view, constants)
 
 
@@ -159,43 +216,99 @@ def drawn(calibration: Calibration, steps: int, batch: int) -> list[Tensor]:
     return [windows[order[i * batch : (i + 1) * batch].to(windows.device)] for i in range(steps)]
 
 
+class Gate(NamedTuple):
+    """Where a threshold acts: the inputs of a module, each of which reads so many weights."""
+
+    module: nn.Linear
+    weights: int  # that one kept entry reads
+    copy: Copy | None  # that scores the entries; None: their magnitude does
+
+
+def gates(view: View, copies: list[Copy] | None) -> dict[Key, Gate]:
+    """All places of thresholds: projections, those of the MLP as one, in neurons, where there are copies."""
+    found = {(name, n): Gate(m, m.out_features, None) for name, n, m in projections(view)}
+    for n, copy in enumerate(copies or ()):
+        parts = [found.pop((p, n)).module for p in ("gate", "up", "down") if (p, n) in found]
+        weights = sum(m.weight.numel() for m in parts) // view.blocks[n].down.in_features
+        found["neurons", n] = Gate(view.blocks[n].down, weights, copy)
+    return found
+
+
 class Cuts:
     """Thresholds in training, and the price of reading that keeps them at a budget.
 
-    levels [1] and offsets [channels], float32 by (projection, layer): their sum is log t. read: the share of weights
-    read in each forward pass of the sparse model.
+    levels [1] and offsets [channels], float32 by (projection or "neurons", layer): their sum is log t. read: the share
+    of weights read in each forward pass of the sparse model.
     """
 
-    def __init__(self, view: View, calibration: Calibration, sparsity: float) -> None:
+    def __init__(self, view: View, calibration: Calibration, sparsity: float, copies: list[Copy] | None = None) -> None:
         self.view, self.sparsity = view, sparsity
-        self.modules = {(name, layer): module for name, layer, module in projections(view)}
-        self.total = sum(module.weight.numel() for module in self.modules.values())
-        quantiles = {site: Quantiles(view.n_layers) for site in PROJECTIONS}
-        calibration.visit({site: quantiles[site].see for site in PROJECTIONS})
-        grids = {p: quantiles[site].grid() for site, names in PROJECTIONS.items() for p in names}
+        self.gates = gates(view, copies)
+        self.total = sum(module.weight.numel() for _, _, module in projections(view))
+        grids = self._grids(calibration, copies)
         self.levels: dict[Key, Tensor] = {}
         self.offsets: dict[Key, Tensor] = {}
-        for (name, layer), module in self.modules.items():
+        for (name, layer), gate in self.gates.items():
             cut = max(Quantiles.at(grids[name][layer], sparsity), LEAST)
             self.levels[name, layer] = torch.tensor([cut], device=view.device).log()
-            self.offsets[name, layer] = torch.zeros(module.in_features, device=view.device)
+            self.offsets[name, layer] = torch.zeros(gate.module.in_features, device=view.device)
         self.price, self._integral = 0.0, 1.0  # nats a token for all reads; the same in units of the loss
         self.read: list[float] = []
+        self._scores: dict[int, Tensor] = {}  # by layer, what the copy gave in this pass
         self._kept: list[Tensor] = []
         self._slopes: dict[Key, Tensor] = {}
 
+    def _grids(self, calibration: Calibration, copies: list[Copy] | None) -> dict[str, Tensor]:
+        sites = [site for site in PROJECTIONS if copies is None or site.startswith("attn")]
+        quantiles = {site: Quantiles(self.view.n_layers) for site in sites}
+        calibration.visit({site: quantiles[site].see for site in sites})
+        grids = {p: quantiles[site].grid() for site in sites for p in PROJECTIONS[site]}
+        if copies is not None:
+            scores = Quantiles(self.view.n_layers)
+            calibration.visit({"mlp_in": lambda layer, x: scores.see(layer, copies[layer].score(x))})
+            grids["neurons"] = scores.grid()
+        return grids
+
     def log_cut(self, name: str, layer: int) -> Tensor:
-        """log t of a projection, [channels]."""
+        """log t, [channels]."""
         return self.levels[name, layer] + self.offsets[name, layer]
+
+    def distance(self, key: Key, x: Tensor) -> Tensor:
+        """How far the entries of x [..., channels] lie above their thresholds, in logarithms, float32."""
+        scores = x if self.gates[key].copy is None else self._scores[key[1]]
+        return distance(scores, self.log_cut(*key)).view(x.shape)
+
+    @contextmanager
+    def seeing(self) -> Iterator[None]:
+        """Let the copies score what the MLPs are given, on passes whose tokens are all sparse."""
+
+        def hook_of(layer: int, copy: Copy):  # noqa: ANN202 (a torch hook)
+            def hook(_m: nn.Module, args: tuple) -> None:
+                if self._sparse():
+                    with torch.no_grad():
+                        self._scores[layer] = copy.score(args[0].detach())
+
+            return hook
+
+        with ExitStack() as stack:
+            for (_, layer), gate in self.gates.items():
+                if gate.copy is not None:
+                    block = self.view.blocks[layer]
+                    first = block.up if block.gate is None else block.gate
+                    stack.callback(first.register_forward_pre_hook(hook_of(layer, gate.copy)).remove)
+            yield
+
+    def _sparse(self) -> bool:
+        step = self.view.tracker.step
+        return step is None or step.sparse is None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Every projection sees its input cut, on passes whose tokens are all sparse, until the context ends."""
+        """What is below its threshold is cut, on passes whose tokens are all sparse, until the context ends."""
 
         def hook_of(key: Key):  # noqa: ANN202 (a torch hook)
             def hook(_m: nn.Module, args: tuple) -> tuple | None:
-                step = self.view.tracker.step
-                if step is not None and step.sparse is not None:
+                if not self._sparse():
                     return None
                 x = Cut.apply(args[0], self.log_cut(*key), self, key)
                 return (x, *args[1:])
@@ -203,20 +316,21 @@ class Cuts:
             return hook
 
         with ExitStack() as stack:
-            for key, module in self.modules.items():
-                stack.callback(module.register_forward_pre_hook(hook_of(key)).remove)
+            stack.enter_context(self.seeing())
+            for key, gate in self.gates.items():
+                stack.callback(gate.module.register_forward_pre_hook(hook_of(key)).remove)
             yield
 
     def share(self, key: Key) -> float:
-        """Of all weights, those that one kept input of a projection reads."""
-        return self.modules[key].out_features / self.total
+        """Of all weights, those that one kept entry reads."""
+        return self.gates[key].weights / self.total
 
     def saw(self, key: Key, kept: Tensor) -> None:
-        """Note what a projection's kept inputs read. kept: bool [..., channels]."""
+        """Note what the kept entries read. kept: bool [..., channels]."""
         self._kept.append(kept.sum() * self.share(key))
 
     def sloped(self, key: Key, slope: Tensor) -> None:
-        """Note by how much fewer inputs are kept as log t rises, summed over tokens, float32 [channels]."""
+        """Note by how much fewer entries are kept as log t rises, summed over tokens, float32 [channels]."""
         self._slopes[key] = self._slopes[key] + slope if key in self._slopes else slope
 
     def settle(self, loss: float, tokens: int) -> None:
@@ -259,12 +373,12 @@ class Histogram:
 
     @contextmanager
     def over(self, cuts: Cuts) -> Iterator[None]:
-        """Count what every projection of `cuts` sees (before it is cut) until the context ends."""
+        """Count what every threshold of `cuts` sees (before it cuts) until the context ends."""
 
         def hook_of(key: Key, weight: float):  # noqa: ANN202 (a torch hook)
             def hook(_m: nn.Module, args: tuple) -> None:
                 # Counted where it lies: of a billion weights these are gigabytes a layer.
-                z = distance(args[0], cuts.log_cut(*key)).flatten()
+                z = cuts.distance(key, args[0]).flatten()
                 places = ((z + self.reach) / (2 * self.reach) * len(self.counts)).long()
                 counted = torch.bincount(places.clamp(0, len(self.counts) - 1), minlength=len(self.counts))
                 self.counts += counted.cpu() * (weight / z.numel())
@@ -272,8 +386,9 @@ class Histogram:
             return hook
 
         with ExitStack() as stack:
-            for key, module in cuts.modules.items():
-                hook = module.register_forward_pre_hook(hook_of(key, module.weight.numel()), prepend=True)
+            for key, gate in cuts.gates.items():
+                weights = gate.weights * gate.module.in_features
+                hook = gate.module.register_forward_pre_hook(hook_of(key, weights), prepend=True)
                 stack.callback(hook.remove)
             yield
 
@@ -290,11 +405,11 @@ def distance(x: Tensor, log_cut: Tensor) -> Tensor:
 
 
 class Cut(torch.autograd.Function):
-    """x where |x| > t, else 0; for t the slope of a logistic step of WIDTH in log|x| stands in for the jump's."""
+    """x where |x| (or its score) exceeds t, else 0; t has a logistic slope of WIDTH in log|x|, not a jump's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_cut: Tensor, cuts: Cuts, key: Key) -> Tensor:  # noqa: D102
-        z = distance(x, log_cut)
+        z = cuts.distance(key, x)
         kept = z > 0
         cuts.saw(key, kept)
         ctx.save_for_backward(x, z.to(x.dtype))

@@ -65,16 +65,17 @@ class Prox(Method):
             inputs = Quantiles(view.n_layers)
             calibration.visit({"mlp_in": inputs.see})
             cut = torch.tensor([Quantiles.at(grid, self.input_sparsity) for grid in inputs.grid()])
-        scores, copies = Quantiles(view.n_layers), self._copies(view, cut)
+        scores, copies = Quantiles(view.n_layers), self.copies(view, cut)
         calibration.visit({"mlp_in": lambda layer, x: scores.see(layer, copies[layer].score(x))})
         return {"cut": cut, "scores": scores.grid()}
 
     def plan(self, view: View, state: State) -> list[tuple[Copy, float]]:
         """For every layer the copy, and the threshold on its scores."""
         levels = [Quantiles.at(grid, self.sparsity) for grid in state["scores"]]
-        return list(zip(self._copies(view, state["cut"]), levels, strict=True))
+        return list(zip(self.copies(view, state["cut"]), levels, strict=True))
 
-    def _copies(self, view: View, cut: Tensor) -> list[Copy]:
+    def copies(self, view: View, cut: Tensor) -> list[Copy]:
+        """By layer. cut: float32 [layers], on |x|."""
         return [
             Copy(
                 None if block.gate is None else copied(block.gate.weight.to(view.device), self.bits),

@@ -111,7 +111,8 @@ def added(view: View, constants: Constants) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
-                stack.callback(module.register_forward_hook(hook_of(constants[name, layer])).remove)
+                if (name, layer) in constants:
+                    stack.callback(module.register_forward_hook(hook_of(constants[name, layer])).remove)
         yield
 
 

@@ -181,6 +181,7 @@ CASES: dict[str, Case] = {
     "chess_mlp": Case(lambda s: Chess(s, attention=False), site="neurons", tolerance=0.05, families=GATED),
     "meangate": Case(lambda s: MeanGate(s, rank=8), site=None, families=GATED),
     "combined": Case(lambda s: Combined(s, steps=4), tolerance=0.04),
+    "combined_copy": Case(lambda s: Combined(s, bits=4, steps=4), tolerance=0.06),
     "spon": Case(lambda s: RandomConstants(s), site=None),
     "sirius": Case(lambda s: CorrectedTeal(s), site=None, families=GATED),
 }

@@ -16,7 +16,7 @@ from harness.model.step import Policy
 from harness.run.config import check
 from harness.run.overrides import composed
 from methods import distillation
-from methods.combined import WIDTH, Combined, Cut, Cuts, drawn
+from methods.combined import WIDTH, Combined, Cut, Cuts, distance, drawn
 from tests import tiny
 
 
@@ -78,6 +78,9 @@ def test_the_slope_that_stands_in_for_a_thresholds_jump():
     class Noted:
         kept, slope = None, None
 
+        def distance(self, key, x):
+            return distance(x, log_cut)
+
         def saw(self, key, kept):
             self.kept = kept
 
@@ -102,8 +105,8 @@ def test_the_price_rises_while_too_much_is_read_and_falls_to_nothing():
     cuts = Cuts(view, tiny.calibration(view), 0.5)
     prices = []
     for read in (0.6, 0.6, 0.3):
-        for key, module in cuts.modules.items():
-            cuts.saw(key, torch.full((2, module.in_features), read))  # of each of two tokens
+        for key, gate in cuts.gates.items():
+            cuts.saw(key, torch.full((2, gate.module.in_features), read))  # of each of two tokens
         cuts.settle(loss=0.1, tokens=2)
         prices.append(cuts.price)
     assert prices[0] < prices[1] and prices[2] == 0
@@ -114,8 +117,8 @@ def test_a_price_pulls_at_a_channel_by_what_it_reads_and_at_a_level_by_all_of_th
     view = tiny.view("llama")
     cuts = Cuts(view, tiny.calibration(view), 0.5)
     key = ("down", 1)
-    for k, module in cuts.modules.items():
-        cuts.saw(k, torch.ones(4, module.in_features))
+    for k, gate in cuts.gates.items():
+        cuts.saw(k, torch.ones(4, gate.module.in_features))
     slope = torch.rand(view.d_ff)
     cuts.sloped(key, slope)
     cuts.sloped(key, slope)  # the other part of the batch
