@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached
 from harness.execution.kernel import kernel_execution
 from harness.model import logits
@@ -195,3 +195,66 @@ def test_it_runs_through_the_column_kernels():
 def test_bad_options_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check(composed(["method=combined", *overrides]))
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.6])
+def test_with_a_copy_the_share_holds_beside_what_the_copy_reads(sparsity):
+    """Counted here: neurons that ran, channels that were read, and the copy on top."""
+    view = tiny.view("llama")
+    method = Combined(sparsity, bits=4, steps=20)
+    state = method.fit(view, tiny.calibration(view))
+    ids = tiny.calibration(view).batches[0]
+    read = 0.0
+
+    def count(weights: int):  # noqa: ANN202 (a torch hook)
+        def hook(_m, args):
+            nonlocal read
+            read += weights * (args[0] != 0).float().mean().item()
+
+        return hook
+
+    with attached(view, [(method, state)], Policy()), torch.no_grad():
+        hooks = []
+        for block in view.blocks:
+            neurons = block.gate.weight.numel() + block.up.weight.numel() + block.down.weight.numel()
+            hooks.append(block.down.register_forward_pre_hook(count(neurons)))
+            hooks += [
+                module.register_forward_pre_hook(count(module.weight.numel()))
+                for name, module in block.projections()
+                if name in ("q", "k", "v", "o")
+            ]
+        view.model(ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    total = view.block_weights * view.n_layers
+    copy = sum(method.overhead_weights(view, state).values()) / total
+    assert 0.05 < copy < 0.2
+    assert 1 - read / total - copy == pytest.approx(sparsity, abs=0.01)
+    assert {"gate", "up"}.isdisjoint(state) and state["cut.neurons"].shape == (view.n_layers, view.d_ff)
+    assert state["kl"][-5:].mean() < state["kl"][:5].mean()
+
+
+def test_a_copy_chooses_neurons_that_then_run_exactly():
+    view = tiny.view("llama")
+    method = Combined(0.5, bits=16, steps=0)
+    state = method.fit(view, tiny.calibration(view))
+    plan = method.plan(view, state)
+    x = torch.randn(1, 3, view.d_model)
+    block, cut = view.blocks[1], state["cut.neurons"][1]
+    seen = torch.where(x.abs() > state["copy"][1], x, 0)
+    product = block.act(block.gate(seen)) * block.up(seen)
+    kept = method.select(plan, "neurons", 1, x, None).keep
+    assert torch.equal(kept, product.abs() > cut) and 0 < kept.sum() < kept.numel()
+    assert set(method.sites) == {"attn_in", "attn_out", "neurons"} and method.names_neurons
+
+
+def test_a_copy_that_leaves_nothing_to_skip_is_refused():
+    view = tiny.view("llama")
+    with pytest.raises(UnsupportedError, match="beside what its copy reads"):
+        Combined(0.97, bits=8, steps=0).fit(view, tiny.calibration(view))
+
+
+@pytest.mark.parametrize("bits", [1, 17, 4.0])
+def test_a_copy_has_some_bits(bits):
+    with pytest.raises(ConfigError, match="bits"):
+        Combined(0.5, bits=bits)
