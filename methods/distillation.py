@@ -20,6 +20,7 @@ from harness.model.view import View
 from harness.progress import track
 
 HELD = 4 << 30  # bytes of activations, about, that a backward pass may need at once
+OF_A_CARD = 4  # a quarter of it: there a part costs its launches, which are the same for one window and for eight
 
 
 def distil(
@@ -60,14 +61,17 @@ def distil(
 
 
 def parts(view: View, batch: Tensor) -> Sequence[Tensor]:
-    """The windows of a batch [windows, length] in as few parts as `HELD` allows, one window at the least.
+    """The windows of a batch [windows, length] in as few parts as there may be held, one window at the least.
 
     Of a projection's input three tensors are taken to be kept for the backward pass, of its output one.
     """
     projections = [module for _, module in view.blocks[0].projections()]
     kept = sum(3 * module.in_features + module.out_features for module in projections)
     window = kept * view.n_layers * view.dtype.itemsize * batch.shape[1]
-    return batch.chunk(-(-len(batch) // max(1, HELD // window)))
+    held = HELD
+    if view.device.type == "cuda":
+        held = max(held, torch.cuda.get_device_properties(view.device).total_memory // OF_A_CARD)
+    return batch.chunk(-(-len(batch) // max(1, held // window)))
 
 
 def add_gradients(view: View, windows: Tensor, tokens: int) -> float:
