@@ -6,12 +6,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from harness.errors import UnsupportedError
 from harness.execution.attach import attached
+from harness.execution.changes import Moved, Turned, changed
 from harness.execution.check import KernelMismatchError
 from harness.execution.fused_check import check_fused
 from harness.execution.fused_cpu import fused_decode, packed_weights, panel_of, unfit_methods
 from harness.model.families import view_of
 from harness.model.step import Policy
+from methods.rsparse import RSparse
+from methods.scap import Scap
 from methods.teal import Teal
+from methods.topk import best
 from tests import tiny
 from tests.matrix import CASES
 
@@ -26,11 +30,6 @@ REFUSED = {  # by (part of) the sentence
     "polar": "holes in the cache",
     "polar_norm": "only masked execution",
     "skip_softmax": "holes in the cache",
-    "wina_transform": "hooks of its own",
-    "larosa": "hooks of its own",
-    "rsparse": "hooks of its own",
-    "scap": "hooks of its own",
-    "scap_median": "hooks of its own",
     "sirius": "corrections rewrite the KV cache",
     "statistical_topk": "no kernel for the activation",
     "statistical_topk_shift": "no kernel for the activation",
@@ -70,6 +69,54 @@ def test_bf16_and_low_bits(name: str, bits: int | None) -> None:
     view.model.bfloat16()
     packed = None if bits is None else packed_weights(view, bits, methods)
     assert check_fused(view, methods, policy, tiny.tokens(1, 24), packed).part < 1e-2
+
+
+CHANGED = ["rsparse", "larosa", "wina_transform", "scap", "scap_median"]  # their rewrites change modules by hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rewrites_declare_runs_in_the_step(name: str, dtype: torch.dtype) -> None:
+    view, methods, policy = fitted(name)
+    view.model.to(dtype)
+    before = steps(view)
+    found = check_fused(view, methods, policy, tiny.tokens(1, 24), steps=8)
+    assert found.part < (2e-6 if dtype == torch.float32 else 1e-2)
+    assert found.logits < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert torch.equal(steps(view), before), "the module is as it was"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_centre_goes_with_low_bits_and_weights_of_its_own_do_not(bits: int) -> None:
+    view, methods, policy = fitted("scap_median")
+    assert check_fused(view, methods, policy, tiny.tokens(1, 24), packed_weights(view, bits, methods)).part < 4e-3
+    for name in ("rsparse", "larosa"):
+        view, methods, policy = fitted(name)
+        with pytest.raises(UnsupportedError, match="packed ones are the model's"):
+            check_fused(view, methods, policy, tiny.tokens(1, 24), packed_weights(view, bits, methods))
+
+
+def test_changes_that_the_step_can_not_make_are_refused() -> None:
+    class Chosen(Scap):
+        def select(self, plan, site, layer, x, step):
+            return best(x.abs(), 0.5)
+
+    view, methods, policy = fitted("scap")
+    state = methods[0][1]
+    for nest, sentence in (
+        ([(Chosen(0.5), state)], "fixed thresholds only"),
+        ([*methods, *fitted("dejavu_heads")[1]], "no neurons or heads"),
+        ([(RSparse(0.5, remainder=0.1), fitted("rsparse")[1][0][1]), *methods], "one site"),
+    ):
+        with pytest.raises(UnsupportedError, match=sentence), fused_decode(view, nest, policy):
+            pass
+    with changed(view.blocks[0].up, Moved(0.1)), changed(view.blocks[0].up, Moved(0.2)):
+        with pytest.raises(UnsupportedError, match="hooks of its own"), fused_decode(view):
+            pass
+    with changed(view.blocks[0].up, Turned(torch.eye(view.d_ff))):  # of a norm it would be one
+        with pytest.raises(UnsupportedError, match="hooks of its own"), fused_decode(view):
+            pass
 
 
 @pytest.mark.parametrize("bits", [None, 4])

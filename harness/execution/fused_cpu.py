@@ -2,7 +2,8 @@
 
 The Hugging Face module stays the definition: prompts, batches and whatever the step does not know take its own path,
 masked. Where thresholds decide, a step is one call; where a method decides anew for each token, the step stops before
-the stage that the decision is about and asks it. With `packed` weights the module holds what they stand for meanwhile,
+the stage that the decision is about and asks it. What a rewrite declares to change at a module (changes.py) runs in C++
+too. With `packed` weights the module holds what they stand for meanwhile,
 so that it is the definition of the low-bit step too.
 """
 
@@ -19,6 +20,7 @@ from transformers import StaticCache
 
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
+from harness.execution.changes import Change, LowRank, Moved, Turned, change_of
 from harness.execution.fused_step import ACTIVATIONS, FAMILIES, slides
 from harness.execution.kernel import has_kernels, indices
 from harness.execution.layouts import replaced, transposed
@@ -159,12 +161,15 @@ def fused_decode(
         stack.enter_context(view.tracker.tracking(policy or Policy()))
         if packed is not None:
             stack.enter_context(dequantised(view, packed, methods))
+        own = _weights_at(view)
         for method, state in methods:
             stack.enter_context(method.rewrite(view, state))
-        reason = unfit(view) or hooked(view)  # a rewrite may have changed the model
+        reason = unfit(view) or hooked(view, declared=True) or unfit_changes(view, methods)  # in what rewrites made
+        if reason is None and packed is not None and own != _weights_at(view):
+            reason = "the method has weights of its own, and the packed ones are the model's"
         if reason is not None:
             raise UnsupportedError(reason)
-        columns = by_columns(methods)
+        columns, changes = by_columns(methods), _changes(view)
         if packed is None:
             for block in view.blocks:
                 for name, module in block.projections():
@@ -175,20 +180,52 @@ def fused_decode(
             for method, state in methods
             if method.sites
         ]
-        step = FusedStep(view, installations, columns, packed, by_rows(methods))
+        step = FusedStep(view, installations, columns, packed, by_rows(methods), changes)
         stack.enter_context(replaced(view.model, step.forward_of(view.model.forward)))
         yield step
 
 
-def hooked(view: View) -> str | None:
-    """Why a model that methods have rewritten is not all in its parameters, or None."""
+def hooked(view: View, declared: bool = False) -> str | None:
+    """Why a model that methods have rewritten is not all in its parameters, or None.
+
+    declared: what says what it changes, where the fused CPU step can do that, is no reason.
+    """
     relu_on_up = view.activation in GATED and GATED[view.activation].relu_on_up
-    for block in view.blocks:
+    for layer, block in enumerate(view.blocks):
+        known: dict[nn.Module, tuple[type, ...]] = {}
+        if declared:
+            known |= dict.fromkeys(view.norms[layer], (Turned,))
+            known |= {module: (Moved, LowRank) for _, module in block.projections()}
         for module in block.layer.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                if not (module is block.up and relu_on_up):
-                    return "the method puts hooks of its own into the blocks, which the fused step does not run"
+            hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+            if not hooks or (module is block.up and relu_on_up and hooks == 1):
+                continue
+            if not isinstance(change_of(module), known.get(module, ())):
+                return "the method puts hooks of its own into the blocks, which the fused step does not run"
     return None
+
+
+def _changes(view: View) -> dict[tuple[int, str], Change]:
+    """What rewrites declare to change, by (layer, projection, or site before which a norm is)."""
+    places = {
+        (layer, name): module
+        for layer, block in enumerate(view.blocks)
+        for name, module in [*zip(("attn_in", "mlp_in"), view.norms[layer], strict=True), *block.projections()]
+    }
+    return {at: change for at, module in places.items() if (change := change_of(module)) is not None}
+
+
+def unfit_changes(view: View, methods: Fitted) -> str | None:
+    """Why what rewrites declare to change at projections does not go with where methods decide, or None."""
+    if all(isinstance(change, Turned) for change in _changes(view).values()):
+        return None
+    if any(site in ("neurons", "heads") for method, _ in methods for site in method.sites):
+        return "the fused CPU step changes what projections read or give only where no neurons or heads are dropped"
+    return None
+
+
+def _weights_at(view: View) -> list[int]:
+    return [module.weight.data_ptr() for block in view.blocks for _, module in block.projections()]
 
 
 @dataclass
@@ -209,8 +246,10 @@ class FusedStep:
         columns: frozenset[str],
         packed: PackedWeights | None,
         rows: frozenset[str],
+        changes: Mapping[tuple[int, str], Change],
     ) -> None:
-        self.view = view
+        """changes: as rewrites declare them, by (layer, projection, or site before which a norm is)."""
+        self.view, self.changes = view, changes
         block = view.blocks[0]
         act = ACTIVATIONS.get(view.activation, "relu")  # fatrelu and drelu are ReLUs
         self.step = Step(
@@ -240,6 +279,7 @@ class FusedStep:
                     step.weight(layer, name, module.weight.t(), True, bias)
                 else:
                     step.weight(layer, name, module.weight, False, bias)
+        self._change()
         final = view.final_norm
         assert final is not None
         step.final_norm(final.weight, final.variance_epsilon)
@@ -248,6 +288,15 @@ class FusedStep:
             step.packed(-1, "head", packed[-1, "head"], True, head.bias)
         else:
             step.weight(-1, "head", head.weight, False, head.bias)
+
+    def _change(self) -> None:
+        for (layer, name), change in self.changes.items():
+            if isinstance(change, Turned):
+                self.step.turn(layer, name, change.basis)
+            elif isinstance(change, Moved):
+                self.step.centre(layer, name, change.centre)
+            else:
+                self.step.low_rank(layer, name, change.out, change.into)
 
     # --- decisions
 
@@ -258,6 +307,8 @@ class FusedStep:
                 if site in PROJECTIONS:
                     if self._static(installation, site, layer, self.view.channels(PROJECTIONS[site][0])):
                         continue
+                    if any(isinstance(self.changes.get((layer, name)), Moved) for name in PROJECTIONS[site]):
+                        raise UnsupportedError("the fused CPU step selects from moved inputs by fixed thresholds only")
                     yield Stop(at + BEFORE[site], lambda s=site, n=layer: self._channels(installation, s, n))
                     continue
                 if sees == GATE and self._static(installation, site, layer, self.view.d_ff):
