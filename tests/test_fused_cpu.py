@@ -11,11 +11,11 @@ from harness.execution.check import KernelMismatchError
 from harness.execution.fused_check import check_fused
 from harness.execution.fused_cpu import fused_decode, packed_weights, panel_of, unfit_methods
 from harness.model.families import view_of
+from harness.model.selection import Mask, TopK
 from harness.model.step import Policy
 from methods.rsparse import RSparse
 from methods.scap import Scap
 from methods.teal import Teal
-from methods.topk import best
 from tests import tiny
 from tests.matrix import CASES
 
@@ -62,7 +62,9 @@ def test_panels_of_a_head_divide_it_and_are_neither_narrow_nor_padded_much(vocab
     assert panel_of(vocabulary, 4) == panel_of(vocabulary, 8) == panel
 
 
-@pytest.mark.parametrize("name", ["teal", "cats", "dejavu", "dejavu_heads", "griffin", "oracle_token", "drelu"])
+@pytest.mark.parametrize(
+    "name", ["teal", "topk", "wina", "cats", "dejavu", "dejavu_heads", "griffin", "oracle_token", "drelu"]
+)
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_bf16_and_low_bits(name: str, bits: int | None) -> None:
     view, methods, policy = fitted(name)
@@ -94,6 +96,28 @@ def test_what_rewrites_declare_runs_in_the_step(name: str, dtype: torch.dtype) -
     assert torch.equal(steps(view), before), "the module is as it was"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["larosa", "larosa_none", "topk", "dip", "wina", "wina_threshold", "teal", "scap"])
+def test_sizes_and_fixed_weights_are_compared_in_one_call(name: str) -> None:
+    view, methods, policy = fitted(name)
+    with fused_decode(view, methods, policy) as fused:
+        assert not fused.stops
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", [lambda x: x, lambda x: x.abs().clamp(max=10), lambda x: x.float().abs() + 1])
+def test_other_scores_are_asked_for_at_each_token(score) -> None:
+    class Other(Teal):
+        def select(self, plan, site, layer, x, step):
+            return TopK(score(x), x.shape[-1] // 2)
+
+    view, methods, policy = fitted("teal")
+    methods = [(Other(0.5), methods[0][1])]
+    with fused_decode(view, methods, policy) as fused:
+        assert len(fused.stops) == 4 * view.n_layers
+    assert check_fused(view, methods, policy, tiny.tokens(1, 24)).part < 2e-6
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_centre_goes_with_low_bits_and_weights_of_its_own_do_not(bits: int) -> None:
     view, methods, policy = fitted("scap_median")
@@ -107,12 +131,12 @@ def test_a_centre_goes_with_low_bits_and_weights_of_its_own_do_not(bits: int) ->
 def test_changes_that_the_step_can_not_make_are_refused() -> None:
     class Chosen(Scap):
         def select(self, plan, site, layer, x, step):
-            return best(x.abs(), 0.5)
+            return Mask(x.abs() > x.abs().median())
 
     view, methods, policy = fitted("scap")
     state = methods[0][1]
     for nest, sentence in (
-        ([(Chosen(0.5), state)], "fixed thresholds only"),
+        ([(Chosen(0.5), state)], "by their size only"),
         ([*methods, *fitted("dejavu_heads")[1]], "no neurons or heads"),
         ([(RSparse(0.5, remainder=0.1), fitted("rsparse")[1][0][1]), *methods], "one site"),
     ):

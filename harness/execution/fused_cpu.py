@@ -308,7 +308,7 @@ class FusedStep:
                     if self._static(installation, site, layer, self.view.channels(PROJECTIONS[site][0])):
                         continue
                     if any(isinstance(self.changes.get((layer, name)), Moved) for name in PROJECTIONS[site]):
-                        raise UnsupportedError("the fused CPU step selects from moved inputs by fixed thresholds only")
+                        raise UnsupportedError("the fused CPU step selects from moved inputs by their size only")
                     yield Stop(at + BEFORE[site], lambda s=site, n=layer: self._channels(installation, s, n))
                     continue
                 if sees == GATE and self._static(installation, site, layer, self.view.d_ff):
@@ -328,25 +328,32 @@ class FusedStep:
         return self.step.buffer(buffer).view(1, 1, -1).to(self.view.dtype)
 
     def _static(self, installation: Installation, site: str, layer: int, channels: int) -> bool:
-        """Set thresholds that are the same whatever is seen; False where something is decided for each token."""
+        """Set what is the same whatever is seen: thresholds, or how many channels stay, by magnitude and fixed weights.
+
+        False where something else is decided for each token.
+        """
         yes = torch.ones(1, 1, dtype=torch.bool)
         asked = Pass(valid=yes, decode=yes, position=yes.long(), sparse=None, past=1, input_ids=None)
-        answers = [
-            installation.decide(site, layer, x.to(self.view.dtype), asked)
-            for x in (torch.zeros(1, 1, channels), torch.linspace(-1, 1, channels).view(1, 1, -1))
-        ]
+        probes = [x.to(self.view.dtype) for x in _probes(channels)]
+        answers = [installation.decide(site, layer, x, asked) for x in probes]
         names = PROJECTIONS.get(site, ("neurons",))
-        limits: dict[str, Thresholds | None] = {}
+        limits: dict[str, Thresholds | Largest | None] = {}
         for name in names:
-            first, second = (own_selection(answer, name) for answer in answers)
-            if first is None and second is None:
+            own = [own_selection(answer, name) for answer in answers]
+            if all(selection is None for selection in own):
                 limits[name] = None
-            elif isinstance(first, Thresholds) and isinstance(second, Thresholds) and _same(first.t, second.t):
-                limits[name] = first
+            elif (threshold := _threshold(own)) is not None:
+                limits[name] = threshold
+            elif name != "neurons" and (largest := _largest(own, probes)) is not None:
+                limits[name] = largest
             else:
                 return False
         for name, limit in limits.items():
-            if name == "neurons" or getattr(self.view.blocks[layer], name) is not None:
+            if name != "neurons" and getattr(self.view.blocks[layer], name) is None:
+                continue
+            if isinstance(limit, Largest):
+                self.step.top(layer, name, limit.k, limit.worth)
+            else:
                 self.step.limit(layer, name, None if limit is None else limit.t)
         if site == "neurons":
             self.step.limit(layer, "down", 0.0)
@@ -446,6 +453,47 @@ class FusedStep:
 
 def _listed(selection: Selection, x: Tensor) -> Selection:
     return Mask(keep_mask(selection, x)) if isinstance(selection, Thresholds) else selection
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The k channels of largest |x|, or |x| * worth (fp32 [channels])."""
+
+    k: int
+    worth: Tensor | None
+
+
+def _probes(channels: int) -> tuple[Tensor, ...]:
+    """Unlike inputs [1, 1, channels] that what is decided for each token answers differently."""
+    signs = torch.ones(channels).index_fill(0, torch.arange(0, channels, 2), -1.0)
+    wide = torch.logspace(-3, 3, channels) * signs
+    return tuple(x.view(1, 1, -1) for x in (torch.zeros(channels), torch.ones(channels), wide.flip(0)))
+
+
+def _threshold(own: list[Selection | None]) -> Thresholds | None:
+    """The threshold that was answered to all probes, or None."""
+    first = own[0]
+    if isinstance(first, Thresholds) and all(isinstance(o, Thresholds) and _same(o.t, first.t) for o in own):
+        return first
+    return None
+
+
+def _largest(own: list[Selection | None], probes: list[Tensor]) -> Largest | None:
+    """What the answers to `_probes` come to if each is the k largest by |x|, or by |x| times the same; or None."""
+    counted = [selection for selection in own if isinstance(selection, TopK)]
+    k, sizes = (counted[0].k if counted else 0), [x.float().abs() for x in probes]
+    if len(counted) < len(own) or any(o.k != k or o.score.shape != sizes[0].shape for o in counted):
+        return None
+    if not 0 < k < sizes[0].numel():
+        return None
+    scores = [selection.score.float() for selection in counted]
+    if all(map(torch.equal, scores, sizes)):
+        return Largest(k, None)
+    worth = scores[1]  # of ones
+    if all(selection.score.dtype == torch.float32 for selection in counted):
+        if all(torch.equal(score, size * worth) for score, size in zip(scores, sizes, strict=True)):
+            return Largest(k, worth.flatten())
+    return None
 
 
 def _same(a: Tensor | float, b: Tensor | float) -> bool:

@@ -75,6 +75,10 @@ class Step:
         """Keep channel i of a projection where |x_i| > t_i; of "neurons": neuron i where |act(gate)_i| > t_i."""
         self.own.set_limit(layer, name, None if t is None else torch.as_tensor(t, dtype=torch.float32))
 
+    def top(self, layer: int, name: str, k: int, worth: Tensor | None = None) -> None:
+        """Keep the k channels of a projection of largest |x|, or |x| * worth (fp32 [K]); of equal ones the first."""
+        self.own.set_top(layer, name, k, worth)
+
     def index(self, layer: int, name: str, idx: Tensor | None) -> None:
         """Keep the listed channels of a projection, or the listed "neurons" or "heads" of a layer. int [m], unique."""
         self.own.set_index(layer, name, idx)

@@ -2,6 +2,7 @@
 #pragma once
 #include "lowbit.h"
 #include "runtime.h"
+#include "top.h"
 
 namespace dynact {
 
@@ -11,6 +12,8 @@ struct Matrix {
   bool columns = false;               // W^T [K, N]; else W [N, K]
   std::optional<Packed> packed;       // low-bit lines instead of `weight`: channels where columns, else outputs
   int64_t inputs = 0, outputs = 0;
+  int64_t top = 0;      // this many channels, by |x| or by |x| * worth, fp32 [K]; 0: not counted
+  Tensor worth;
   float centre = 0.0f;  // taken off every input before the selection sees it
   Tensor into, out;     // [r, K] and [r, N]: x into^T out, of all of x, joins the output
 
@@ -20,7 +23,7 @@ struct Matrix {
     if (centre != 0.0f) x = moved<T>(x);
     if (columns) {
       std::fill(y, y + outputs, 0.0f);
-      Channels c = channels(x);
+      Channels c = channels<T>(x);
       if (packed)
         add_lines(*packed, c, y);
       else
@@ -40,7 +43,21 @@ struct Matrix {
   }
 
  private:
+  template <typename T>
+  Channels largest(const float* x) const {
+    const float* by = worth.defined() ? data<float>(worth) : nullptr;
+    int32_t* keys = room(scratch().keys, inputs);
+    for (int64_t i = 0; i < inputs; ++i) keys[i] = order_key(by ? std::abs(x[i]) * by[i] : std::abs(x[i]));
+    int32_t* list = room(scratch().idx, inputs);
+    top_places(keys, inputs, top, by || std::is_same_v<T, float>, list);
+    float* val = room(scratch().val, top);
+    for (int64_t j = 0; j < top; ++j) val[j] = x[list[j]];
+    return {list, val, top};
+  }
+
+  template <typename T>
   Channels channels(const float* x) const {
+    if (top) return largest<T>(x);
     if (index.defined()) {
       const int32_t* list = index.const_data_ptr<int32_t>();
       const int64_t m = index.numel();

@@ -47,7 +47,7 @@ const T* data(const Tensor& x) {
 // Buffers that a thread keeps between calls: a fresh allocation costs as much as a small kernel.
 struct Scratch {
   std::vector<float> x, gate, up, val, y, parts, moved, low;
-  std::vector<int32_t> idx;
+  std::vector<int32_t> idx, keys;
 };
 
 inline Scratch& scratch() {

@@ -143,6 +143,14 @@ class Step : public torch::CustomClassHolder {
     if (t) check_threshold(to, name == "neurons" ? neurons_ : matrix(layer, name).inputs, "set_limit");
   }
 
+  // Keep the k channels of largest |x|, or |x| * worth [K]; 0: all.
+  void set_top(int64_t layer, std::string name, int64_t k, const OptTensor& worth) {
+    Matrix& m = matrix(layer, name);
+    TORCH_CHECK_VALUE(0 <= k && k <= m.inputs, "set_top: k must be in 0..", m.inputs, ", got ", k);
+    m.top = k, m.worth = worth ? floats_of(*worth) : Tensor();
+    if (worth) TORCH_CHECK(m.worth.dim() == 1 && m.worth.numel() == m.inputs, "set_top: worth must be [", m.inputs, "]");
+  }
+
   void set_index(int64_t layer, std::string name, const OptTensor& idx) {
     if (name == "neurons" || name == "heads") {
       Layer& l = at(layer);
@@ -433,6 +441,7 @@ TORCH_LIBRARY_FRAGMENT(dynact_cpu, m) {
       .def("set_centre", &Step::set_centre)
       .def("set_low_rank", &Step::set_low_rank)
       .def("set_limit", &Step::set_limit)
+      .def("set_top", &Step::set_top)
       .def("set_index", &Step::set_index)
       .def("set_cut", &Step::set_cut)
       .def("set_rotary", &Step::set_rotary)
