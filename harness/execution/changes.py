@@ -1,6 +1,6 @@
 """Changes that a rewrite makes at a module by hooks which say what they do, so that a kernel can do it in their place.
 
-The hooks are the definition. Those of any other kind a fused step refuses.
+The hooks are the definition. Hooks of any other kind the fused CPU step refuses, and that of a GPU all of them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The fused decode step on a CPU: one token of one sequence runs in C++, on the module's own weights and cache.
 
 The Hugging Face module stays the definition: prompts, batches and whatever the step does not know take its own path,
-masked. Where thresholds decide, a step is one call; where a method decides anew for each token, the step stops before
-the stage that the decision is about and asks it. What a rewrite declares to change at a module (changes.py) runs in C++
-too. With `packed` weights the module holds what they stand for meanwhile,
-so that it is the definition of the low-bit step too.
+masked. Where inputs are kept by their size (thresholds, the k largest), a step is one call; where a method decides by
+anything else, the step stops before the stage that the decision is about and asks it. What a rewrite declares to change
+at a module (changes.py) runs in C++ too. With `packed` weights the module holds what they stand for meanwhile, so that
+it is the definition of the low-bit step too.
 """
 
 from __future__ import annotations
@@ -464,7 +464,7 @@ class Largest:
 
 
 def _probes(channels: int) -> tuple[Tensor, ...]:
-    """Unlike inputs [1, 1, channels] that what is decided for each token answers differently."""
+    """Inputs [1, 1, channels] so unlike that what is decided by each token's own answers them differently."""
     signs = torch.ones(channels).index_fill(0, torch.arange(0, channels, 2), -1.0)
     wide = torch.logspace(-3, 3, channels) * signs
     return tuple(x.view(1, 1, -1) for x in (torch.zeros(channels), torch.ones(channels), wide.flip(0)))
