@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.execution.changes import Turned, changed
 from harness.model.selection import PROJECTIONS
 from harness.model.view import View
 
@@ -49,9 +50,7 @@ def rotated(view: View, bases: Mapping[str, Tensor]) -> Iterator[None]:
                         weight = ((module.weight.data.to(wide) * scale) @ basis).to(view.dtype)
                         stack.enter_context(replaced_weight(module, weight))
                 stack.enter_context(replaced_weight(norm, torch.ones_like(norm.weight.data)))
-                turn = basis.to(view.dtype)
-                handle = norm.register_forward_hook(lambda _m, _args, out, turn=turn: out @ turn)
-                stack.callback(handle.remove)
+                stack.enter_context(changed(norm, Turned(basis.to(view.dtype))))
         yield
 
 

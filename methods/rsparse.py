@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from harness.errors import ConfigError
+from harness.execution.changes import LowRank, changed
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.model.sees import Sees
@@ -145,15 +145,5 @@ def _split(view: View, state: State) -> Iterator[None]:
                 wide = torch.promote_types(view.dtype, torch.float32)
                 rest = (module.weight.data.to(wide) - left.to(wide) @ right.to(wide)).to(view.dtype)
                 stack.enter_context(replaced_weight(module, rest))
-                seen: list[Tensor] = []
-                handles = (
-                    module.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0])),
-                    module.register_forward_hook(
-                        lambda _m, _a, out, seen=seen, left=left, right=right: (
-                            out + F.linear(F.linear(seen.pop(), right), left)
-                        )
-                    ),
-                )
-                for handle in handles:
-                    stack.callback(handle.remove)
+                stack.enter_context(changed(module, LowRank(left, right)))
         yield

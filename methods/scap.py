@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
+from harness.execution.changes import Moved, changed
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
@@ -113,8 +114,7 @@ class Scap(Method):
                         weight = modules[name].weight.data
                         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
                         constants[name, layer] = (wide.sum(-1) * centre).to(view.dtype)
-                        handle = modules[name].register_forward_pre_hook(lambda _m, args, c=centre: (args[0] - c,))
-                        stack.callback(handle.remove)
+                        stack.enter_context(changed(modules[name], Moved(centre)))
             stack.enter_context(biased(view, constants))
             yield
 

@@ -6,11 +6,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from harness.errors import UnsupportedError
 from harness.execution.attach import attached
+from harness.execution.changes import Moved, Turned, changed
 from harness.execution.check import KernelMismatchError
 from harness.execution.fused_check import check_fused
 from harness.execution.fused_cpu import fused_decode, packed_weights, panel_of, unfit_methods
 from harness.model.families import view_of
+from harness.model.selection import Mask, TopK
 from harness.model.step import Policy
+from methods.rsparse import RSparse
+from methods.scap import Scap
 from methods.teal import Teal
 from tests import tiny
 from tests.matrix import CASES
@@ -26,11 +30,6 @@ REFUSED = {  # by (part of) the sentence
     "polar": "holes in the cache",
     "polar_norm": "only masked execution",
     "skip_softmax": "holes in the cache",
-    "wina_transform": "hooks of its own",
-    "larosa": "hooks of its own",
-    "rsparse": "hooks of its own",
-    "scap": "hooks of its own",
-    "scap_median": "hooks of its own",
     "sirius": "corrections rewrite the KV cache",
     "statistical_topk": "no kernel for the activation",
     "statistical_topk_shift": "no kernel for the activation",
@@ -63,13 +62,92 @@ def test_panels_of_a_head_divide_it_and_are_neither_narrow_nor_padded_much(vocab
     assert panel_of(vocabulary, 4) == panel_of(vocabulary, 8) == panel
 
 
-@pytest.mark.parametrize("name", ["teal", "cats", "dejavu", "dejavu_heads", "griffin", "oracle_token", "drelu"])
+@pytest.mark.parametrize(
+    "name", ["teal", "topk", "wina", "cats", "dejavu", "dejavu_heads", "griffin", "oracle_token", "drelu"]
+)
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_bf16_and_low_bits(name: str, bits: int | None) -> None:
     view, methods, policy = fitted(name)
     view.model.bfloat16()
     packed = None if bits is None else packed_weights(view, bits, methods)
     assert check_fused(view, methods, policy, tiny.tokens(1, 24), packed).part < 1e-2
+
+
+CHANGED = ["rsparse", "larosa", "wina_transform", "scap", "scap_median"]  # their rewrites change modules by hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rewrites_declare_runs_in_the_step(name: str, dtype: torch.dtype) -> None:
+    view, methods, policy = fitted(name)
+    view.model.to(dtype)
+    exact = dtype == torch.float32
+    before, tokens = steps(view), range(3, 12)
+    found = check_fused(view, methods, policy, tiny.tokens(1, 24), steps=8)
+    assert found.part < (2e-6 if exact else 1e-2)
+    assert found.logits < (1e-4 if exact else 0.5), "in bf16 decisions move, TEAL's as much"
+    with methods[0][0].rewrite(view, methods[0][1]):  # and with none to move
+        module = steps(view, tokens)
+        with fused_decode(view) as fused:
+            ours = steps(view, tokens)
+        assert fused.fused == len(tokens)
+    assert ((ours - module).norm() / module.norm()).item() < (1e-5 if exact else 3e-2)
+    assert torch.equal(steps(view), before), "the module is as it was"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["larosa", "larosa_none", "topk", "dip", "wina", "wina_threshold", "teal", "scap"])
+def test_sizes_and_fixed_weights_are_compared_in_one_call(name: str) -> None:
+    view, methods, policy = fitted(name)
+    with fused_decode(view, methods, policy) as fused:
+        assert not fused.stops
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", [lambda x: x, lambda x: x.abs().clamp(max=10), lambda x: x.float().abs() + 1])
+def test_other_scores_are_asked_for_at_each_token(score) -> None:
+    class Other(Teal):
+        def select(self, plan, site, layer, x, step):
+            return TopK(score(x), x.shape[-1] // 2)
+
+    view, methods, policy = fitted("teal")
+    methods = [(Other(0.5), methods[0][1])]
+    with fused_decode(view, methods, policy) as fused:
+        assert len(fused.stops) == 4 * view.n_layers
+    assert check_fused(view, methods, policy, tiny.tokens(1, 24)).part < 2e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_centre_goes_with_low_bits_and_weights_of_its_own_do_not(bits: int) -> None:
+    view, methods, policy = fitted("scap_median")
+    assert check_fused(view, methods, policy, tiny.tokens(1, 24), packed_weights(view, bits, methods)).part < 4e-3
+    for name in ("rsparse", "larosa"):
+        view, methods, policy = fitted(name)
+        with pytest.raises(UnsupportedError, match="packed ones are the model's"):
+            check_fused(view, methods, policy, tiny.tokens(1, 24), packed_weights(view, bits, methods))
+
+
+def test_changes_that_the_step_can_not_make_are_refused() -> None:
+    class Chosen(Scap):
+        def select(self, plan, site, layer, x, step):
+            return Mask(x.abs() > x.abs().median())
+
+    view, methods, policy = fitted("scap")
+    state = methods[0][1]
+    for nest, sentence in (
+        ([(Chosen(0.5), state)], "by their size only"),
+        ([*methods, *fitted("dejavu_heads")[1]], "no neurons or heads"),
+        ([(RSparse(0.5, remainder=0.1), fitted("rsparse")[1][0][1]), *methods], "one site"),
+    ):
+        with pytest.raises(UnsupportedError, match=sentence), fused_decode(view, nest, policy):
+            pass
+    with changed(view.blocks[0].up, Moved(0.1)), changed(view.blocks[0].up, Moved(0.2)):
+        with pytest.raises(UnsupportedError, match="hooks of its own"), fused_decode(view):
+            pass
+    with changed(view.blocks[0].up, Turned(torch.eye(view.d_ff))):  # of a norm it would be one
+        with pytest.raises(UnsupportedError, match="hooks of its own"), fused_decode(view):
+            pass
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -125,10 +125,11 @@ def _watching(view: View, values: dict[tuple[int, str], Tensor], when: str) -> I
         if when == "raw":
             before(block.layer, (layer, "in raw"))
             after(block.layer, (layer, "out raw"))
+        else:  # what a method's rewrite has made of them
             for name, norm in zip(("first", "second"), view.norms[layer], strict=True):
-                after(norm, (layer, f"{name} raw"))
+                after(norm, (layer, f"{name} kept"))
             for name, module in (("o", block.o), ("down", block.down)):
-                after(module, (layer, f"{name} raw"))
+                after(module, (layer, f"{name} kept"))
     try:
         yield
     finally:
@@ -162,24 +163,24 @@ def _parts(
     cache.layers[layer].cumulative_length.sub_(1)
     step.begin(seen[layer, "in raw"].flatten())
     run(0, 1)
-    yield "normed", error("normed", "first raw")
-    show("normed", "first raw")
+    yield "normed", error("normed", "first kept")
+    show("normed", "first kept")
     run(1, 2)
     yield "attended", error("attended", "attended raw", "attended kept")
     step.begin(torch.zeros_like(seen[layer, "in raw"]).flatten())
     show("attended", shown("attended", "heads"))
     run(2, 3)
-    yield "o", error("residual", "o raw")
-    step.begin(seen[layer, "in raw"].flatten() + seen[layer, "o raw"].flatten())
+    yield "o", error("residual", "o kept")
+    step.begin(seen[layer, "in raw"].flatten() + seen[layer, "o kept"].flatten())
     run(3, 4)
-    yield "normed", error("normed", "second raw")
-    show("normed", "second raw")
+    yield "normed", error("normed", "second kept")
+    show("normed", "second kept")
     run(4, 6)
     yield "hidden", error("hidden", "hidden raw", "hidden kept")
     step.begin(torch.zeros_like(seen[layer, "in raw"]).flatten())
     show("hidden", shown("hidden", "neurons"))
     run(6, 7)
-    yield "down", error("residual", "down raw")
+    yield "down", error("residual", "down kept")
 
 
 def _filled(view: View, prompt: Tensor, steps: int) -> StaticCache:

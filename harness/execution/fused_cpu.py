@@ -1,9 +1,10 @@
 """The fused decode step on a CPU: one token of one sequence runs in C++, on the module's own weights and cache.
 
 The Hugging Face module stays the definition: prompts, batches and whatever the step does not know take its own path,
-masked. Where thresholds decide, a step is one call; where a method decides anew for each token, the step stops before
-the stage that the decision is about and asks it. With `packed` weights the module holds what they stand for meanwhile,
-so that it is the definition of the low-bit step too.
+masked. Where inputs are kept by their size (thresholds, the k largest), a step is one call; where a method decides by
+anything else, the step stops before the stage that the decision is about and asks it. What a rewrite declares to change
+at a module (changes.py) runs in C++ too. With `packed` weights the module holds what they stand for meanwhile, so that
+it is the definition of the low-bit step too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import StaticCache
 
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
+from harness.execution.changes import Change, LowRank, Moved, Turned, change_of
 from harness.execution.fused_step import ACTIVATIONS, FAMILIES, slides
 from harness.execution.kernel import has_kernels, indices
 from harness.execution.layouts import replaced, transposed
@@ -159,12 +161,15 @@ def fused_decode(
         stack.enter_context(view.tracker.tracking(policy or Policy()))
         if packed is not None:
             stack.enter_context(dequantised(view, packed, methods))
+        own = _weights_at(view)
         for method, state in methods:
             stack.enter_context(method.rewrite(view, state))
-        reason = unfit(view) or hooked(view)  # a rewrite may have changed the model
+        reason = unfit(view) or hooked(view, declared=True) or unfit_changes(view, methods)  # in what rewrites made
+        if reason is None and packed is not None and own != _weights_at(view):
+            reason = "the method has weights of its own, and the packed ones are the model's"
         if reason is not None:
             raise UnsupportedError(reason)
-        columns = by_columns(methods)
+        columns, changes = by_columns(methods), _changes(view)
         if packed is None:
             for block in view.blocks:
                 for name, module in block.projections():
@@ -175,20 +180,52 @@ def fused_decode(
             for method, state in methods
             if method.sites
         ]
-        step = FusedStep(view, installations, columns, packed, by_rows(methods))
+        step = FusedStep(view, installations, columns, packed, by_rows(methods), changes)
         stack.enter_context(replaced(view.model, step.forward_of(view.model.forward)))
         yield step
 
 
-def hooked(view: View) -> str | None:
-    """Why a model that methods have rewritten is not all in its parameters, or None."""
+def hooked(view: View, declared: bool = False) -> str | None:
+    """Why a model that methods have rewritten is not all in its parameters, or None.
+
+    declared: what says what it changes, where the fused CPU step can do that, is no reason.
+    """
     relu_on_up = view.activation in GATED and GATED[view.activation].relu_on_up
-    for block in view.blocks:
+    for layer, block in enumerate(view.blocks):
+        known: dict[nn.Module, tuple[type, ...]] = {}
+        if declared:
+            known |= dict.fromkeys(view.norms[layer], (Turned,))
+            known |= {module: (Moved, LowRank) for _, module in block.projections()}
         for module in block.layer.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                if not (module is block.up and relu_on_up):
-                    return "the method puts hooks of its own into the blocks, which the fused step does not run"
+            hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+            if not hooks or (module is block.up and relu_on_up and hooks == 1):
+                continue
+            if not isinstance(change_of(module), known.get(module, ())):
+                return "the method puts hooks of its own into the blocks, which the fused step does not run"
     return None
+
+
+def _changes(view: View) -> dict[tuple[int, str], Change]:
+    """What rewrites declare to change, by (layer, projection, or site before which a norm is)."""
+    places = {
+        (layer, name): module
+        for layer, block in enumerate(view.blocks)
+        for name, module in [*zip(("attn_in", "mlp_in"), view.norms[layer], strict=True), *block.projections()]
+    }
+    return {at: change for at, module in places.items() if (change := change_of(module)) is not None}
+
+
+def unfit_changes(view: View, methods: Fitted) -> str | None:
+    """Why what rewrites declare to change at projections does not go with where methods decide, or None."""
+    if all(isinstance(change, Turned) for change in _changes(view).values()):
+        return None
+    if any(site in ("neurons", "heads") for method, _ in methods for site in method.sites):
+        return "the fused CPU step changes what projections read or give only where no neurons or heads are dropped"
+    return None
+
+
+def _weights_at(view: View) -> list[int]:
+    return [module.weight.data_ptr() for block in view.blocks for _, module in block.projections()]
 
 
 @dataclass
@@ -209,8 +246,10 @@ class FusedStep:
         columns: frozenset[str],
         packed: PackedWeights | None,
         rows: frozenset[str],
+        changes: Mapping[tuple[int, str], Change],
     ) -> None:
-        self.view = view
+        """changes: as rewrites declare them, by (layer, projection, or site before which a norm is)."""
+        self.view, self.changes = view, changes
         block = view.blocks[0]
         act = ACTIVATIONS.get(view.activation, "relu")  # fatrelu and drelu are ReLUs
         self.step = Step(
@@ -240,6 +279,7 @@ class FusedStep:
                     step.weight(layer, name, module.weight.t(), True, bias)
                 else:
                     step.weight(layer, name, module.weight, False, bias)
+        self._change()
         final = view.final_norm
         assert final is not None
         step.final_norm(final.weight, final.variance_epsilon)
@@ -248,6 +288,15 @@ class FusedStep:
             step.packed(-1, "head", packed[-1, "head"], True, head.bias)
         else:
             step.weight(-1, "head", head.weight, False, head.bias)
+
+    def _change(self) -> None:
+        for (layer, name), change in self.changes.items():
+            if isinstance(change, Turned):
+                self.step.turn(layer, name, change.basis)
+            elif isinstance(change, Moved):
+                self.step.centre(layer, name, change.centre)
+            else:
+                self.step.low_rank(layer, name, change.out, change.into)
 
     # --- decisions
 
@@ -258,6 +307,8 @@ class FusedStep:
                 if site in PROJECTIONS:
                     if self._static(installation, site, layer, self.view.channels(PROJECTIONS[site][0])):
                         continue
+                    if any(isinstance(self.changes.get((layer, name)), Moved) for name in PROJECTIONS[site]):
+                        raise UnsupportedError("the fused CPU step selects from moved inputs by their size only")
                     yield Stop(at + BEFORE[site], lambda s=site, n=layer: self._channels(installation, s, n))
                     continue
                 if sees == GATE and self._static(installation, site, layer, self.view.d_ff):
@@ -277,25 +328,32 @@ class FusedStep:
         return self.step.buffer(buffer).view(1, 1, -1).to(self.view.dtype)
 
     def _static(self, installation: Installation, site: str, layer: int, channels: int) -> bool:
-        """Set thresholds that are the same whatever is seen; False where something is decided for each token."""
+        """Set what is the same whatever is seen: thresholds, or how many channels stay, by magnitude and fixed weights.
+
+        False where something else is decided for each token.
+        """
         yes = torch.ones(1, 1, dtype=torch.bool)
         asked = Pass(valid=yes, decode=yes, position=yes.long(), sparse=None, past=1, input_ids=None)
-        answers = [
-            installation.decide(site, layer, x.to(self.view.dtype), asked)
-            for x in (torch.zeros(1, 1, channels), torch.linspace(-1, 1, channels).view(1, 1, -1))
-        ]
+        probes = [x.to(self.view.dtype) for x in _probes(channels)]
+        answers = [installation.decide(site, layer, x, asked) for x in probes]
         names = PROJECTIONS.get(site, ("neurons",))
-        limits: dict[str, Thresholds | None] = {}
+        limits: dict[str, Thresholds | Largest | None] = {}
         for name in names:
-            first, second = (own_selection(answer, name) for answer in answers)
-            if first is None and second is None:
+            own = [own_selection(answer, name) for answer in answers]
+            if all(selection is None for selection in own):
                 limits[name] = None
-            elif isinstance(first, Thresholds) and isinstance(second, Thresholds) and _same(first.t, second.t):
-                limits[name] = first
+            elif (threshold := _threshold(own)) is not None:
+                limits[name] = threshold
+            elif name != "neurons" and (largest := _largest(own, probes)) is not None:
+                limits[name] = largest
             else:
                 return False
         for name, limit in limits.items():
-            if name == "neurons" or getattr(self.view.blocks[layer], name) is not None:
+            if name != "neurons" and getattr(self.view.blocks[layer], name) is None:
+                continue
+            if isinstance(limit, Largest):
+                self.step.top(layer, name, limit.k, limit.worth)
+            else:
                 self.step.limit(layer, name, None if limit is None else limit.t)
         if site == "neurons":
             self.step.limit(layer, "down", 0.0)
@@ -395,6 +453,47 @@ class FusedStep:
 
 def _listed(selection: Selection, x: Tensor) -> Selection:
     return Mask(keep_mask(selection, x)) if isinstance(selection, Thresholds) else selection
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The k channels of largest |x|, or |x| * worth (fp32 [channels])."""
+
+    k: int
+    worth: Tensor | None
+
+
+def _probes(channels: int) -> tuple[Tensor, ...]:
+    """Inputs [1, 1, channels] so unlike that what is decided by each token's own answers them differently."""
+    signs = torch.ones(channels).index_fill(0, torch.arange(0, channels, 2), -1.0)
+    wide = torch.logspace(-3, 3, channels) * signs
+    return tuple(x.view(1, 1, -1) for x in (torch.zeros(channels), torch.ones(channels), wide.flip(0)))
+
+
+def _threshold(own: list[Selection | None]) -> Thresholds | None:
+    """The threshold that was answered to all probes, or None."""
+    first = own[0]
+    if isinstance(first, Thresholds) and all(isinstance(o, Thresholds) and _same(o.t, first.t) for o in own):
+        return first
+    return None
+
+
+def _largest(own: list[Selection | None], probes: list[Tensor]) -> Largest | None:
+    """What the answers to `_probes` come to if each is the k largest by |x|, or by |x| times the same; or None."""
+    counted = [selection for selection in own if isinstance(selection, TopK)]
+    k, sizes = (counted[0].k if counted else 0), [x.float().abs() for x in probes]
+    if len(counted) < len(own) or any(o.k != k or o.score.shape != sizes[0].shape for o in counted):
+        return None
+    if not 0 < k < sizes[0].numel():
+        return None
+    scores = [selection.score.float() for selection in counted]
+    if all(map(torch.equal, scores, sizes)):
+        return Largest(k, None)
+    worth = scores[1]  # of ones
+    if all(selection.score.dtype == torch.float32 for selection in counted):
+        if all(torch.equal(score, size * worth) for score, size in zip(scores, sizes, strict=True)):
+            return Largest(k, worth.flatten())
+    return None
 
 
 def _same(a: Tensor | float, b: Tensor | float) -> bool:

@@ -59,9 +59,25 @@ class Step:
         """A projection in low bits: its lines are input channels where columns, else outputs."""
         self.own.set_packed(layer, name, weight.codes, weight.peaks, weight.bits, weight.width, columns, bias)
 
+    def turn(self, layer: int, site: str, basis: Tensor) -> None:
+        """What the norm before a site ("attn_in" or "mlp_in") gives becomes x Q, Q being basis [d_model, d_model]."""
+        self.own.set_weight(layer, site, basis.contiguous(), True, None)
+
+    def centre(self, layer: int, name: str, c: float) -> None:
+        """A projection reads x - c, and selects from that. No lists of outputs then."""
+        self.own.set_centre(layer, name, c)
+
+    def low_rank(self, layer: int, name: str, out: Tensor, into: Tensor) -> None:
+        """A projection gives L x as well, of all of x: L = out [N, r] into [r, K]. No lists of outputs then."""
+        self.own.set_low_rank(layer, name, into.contiguous(), out.t().contiguous())
+
     def limit(self, layer: int, name: str, t: Tensor | float | None) -> None:
         """Keep channel i of a projection where |x_i| > t_i; of "neurons": neuron i where |act(gate)_i| > t_i."""
         self.own.set_limit(layer, name, None if t is None else torch.as_tensor(t, dtype=torch.float32))
+
+    def top(self, layer: int, name: str, k: int, worth: Tensor | None = None) -> None:
+        """Keep the k channels of a projection of largest |x|, or |x| * worth (fp32 [K]); of equal ones the first."""
+        self.own.set_top(layer, name, k, worth)
 
     def index(self, layer: int, name: str, idx: Tensor | None) -> None:
         """Keep the listed channels of a projection, or the listed "neurons" or "heads" of a layer. int [m], unique."""

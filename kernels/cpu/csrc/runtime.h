@@ -46,8 +46,8 @@ const T* data(const Tensor& x) {
 
 // Buffers that a thread keeps between calls: a fresh allocation costs as much as a small kernel.
 struct Scratch {
-  std::vector<float> x, gate, up, val, y, parts;
-  std::vector<int32_t> idx;
+  std::vector<float> x, gate, up, val, y, parts, moved, low;
+  std::vector<int32_t> idx, keys;
 };
 
 inline Scratch& scratch() {

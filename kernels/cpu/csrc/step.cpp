@@ -21,6 +21,7 @@ int64_t part_of(std::string_view name) {
 
 struct Layer {
   Matrix parts[7];
+  Matrix turn[2];  // of what a norm gives, if it has inputs
   Tensor norm[2];
   double eps[2];
   Tensor heads, neurons, gate_limit;  // kept heads and neurons, int32; CATS' threshold on the activated gate
@@ -119,10 +120,35 @@ class Step : public torch::CustomClassHolder {
     m.bias = bias ? floats_of(*bias) : Tensor();
   }
 
+  // The projection's inputs less a number.
+  void set_centre(int64_t layer, std::string name, double centre) {
+    matrix(layer, name).centre = static_cast<float>(centre);
+  }
+
+  // into [r, K], out [r, N], of the step's type: x into^T out joins the projection's output.
+  void set_low_rank(int64_t layer, std::string name, const Tensor& into, const Tensor& out) {
+    Matrix& m = matrix(layer, name);
+    TORCH_CHECK(into.dim() == 2 && out.dim() == 2 && into.size(0) == out.size(0) && into.size(1) == m.inputs &&
+                    out.size(1) == m.outputs && into.is_contiguous() && out.is_contiguous(),
+                "the low-rank part of ", name, " is [r, ", m.inputs, "] and [r, ", m.outputs, "], contiguous");
+    for (const Tensor* part : {&into, &out})
+      TORCH_CHECK(part->scalar_type() == (narrow_ ? at::kBFloat16 : at::kFloat), "the low-rank part of ", name, " is ",
+                  part->scalar_type(), ", the step is not");
+    m.into = into, m.out = out;
+  }
+
   void set_limit(int64_t layer, std::string name, const OptTensor& t) {
     Tensor& to = name == "neurons" ? at(layer).gate_limit : matrix(layer, name).limit;
     to = t ? floats_of(*t) : Tensor();
     if (t) check_threshold(to, name == "neurons" ? neurons_ : matrix(layer, name).inputs, "set_limit");
+  }
+
+  // Keep the k channels of largest |x|, or |x| * worth [K]; 0: all.
+  void set_top(int64_t layer, std::string name, int64_t k, const OptTensor& worth) {
+    Matrix& m = matrix(layer, name);
+    TORCH_CHECK_VALUE(0 <= k && k <= m.inputs, "set_top: k must be in 0..", m.inputs, ", got ", k);
+    m.top = k, m.worth = worth ? floats_of(*worth) : Tensor();
+    if (worth) TORCH_CHECK(m.worth.dim() == 1 && m.worth.numel() == m.inputs, "set_top: worth must be [", m.inputs, "]");
   }
 
   void set_index(int64_t layer, std::string name, const OptTensor& idx) {
@@ -196,6 +222,7 @@ class Step : public torch::CustomClassHolder {
   Layer& at(int64_t layer) { return layers_.at(layer); }
 
   Matrix& matrix(int64_t layer, std::string_view name) {
+    if (name == "attn_in" || name == "mlp_in") return at(layer).turn[name == "mlp_in"];
     const int64_t part = part_of(name);
     return part == kHead ? head_ : at(layer).parts[part];
   }
@@ -204,7 +231,7 @@ class Step : public torch::CustomClassHolder {
   void stage(int64_t s) {
     const int64_t layer = s / kStages;
     if (layer == static_cast<int64_t>(layers_.size())) {
-      if (s % kStages == 0) return norm<T>(final_, final_eps_);
+      if (s % kStages == 0) return norm<T>(final_, final_eps_, {});
       logits_ = at::empty({1, 1, head_.outputs}, at::TensorOptions().dtype(narrow_ ? at::kBFloat16 : at::kFloat));
       float* y = narrow_ ? room(logit_sums_, head_.outputs) : logits_.mutable_data_ptr<float>();
       head_.apply<T>(data<float>(x_), y);
@@ -213,10 +240,10 @@ class Step : public torch::CustomClassHolder {
     }
     Layer& l = layers_[layer];
     switch (s % kStages) {
-      case 0: return norm<T>(l.norm[0], l.eps[0]);
+      case 0: return norm<T>(l.norm[0], l.eps[0], l.turn[0]);
       case 1: return attention<T>(l);
       case 2: return add<T>(l.parts[kO], data<float>(attended_));
-      case 3: return norm<T>(l.norm[1], l.eps[1]);
+      case 3: return norm<T>(l.norm[1], l.eps[1], l.turn[1]);
       case 4: return gate<T>(l);
       case 5: return up<T>(l);
       case 6: return add<T>(l.parts[kDown], data<float>(hidden_));
@@ -231,7 +258,7 @@ class Step : public torch::CustomClassHolder {
   }
 
   template <typename T>
-  void norm(const Tensor& weight, double eps) {
+  void norm(const Tensor& weight, double eps, const Matrix& turn) {
     const float *h = data<float>(residual_), *w = data<float>(weight);
     float* x = x_.mutable_data_ptr<float>();
     const int64_t n = x_.numel();
@@ -247,6 +274,11 @@ class Step : public torch::CustomClassHolder {
     kernels<T>().round(x, n);
     for (int64_t j = 0; j < n; ++j) x[j] *= w[j];
     kernels<T>().round(x, n);
+    if (!turn.inputs) return;
+    float* y = room(sums_, n);
+    turn.apply<T>(x, y);
+    kernels<T>().round(y, n);
+    std::copy(y, y + n, x);
   }
 
   // The projection's output joins the residual stream.
@@ -406,7 +438,10 @@ TORCH_LIBRARY_FRAGMENT(dynact_cpu, m) {
       .def("set_final_norm", &Step::set_final_norm)
       .def("set_weight", &Step::set_weight)
       .def("set_packed", &Step::set_packed)
+      .def("set_centre", &Step::set_centre)
+      .def("set_low_rank", &Step::set_low_rank)
       .def("set_limit", &Step::set_limit)
+      .def("set_top", &Step::set_top)
       .def("set_index", &Step::set_index)
       .def("set_cut", &Step::set_cut)
       .def("set_rotary", &Step::set_rotary)
