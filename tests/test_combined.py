@@ -258,3 +258,8 @@ def test_a_copy_that_leaves_nothing_to_skip_is_refused():
 def test_a_copy_has_some_bits(bits):
     with pytest.raises(ConfigError, match="bits"):
         Combined(0.5, bits=bits)
+
+
+def test_rows_of_a_rate_of_0_and_of_0_point_0_meet():
+    assert Combined(0.5, level_rate=0).variant() == Combined(0.5, level_rate=0.0).variant() == "level_rate=0.0"
+    assert Combined(0.5, bits=4, steps=400).variant() == "bits=4,steps=400"

@@ -200,5 +200,10 @@ class Method:
 
     def variant(self) -> str:
         """Hyper-parameters that differ from their defaults, sparsity aside: "allocation=greedy"."""
-        changed = [f for f in fields(self) if f.name != "sparsity" and getattr(self, f.name) != f.default]
-        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+        changed = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name != "sparsity"}
+        return ",".join(f"{name}={_as(own, default)}" for name, (own, default) in changed.items() if own != default)
+
+
+def _as(value: Any, default: Any) -> Any:
+    """A number as its default is written: 0 and 0.0 are one option, and rows of both must meet."""
+    return float(value) if isinstance(default, float) and isinstance(value, int) else value
