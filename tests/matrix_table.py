@@ -20,8 +20,9 @@ activation sparsity. The router's own weights are not counted.
 A block of Gemma 3n reads weights beside the seven projections (AltUp, LAuReL, per-layer inputs: 1.3 million, 2.1 % of
 a block with MLPs of 8,192 and 1.2 % of one with 16,384). No method skips them and every token reads them, so a share
 of all block weights is of them too: at `sparsity=0.5` TEAL achieves a little less than half of the model, and
-`scope=model` makes up for it. K and V of the last blocks are those of earlier ones: weights that are not there are in
-no denominator. Of several residual streams a method sees the one that attention and MLP work on.
+`scope=model` makes up for it, as does `scope=achieved`, which counts. K and V of the last blocks are those of earlier
+ones: weights that are not there are in no denominator. Of several residual streams a method sees the one that attention
+and MLP work on.
 
 The first blocks of Gemma 3n have a statistical top-k of their own. It is the dense model: it stays on under every
 method, its exact zeros count as dropped under methods that go by zeros, and such a block may skip more than was asked

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from harness.report import adviser
 from harness.results.collect import TIME_RATIO, headline
-from tests import synthetic_study
+from tests import synthetic, synthetic_study
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,30 @@ def test_times_are_of_kernels_only(table):
         timed = row.assign(execution=execution)
         [point] = [p for p in adviser.points(lines, timed) if p["cell"] == cell]
         assert [t["speedup"] for t in point["times"]] == times
+
+
+def test_a_level_by_counting_is_the_same_level():
+    """Scored where it was counted, timed where arithmetic placed it: one point, if they skip as much."""
+    rows = synthetic.table(methods=("teal",), sparsities=(0.5,))
+    [cell] = rows.loc[rows["method"] == "teal", "cell_id"].unique()
+    own = rows[rows["cell_id"] == cell]
+    clock = {"probe": "latency", "metric": TIME_RATIO, "value": 1.5, "batch": 1, "context": 64, "execution": "kernel"}
+    time = own.iloc[[0]].assign(**clock, device="a", dtype="b")
+
+    def at(part, share):
+        counted = (part["metric"] == "achieved") & (part["site"] == "model") & part["layer"].isna()
+        return part.assign(value=part["value"].mask(counted, share))
+
+    def found(counted, by_arithmetic, both_scored=False):
+        placed = own if both_scored else own[own["probe"] != "quality"]
+        new = own[own["probe"] != "latency"].assign(scope="achieved", cell_id="counted")
+        table = pd.concat([rows[rows["cell_id"] != cell], at(placed, by_arithmetic), time, at(new, counted)])
+        return [(p["scope"], [t["speedup"] for t in p["times"]]) for p in adviser.points(headline(table), table)]
+
+    assert found(0.5, 0.515) == [("achieved", [1.5])]
+    assert found(0.5, 0.53) == [("achieved", [])]
+    assert found(0.51, 0.5, both_scored=True) == [("model", [1.5])], "the nearer one is shown alone"
+    assert found(0.5, 0.51, both_scored=True) == [("achieved", [1.5])]
 
 
 def test_steps_that_a_host_launches_on_a_gpu_are_no_times(table):

@@ -12,9 +12,10 @@ from rich.console import Console
 from harness import claims
 from harness.claims import judge
 from harness.claims.evidence import Evidence
-from harness.claims.pairs import EQUAL_SPARSITY, lineage, matched_models, options, sparsity_pairs
+from harness.claims.pairs import lineage, matched_models, options, sparsity_pairs
 from harness.claims.study import study_of
 from harness.results import stats
+from harness.results.beside import EQUAL_SPARSITY
 from harness.results.collect import relate
 from harness.results.identity import cell_id
 from harness.results.rows import to_frame

@@ -176,6 +176,28 @@ def test_one_failing_cell_does_not_stop_a_sweep(runner: Runner) -> None:
     assert "failed before" in err and "broken on purpose" in err
 
 
+def test_a_counted_level_skips_what_was_asked_for_and_is_counted_once(runner: Runner) -> None:
+    """On the text that it was counted on. Quality and speed are two cells, and the second one reads the level."""
+    texts = ["calibration.seed=null", "probe.sparsity.windows=4", "tasks=none", "scope=achieved", "sparsity=0.4"]
+    says = (
+        "from harness.run import scope; count = scope.counted\n"
+        "def counted(*a):\n    print('COUNTED', file=sys.stderr)\n    return count(*a)\n"
+        "scope.counted = counted"
+    )
+    asked = ["-m", "method=teal,chess,[spon,teal]", "method.spon.epochs=1", *texts]
+    _, first = runner.run(*asked, "probe.names=[quality,sparsity]", before=says)
+    _, again = runner.run(*asked, "probe.names=[sparsity,latency]", before=says)
+    assert first.count("COUNTED") > 3 and "COUNTED" not in again, "arithmetic is not near enough for all three"
+    table = runner.table()
+    counted = table[(table["metric"] == "achieved") & (table["site"] == "model") & (table["step_phase"] == "all")]
+    counted = counted[counted["task"].isna() & (counted["method"] != "dense")]
+    assert sorted(counted["method"]) == sorted(2 * ["chess", "spon+teal", "teal"]) and set(counted["scope"]) == {
+        "achieved"
+    }
+    assert (counted["value"] - 0.4).abs().max() < 0.002 + 1e-9, "thresholds move in steps of single channels of a token"
+    assert set(counted["needs"]) <= {"calibration", "training"} and counted["calibration"].notna().all()
+
+
 UNSUPPORTED = {
     "cats": "has none",  # no gate
     "cett": "scope=model has nothing to solve for",

@@ -165,6 +165,23 @@ def test_pareto_keeps_devices_apart(kernel: pd.DataFrame) -> None:
     assert slow_x == pytest.approx([x / 2 for x in fast_x])
 
 
+def test_pareto_joins_a_level_that_was_counted_with_one_that_was_timed(kernel: pd.DataFrame) -> None:
+    """One point a level: quality of the cell that is nearest to it, time of the one that was timed."""
+    own = kernel["method"] == "teal"
+    counted = kernel[own & (kernel["probe"] != "latency")].copy()
+    counted["cell_id"], counted["scope"] = counted["cell_id"] + "-counted", "achieved"
+    share = (counted["metric"] == "achieved") & (counted["site"] == "model") & counted["layer"].isna()
+    counted.loc[share, "value"] = counted.loc[share, "sparsity_requested"]
+    text = counted["metric"] == "token_perplexity"
+    counted.loc[text, "value"] = counted.loc[text, "value"] + 5
+    before, after = (
+        line_of(figures.pareto(table, "perplexity"), "#009E73") for table in (kernel, pd.concat([kernel, counted]))
+    )
+    assert after[0] == pytest.approx(before[0]) and after[1] == pytest.approx([y + 5 for y in before[1]])
+    unscored = kernel[~(own & (kernel["probe"] == "quality"))]
+    assert line_of(figures.pareto(pd.concat([unscored, counted]), "perplexity"), "#009E73") == after
+
+
 @pytest.mark.parametrize("draw", [figures.nominal_against_measured, figures.latency_against_load, figures.pareto])
 def test_no_speed_figure_holds_a_masked_row(draw: Callable[..., Figure], study: pd.DataFrame) -> None:
     timed = study[(study["probe"] == "latency") & (study["source"] == "measured")]

@@ -53,6 +53,16 @@ class Field:
         if method != "dense":
             row(probe="sparsity", metric="achieved", site="model", step_phase="all", value=level + off)
 
+    def timed(self, method: str, level: float, speedup: float, off: float = 0.0, **facts: object) -> None:
+        """A cell of its own with what it skips and how fast it is."""
+        same = {"cell_id": f"timed {len(self.rows)}", "model": self.model, "method": method, "scope": "model"}
+        same |= {"sparsity_requested": level, "phase": "all", "dense_prefix": 0, "seed": 0, "limited": False} | facts
+        counted = {"probe": "sparsity", "metric": "achieved", "site": "model", "step_phase": "all", "n": 1000}
+        self.rows.append(make_row(**(same | counted | {"value": level + off, "unit": "share"})))
+        clock = {"probe": "latency", "metric": "time_ratio", "unit": "ratio", "n": 5, "execution": "kernel"}
+        clock |= {"dtype": "bfloat16", "device": "NVIDIA H100 80GB HBM3", "batch": 1, "context": 128}
+        self.rows.append(make_row(**(same | clock | {"value": speedup})))
+
     def sample(self, cell: str, task: str, kind: str, value: np.ndarray, tokens: int) -> None:
         facts = {"cell_id": cell, "task": task, "kind": kind, "chance": 0.0, "tokens": tokens}
         item = np.arange(len(value)).astype(str)
@@ -153,6 +163,47 @@ def test_nothing_near_a_level_is_no_error(found):
         lines.empty and "No cell" in leaderboard.section(lines) and "No committed" in leaderboard.markdown(lines, "m")
     )
     leaderboard.show(lines)
+
+
+# ------------------------------------------------------------- a level by arithmetic, and the same one by counting
+
+
+@pytest.fixture(scope="module")
+def counted() -> pd.DataFrame:
+    """At half of all block weights, cells whose level was counted beside cells that arithmetic placed."""
+    made = Field()
+    made.cell("rsparse", 0.5, 0.2, scope="achieved")  # timed where arithmetic has it, a little off
+    made.timed("rsparse", 0.5, 1.4, off=0.012)
+    made.cell("wina", 0.5, 0.2)  # the other way round
+    made.timed("wina", 0.5, 1.6, off=0.005, scope="achieved")
+    made.cell("scap", 0.5, 0.2, scope="achieved")  # what was timed skips more than a level's width
+    made.timed("scap", 0.5, 2.0, off=0.04)
+    made.cell("topp", 0.5, 0.3, off=0.015)  # both: the counted one is nearer
+    made.cell("topp", 0.5, 0.2, scope="achieved", off=0.001)
+    made.timed("topp", 0.5, 1.7, off=0.015)
+    made.cell("teal", 0.5, 0.2, off=0.002)  # both: here arithmetic is
+    made.cell("teal", 0.5, 0.3, scope="achieved", off=-0.004)
+    made.timed("teal", 0.5, 1.5, off=0.002)
+    made.timed("teal", 0.5, 9.0, off=-0.004, scope="achieved")  # the line's own request comes first
+    made.cell("dip", 0.5, 0.2, scope="achieved")  # two were timed: the one that skips most nearly as much
+    made.timed("dip", 0.6, 9.0, off=-0.08)
+    made.timed("dip", 0.5, 1.3, off=0.01)
+    made.cell("larosa", 0.6, 0.2, scope="native", off=-0.1)  # of its own sites: no level of all block weights
+    made.timed("larosa", 0.5, 9.0)
+    return leaderboard.standings(*made.found())
+
+
+def test_quality_and_time_meet_where_one_level_was_counted_and_one_was_not(counted):
+    speeds = counted.set_index(["method", "level"])["speedup:H100, bfloat16"].dropna().to_dict()
+    half = {"rsparse": 1.4, "wina": 1.6, "topp": 1.7, "teal": 1.5, "dip": 1.3}
+    assert speeds == {(method, 0.5): speed for method, speed in half.items()}
+
+
+def test_of_two_scopes_the_nearer_is_the_schemes_row(counted):
+    assert not counted.duplicated(["method", "level"]).any()
+    assert at(counted, "topp")["scope"] == "achieved" and at(counted, "teal")["scope"] == "model"
+    assert at(counted, "topp")["text"] == pytest.approx(np.exp(0.2), rel=0.02)
+    assert leaderboard.markdown(counted, "m").count("`topp`") == 1
 
 
 # ------------------------------------------------------------------------------ several models, all four levels

@@ -98,6 +98,22 @@ def test_every_published_row_gets_one_line_with_a_verdict_and_a_reason():
     assert lines.loc[recalled, "reason"].str.contains("recalled").all()
 
 
+def test_a_published_level_of_all_block_weights_meets_the_cell_nearest_to_it():
+    """By arithmetic or by counting: it is the same level."""
+    table = synthetic.table()
+    other = table[table["method"] == "teal"].copy()
+    other["cell_id"], other["scope"] = other["cell_id"] + "-counted", "achieved"
+    share = (other["metric"] == "achieved") & (other["site"] == "model") & other["layer"].isna()
+    claim = to_frame([row(model="smollm2-135m", variant=None, scope="model", metric="acc", task="piqa", value=0.6)])
+    for off, nearer in ((0.001, "achieved"), (0.2, "model")):
+        other.loc[share, "value"] = other.loc[share, "sparsity_requested"] + off
+        both = pd.concat([table, other])
+        [cell] = published.compare(both, claim)["cell_id"]
+        assert set(both.loc[both["cell_id"] == cell, "scope"]) == {nearer}
+    alone = pd.concat([table[table["method"] != "teal"], other])
+    assert published.compare(alone, claim)["cell_id"].notna().all(), "no cell by arithmetic"
+
+
 def test_the_same_model_and_task_is_compared_absolutely():
     measured = synthetic.table(model="llama-2-7b")
     truth = measured[(measured["method"] == "teal") & (measured["sparsity_requested"] == 0.5)]

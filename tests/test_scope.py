@@ -1,4 +1,4 @@
-"""scope=model: the native level that skips the requested share of all block weights."""
+"""scope=model and scope=achieved: the native level that skips the requested share of all block weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from harness.model.sees import OUTPUT, Sees
 from harness.model.selection import TopK, top_k_count
 from harness.model.step import Policy
 from harness.probes.sparsity import measure
+from harness.results.store import Store
+from harness.run import scope, session
 from harness.run.scope import CLOSE, counted, coverage, to_achieved, to_native, unsolvable
 from methods.cett import Cett
 from methods.kv_skip import KvSkip
@@ -132,6 +134,36 @@ def test_a_nest_with_a_repair_is_moved_where_thresholds_were_fitted_before_it():
                 stack.callback(module.register_forward_pre_hook(see).remove)
         view.model(tiny.tokens(8, 64))
     assert zeros / weights == pytest.approx(0.5, abs=0.005)
+
+
+def test_a_level_is_counted_once_for_all_cells_that_want_it(tmp_path, monkeypatch):
+    """What it was counted for is the same model, text, methods with their options, request and policy."""
+    monkeypatch.setattr(session, "calibration_windows", lambda *_: tiny.tokens(8, 64, seed=2))
+    counts: list[float] = []
+    monkeypatch.setattr(scope, "counted", lambda *args: counts.append(args[1][0][0].sparsity) or counted(*args))
+    base = {"scope": "achieved", "sparsity": 0.4, "phase": "all", "dense_prefix": 0}
+    base |= {"calibration": {"text": "coqa"}, "device": "cpu"}
+
+    def levels(methods, **changes) -> list[float]:
+        loaded = session.Loaded(tiny.view("llama"), None, 512)
+        found = session.fitted(loaded, methods, base | changes, Store(tmp_path))
+        return [method.sparsity for method, _ in found]
+
+    nest = [Teal(0.4), Spon(0.4, epochs=1)]
+    first, made = levels(nest), len(counts)
+    assert made and first[0] == first[1]
+    assert levels(nest) == first and len(counts) == made, "nothing is counted the second time"
+    other_cells = [
+        (nest, {"phase": "decode"}),
+        (nest, {"dense_prefix": 4}),
+        ([Teal(0.3), Spon(0.3, epochs=1)], {"sparsity": 0.3}),
+        ([Teal(0.4), Spon(0.4, epochs=2)], {}),
+        ([Teal(0.4)], {}),
+    ]
+    for methods, changes in other_cells:
+        before = len(counts)
+        levels(methods, **changes)
+        assert len(counts) > before, changes
 
 
 def test_what_no_level_reaches_is_told_and_what_fits_its_level_stays():

@@ -14,9 +14,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness.claims.evidence import ALPHA
-from harness.claims.pairs import EQUAL_SPARSITY, stretches
+from harness.claims.pairs import stretches
 from harness.claims.study import Study, study_of
 from harness.results import stats
+from harness.results.beside import EQUAL_SPARSITY
 from harness.results.collect import ANSWER_TOKENS
 from harness.results.rows import OF_ALL, of_oracles, quantised
 

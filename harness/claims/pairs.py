@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from harness.claims.study import POLICY, SKIPS, Study
 from harness.results import stats
+from harness.results.beside import EQUAL_SPARSITY
 
-EQUAL_SPARSITY = 0.02  # a counterpart may skip so much less or more and still count as equally sparse
 STRETCH = 2048  # tokens of text that windows are joined to: neighbouring windows come from one article
 STRETCHES = 16  # unless fewer would be left
 

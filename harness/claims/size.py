@@ -12,8 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness.claims.evidence import Evidence
-from harness.claims.pairs import EQUAL_SPARSITY, STRETCH, STRETCHES, lineage
+from harness.claims.pairs import STRETCH, STRETCHES, lineage
 from harness.claims.study import POLICY, SKIPS, MissingEvidence, Study, numbers
+from harness.results.beside import EQUAL_SPARSITY
 from harness.results.collect import BITS_PER_BYTE
 
 SIZES = 3  # fewer are a comparison of two models, not a trend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.figures import select, style
+from harness.results.beside import ASKED, one_scope, times_beside
 from harness.results.collect import MILLISECONDS, SKIPPING, TIME_PER_TOKEN, headline
 from harness.results.rows import host_launched, short_device
 
@@ -26,13 +26,10 @@ def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) ->
     column, label, more = select.quality(metric)
     lines, dense = select.lines(df, limited, [column])
     # Quality and time may have been measured in two cells of one configuration.
-    speedups = _speedups(select.drawable(df, limited))
-    keys = _keys(lines)
-    devices = sorted({device for _, device in speedups})
-    lines = pd.concat(
-        lines.assign(speedup=pd.array([speedups.get((key, on)) for key in keys], dtype="Float64"), timed_on=on)
-        for on in devices or [""]
-    ).dropna(subset=["speedup"])
+    times = times_beside(lines, _speedups(select.drawable(df, limited)), SCHEME, ["timed_on"])
+    times = times.groupby(["timed_on", "line"])["speedup"].mean().reset_index()  # over cells of one request
+    lines = lines.drop(columns="speedup").merge(times, left_index=True, right_on="line").reset_index(drop=True)
+    lines = one_scope(lines, [*SCHEME, "timed_on"])
     select.need(lines, "no cell with this metric was timed with a kernel, and masked execution says nothing of speed")
     with mpl.rc_context(fname=style.STYLE):
         heading, panels = select.panels(lines, [*select.POLICY, "timed_on"])
@@ -63,25 +60,17 @@ def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) ->
         return style.marked(fig, df, limited)
 
 
-SAME = ["model", "method", "variant", "sparsity_requested", "scope", "phase", "dense_prefix", "seed"]
+SCHEME = ["model", "method", "variant", "phase", "dense_prefix", "seed"]
 
 
-def _keys(lines: pd.DataFrame) -> list[tuple[Any, ...]]:
-    """What makes two cells one configuration of the same method on the same model."""
-    return [tuple(None if pd.isna(value) else value for value in line) for line in lines[SAME].itertuples(index=False)]
-
-
-def _speedups(rows: pd.DataFrame) -> dict[tuple[tuple[Any, ...], str], float]:
-    """Measured speed-up of each configuration by device: the mean over its cells that were timed skipping bytes."""
+def _speedups(rows: pd.DataFrame) -> pd.DataFrame:
+    """Cells that were timed skipping bytes: `SCHEME`, `ASKED`, achieved_model, timed_on, speedup."""
     lines = headline(rows[~host_launched(rows)])
     timed = lines[lines["execution"].isin(SKIPPING) & lines["speedup"].notna()]
     ran = rows[rows["probe"] == "latency"].drop_duplicates("cell_id").set_index("cell_id")
     on = "timed on " + ran["device"].map(short_device, na_action="ignore").astype("string") + ", " + ran["dtype"]
-    on = timed["cell_id"].map(on).astype("string")
-    found: dict[tuple[tuple[Any, ...], str], list[float]] = {}
-    for key, device, speedup in zip(_keys(timed), on.fillna(""), timed["speedup"], strict=True):
-        found.setdefault((key, device), []).append(float(speedup))
-    return {key: sum(values) / len(values) for key, values in found.items()}
+    timed = timed.assign(timed_on=timed["cell_id"].map(on).astype("string").fillna(""))
+    return timed[[*SCHEME, *ASKED, "achieved_model", "timed_on", "speedup"]]
 
 
 def nominal_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from harness.claims.field import LEVELS
-from harness.claims.pairs import EQUAL_SPARSITY, lineage
+from harness.claims.pairs import lineage
 from harness.claims.size import parameters
 from harness.claims.study import BASELINES
 from harness.figures import select, style
+from harness.results.beside import EQUAL_SPARSITY
 from harness.results.collect import PERPLEXITY
 
 PAPER = ["paper", "table", "model", "task"]  # within which a published figure has its own dense one

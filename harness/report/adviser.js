@@ -19,7 +19,7 @@
     select.disabled = values.length < 2;
   };
   const name = (p) => [p.method, p.variant, p.sparsity_requested === null ? "" : `at ${p.sparsity_requested}`,
-    p.scope === "model" ? "of all blocks" : "", p.phase === "decode" ? "(decode only)" : ""].filter(Boolean).join(" ");
+    p.scope === "native" ? "" : "of all blocks", p.phase === "decode" ? "(decode only)" : ""].filter(Boolean).join(" ");
   const text = (value, digits = 3) => (value === null ? "–" : Number(value.toPrecision(digits)).toString());
 
   // What the controls leave, each with its gain (speed-up, or share of bytes) and its cost.

@@ -1,8 +1,9 @@
 """Which scheme should I use? What the page's adviser chooses from: a point a scheme, its costs and its times, as JSON.
 
 A point joins what was measured of the same model, method, options, sparsity and policy: quality against the dense cell,
-counted sparsity, and times of kernels against the strongest dense step. What was not measured is missing, and the page
-says so. Choosing is the page's work (adviser.js), so that it can be done again for every budget.
+counted sparsity, and times of kernels against the strongest dense step. A level of all block weights is one level, come
+to by arithmetic or by counting (harness.results.beside). What was not measured is missing, and the page says so.
+Choosing is the page's work (adviser.js), so that it can be done again for every budget.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 
 import pandas as pd
 
+from harness.results.beside import ASKED, one_scope, times_beside
 from harness.results.collect import TIME_RATIO
-from harness.results.rows import host_launched, of_oracles, quantised
+from harness.results.rows import COLUMNS, host_launched, of_oracles, quantised
 
 SCRIPT = Path(__file__).with_name("adviser.js")
 MARKUP = Path(__file__).with_name("adviser.html")
-KEY = ["model", "method", "variant", "sparsity_requested", "scope", "phase"]
+SCHEME = ["model", "method", "variant", "phase"]
+KEY = [*SCHEME, *ASKED]
+MACHINE = ["device", "dtype"]
 SHOWN = [
     *("change", "stderr:change", "perplexity", "stderr:perplexity", "dense:perplexity", "kl", "stderr:kl"),
     *("achieved_model", "achieved_mlp"),
@@ -42,12 +46,15 @@ def section(lines: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry a scheme at one sparsity, in 16 bits; empty where nothing was measured of one."""
+    """One entry a scheme at one sparsity, in 16 bits; empty where nothing was measured of one.
+
+    times: of the same scheme where it skips as much.
+    """
     known = ~lines["method"].isin(UNUSABLE) & (lines["status"] == "ok") & ~quantised(lines)
     lines = lines.loc[known, ["cell_id", *KEY, *SHOWN]]
-    times_ = times(rows)
+    counted = lines[["cell_id", *KEY, "achieved_model"]]
     oracles = of_oracles(rows)
-    found = []
+    found: list[dict[str, Any]] = []
     for key, cells in lines.groupby(KEY, dropna=False):
         best = cells.sort_values("stderr:change", na_position="last").iloc[0]  # of two, the one with more items
         measured = {
@@ -65,9 +72,13 @@ def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
         identity = {name: _text(value) for name, value in zip(KEY, key, strict=True)}
         ids = set(cells["cell_id"])
         identity |= {"oracle": bool(ids & oracles), "cell": str(best["cell_id"])}
-        timed = times_[times_["cell_id"].isin(ids)]
-        found.append(identity | measured | {"times": timed.drop(columns="cell_id").to_dict("records")})
-    return found
+        found.append(identity | measured)
+    table = pd.DataFrame(found, columns=[*KEY, "skipped"]).astype({name: COLUMNS[name] for name in KEY})
+    table = one_scope(table.rename(columns={"skipped": "achieved_model"}), SCHEME)
+    timed = times_beside(table, times(rows).merge(counted, on="cell_id"), SCHEME, MACHINE)
+    by_point = timed.groupby("line")[[*MACHINE, "batch", "context", "speedup"]]
+    told = {point: each.to_dict("records") for point, each in by_point}
+    return [found[point] | {"times": told.get(point, [])} for point in table.index]
 
 
 def times(rows: pd.DataFrame) -> pd.DataFrame:

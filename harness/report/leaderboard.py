@@ -21,16 +21,17 @@ from harness.places import CONF
 from harness.report import adviser, tables
 from harness.report.manual import NEEDS, entries
 from harness.report.terminal import PHASES
+from harness.results.beside import ASKED, EQUAL_SPARSITY, times_beside
+from harness.results.collect import headline
 from harness.results.find import find
 from harness.results.rows import short_device
 
-SAME = ["model", "method", "variant", "scope", "sparsity_requested", "phase"]  # of a cell scored and a cell timed
 POINTS = 100  # of accuracy, to one
 NO_SCHEME = ("random",)  # not in the short table
 HEADS = ("needs", "achieved", "perplexity\nx dense [95 %]", "", "accuracy\npoints [95 %]", "", "generated\npoints")
 NOTE = (
     "At equal achieved sparsity: the share of all block weights that was counted as skipped, what deciding reads "
-    f"charged, within {100 * field.EQUAL_SPARSITY:g} points of the level. Brackets are 95 % intervals, paired with the "
+    f"charged, within {100 * EQUAL_SPARSITY:g} points of the level. Brackets are 95 % intervals, paired with the "
     "dense model. Schemes that share a letter can't be told apart (paired tests of all pairs, Holm). A star marks the "
     "best on text of those that need as much (nothing, calibration, training), and what can't be told apart from it."
 )
@@ -44,7 +45,7 @@ def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     `speedup:<device>, <dtype>`: a column for each that one was timed on.
 
     Speed is the kernel's against the strongest dense step, at the smallest batch and context timed, of the same scheme
-    at the same request, wherever it was timed.
+    where it skips as much, wherever it was timed: what was asked for may be by arithmetic here and counted there.
     """
     lines = field.board(rows, samples, limited)
     facts = {entry.name: entry.cls.needs for entry in entries(CONF)}
@@ -58,13 +59,13 @@ def standings(rows: pd.DataFrame, samples: pd.DataFrame, limited: bool = False) 
     measured = rows[(rows["source"] == "measured") & (rows["status"] == "ok")]
     measured = measured if limited else measured[~measured["limited"].fillna(False).astype(bool)]
     times = adviser.times(measured)
-    times = times.sort_values(["batch", "context"]).drop_duplicates(["cell_id", "device", "dtype"])
-    identity = measured.drop_duplicates("cell_id")[["cell_id", *SAME]]
-    times = times.merge(identity, on="cell_id")
-    for (device, dtype), timed in times.groupby(["device", "dtype"]):
-        best = timed.sort_values("batch").drop_duplicates(SAME)[[*SAME, "speedup"]]
-        name = f"speedup:{short_device(str(device))}, {dtype}"
-        lines = lines.merge(best.rename(columns={"speedup": name}), how="left", on=SAME)
+    told = headline(measured)[["cell_id", *adviser.SCHEME, *ASKED, "achieved_model"]]
+    times = times_beside(lines, times.merge(told, on="cell_id"), adviser.SCHEME, adviser.MACHINE)
+    times = times.sort_values(["batch", "context"], kind="stable")
+    for (device, dtype), timed in times.groupby(adviser.MACHINE):
+        lines[f"speedup:{short_device(str(device))}, {dtype}"] = timed.drop_duplicates("line").set_index("line")[
+            "speedup"
+        ]
     return lines
 
 

@@ -182,7 +182,11 @@ def _results(name: str, own: pd.DataFrame) -> str:
     lines = [f"| {' | '.join([*about, *numbers])} |", f"{sides}|"]
     lines += [f"| {' | '.join(cells)} |" for cells in zip(*about.values(), *numbers.values(), strict=True)]
     picture = f"![Perplexity over dense, by achieved sparsity]({name}.svg)\n\n" if _has_curve(own) else ""
-    of = "\n\nRequested: of the method's own sites, or with `scope=model` of all blocks." if "of" in numbers else ""
+    of = (
+        "\n\nRequested: of the method's own sites, or of all blocks (`scope=model`, and counted with `scope=achieved`)."
+        if "of" in numbers
+        else ""
+    )
     return picture + "\n".join(lines) + of
 
 

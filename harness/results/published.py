@@ -21,7 +21,7 @@ from harness.places import RESULTS
 from harness.reading import read_csv, typed
 from harness.results.collect import ACHIEVED, headline
 from harness.results.once import once
-from harness.results.rows import COLUMNS, quantised, up_to_date
+from harness.results.rows import COLUMNS, OF_ALL, quantised, up_to_date
 
 PUBLISHED = RESULTS / "published.csv"
 
@@ -179,7 +179,8 @@ def counterpart(row: Row, here: Here) -> Measured | str:
     elif row["method"] != "dense" and row["variant"] is None:
         return "the published row names no sparsity"
     if row["scope"] is not None:
-        cells = [line for line in cells if line["scope"] == row["scope"]]
+        alike = OF_ALL if row["scope"] in OF_ALL else (row["scope"],)
+        cells = sorted((line for line in cells if line["scope"] in alike), key=_missed)  # the nearest first
         if not cells:
             return f"the published sparsity is of scope={row['scope']}, and {row['method']} was measured at another"
     wanted = _variant(row)
@@ -214,6 +215,12 @@ Reader = Callable[[Row, Row, Here], Reading]
 def _get(line: Row, name: str) -> float:
     value = line.get(name)
     return math.nan if value is None or pd.isna(value) else float(value)
+
+
+def _missed(line: Row) -> float:
+    """How far a cell is from the level that it was asked for; 0 where that was not counted."""
+    off = abs(_get(line, "achieved_model") - _get(line, "sparsity_requested"))
+    return 0.0 if math.isnan(off) or line["scope"] not in OF_ALL else off
 
 
 def _accuracy(row: Row, line: Row, here: Here) -> Reading:

@@ -92,21 +92,37 @@ def to_native(view: View, methods: Fitted, requested: float) -> Fitted:
     return [(replace(method, sparsity=level) if method.sparsity > 0 else method, state) for method, state in methods]
 
 
-def to_achieved(view: View, methods: Fitted, requested: float, policy: Policy, windows: Tensor) -> Fitted:
+def to_achieved(
+    view: View,
+    methods: Fitted,
+    requested: float,
+    policy: Policy,
+    windows: Tensor,
+    kept: Callable[[Callable[[], float]], float] = lambda solve: solve(),
+) -> Fitted:
     """The same methods at the native level at which `requested` of all block weights are counted as skipped.
 
     methods: at the level of `to_native`. windows: int64 [n, length], text to count on. A method whose fit depends on
-    its level has counted for itself, and stays. Within `CLOSE`, or as near as the method's own steps allow. Raises
-    `UnsupportedError` where the count never comes to it.
+    its level has counted for itself, and stays. kept: given what solves for the level, the level, which may be one that
+    was solved for before. Within `CLOSE`, or as near as the method's own steps allow. Raises `UnsupportedError` where
+    the count never comes to it.
     """
     moved = [method for method, _ in methods if method.sparsity > 0 and method.sites]
     if requested == 0 or not moved or any("sparsity" in method.fit_fields for method in moved):
         return methods
-    common = moved[0].sparsity  # all have the one that arithmetic gave them
-    tried: dict[float, float] = {}
 
     def at(level: float) -> Fitted:
         return [(replace(method, sparsity=level) if method in moved else method, state) for method, state in methods]
+
+    common = moved[0].sparsity  # all have the one that arithmetic gave them
+    return at(kept(lambda: _counted_level(view, at, common, requested, policy, windows)))
+
+
+def _counted_level(
+    view: View, at: Callable[[float], Fitted], common: float, requested: float, policy: Policy, windows: Tensor
+) -> float:
+    """The native level, from `common` on, at which the methods are counted to skip `requested`."""
+    tried: dict[float, float] = {}
 
     def off(level: float) -> float:
         if level not in tried:
@@ -127,7 +143,7 @@ def to_achieved(view: View, methods: Fitted, requested: float, policy: Policy, w
             high = max(tried)
             break
     if not found() and not off(low) <= 0 <= off(high):
-        names = "+".join(method.name for method, _ in methods)
+        names = "+".join(method.name for method, _ in at(common))
         way, share = ("least", min(tried.values())) if off(low) > 0 else ("most", max(tried.values()))
         raise UnsupportedError(
             f"{names} skips at {way} {requested + share:.2f} of the block weights of {view.name}, as counted, so "
@@ -136,7 +152,7 @@ def to_achieved(view: View, methods: Fitted, requested: float, policy: Policy, w
     while not found() and high - low > FINEST:
         level = low + (high - low) * min(max(-off(low) / (off(high) - off(low)), 0.1), 0.9)  # a secant, kept inside
         low, high = (level, high) if off(level) < 0 else (low, level)
-    return at(min(tried, key=lambda level: abs(tried[level])))
+    return min(tried, key=lambda level: abs(tried[level]))
 
 
 def counted(view: View, methods: Fitted, policy: Policy, windows: Tensor) -> float:

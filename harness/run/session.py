@@ -7,10 +7,11 @@ what a fit asks, and a fit is made once (the store keeps it).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness.data import tasks, text
@@ -31,7 +32,7 @@ from harness.run import probing
 from harness.run.config import CellConfig
 from harness.run.loading import Loaded, load, tokenizer_of, vocabulary
 from harness.run.nest import in_order
-from harness.run.scope import to_achieved, to_native
+from harness.run.scope import CLOSE, to_achieved, to_native
 
 __all__ = ["Loaded", "calibration_windows", "check_tokens", "evaluation_windows", "fitted", "load"]
 
@@ -188,8 +189,18 @@ def fitted(loaded: Loaded, methods: list[Method], config: CellConfig, store: Sto
     if config["scope"] == "achieved":  # repairs and all, which change what is skipped
         policy = Policy(config["phase"], config["dense_prefix"])
         windows = calibration_windows(loaded, config["calibration"])[:COUNTED]
-        done = to_achieved(view, done, config["sparsity"], policy, windows)
+        done = to_achieved(
+            view, done, config["sparsity"], policy, windows, partial(_level, loaded, config, store, done)
+        )
     return done
+
+
+def _level(loaded: Loaded, config: CellConfig, store: Store, methods: Fitted, solve: Callable[[], float]) -> float:
+    """The level that these methods, at that of arithmetic, are to run at: counted once for all cells that want it."""
+    asked = {"counted": config["sparsity"], "phase": config["phase"], "dense_prefix": config["dense_prefix"]}
+    asked |= {"windows": COUNTED, "close": CLOSE, "fits": [method.fit_key() for method, _ in methods]}
+    key = content_key(_facts(loaded, config, behaviour([method for method, _ in methods])) | asked)
+    return store.fits.get(key, lambda: {"level": torch.tensor(solve(), dtype=torch.float64)})["level"].item()
 
 
 def needed(loaded: Loaded, fitted: Fitted, config: CellConfig) -> dict[str, Any]:
@@ -220,16 +231,21 @@ def text_digest(windows: Tensor) -> str:
 
 def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[Calibration, dict[str, Any]]:
     """Calibration text as it passes through the model with the methods outside, and what identifies that."""
+    facts = _facts(loaded, config, outer)
+    nest = content_key(facts)
+    if nest not in loaded.calibrations:  # one at a time: it holds activations
+        windows = calibration_windows(loaded, config["calibration"])
+        loaded.calibrations = {nest: Calibration(loaded.view, windows.split(4))}
+    return loaded.calibrations[nest], facts
+
+
+def _facts(loaded: Loaded, config: CellConfig, outer: list[Any]) -> dict[str, Any]:
+    """What identifies calibration text as it passes through the model with the methods outside."""
     view = loaded.view
-    windows = calibration_windows(loaded, config["calibration"])
-    facts = {
+    return {
         "model": view.fingerprint,
         "dtype": str(view.dtype),
         "processor": config["processor"] if config["device"] == "cuda" else "cpu",
-        "tokens": text_digest(windows),
+        "tokens": text_digest(calibration_windows(loaded, config["calibration"])),
         "outer": list(outer),
     }
-    nest = content_key(facts)
-    if nest not in loaded.calibrations:  # one at a time: it holds activations
-        loaded.calibrations = {nest: Calibration(view, windows.split(4))}
-    return loaded.calibrations[nest], facts
