@@ -89,15 +89,17 @@ def test_a_level_by_counting_is_the_same_level():
     assert found(0.5, 0.51, both_scored=True) == [("achieved", [1.5])]
 
 
-def test_steps_that_a_host_launches_on_a_gpu_are_no_times(table):
+def test_steps_that_a_host_launches_or_that_others_share_a_gpu_with_are_no_times(table):
     timed = (table["probe"] == "latency").to_numpy()
-    for device, engine, counted in (
-        ("NVIDIA A", "eager", False),
-        ("NVIDIA A", "graph", True),
-        ("cpu: b", "eager", True),
+    for device, engine, message, counted in (
+        ("NVIDIA A", "eager", None, False),
+        ("NVIDIA A", "graph", None, True),
+        ("NVIDIA A", "graph", "prompt dense; 1 other processes on the GPU", False),
+        ("cpu: b", "eager", None, True),
+        ("cpu: b", "fused", "other processes took 1.0 cores, at most 1.1", True),
     ):
         rows = table.copy()
-        rows.loc[timed, ["device", "engine"]] = [device, engine]
+        rows.loc[timed, ["device", "engine", "message"]] = [device, engine, message]
         assert (len(adviser.times(rows)) > 0) == counted
 
 

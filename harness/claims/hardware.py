@@ -10,7 +10,7 @@ from harness.claims.evidence import Evidence
 from harness.claims.length import PROMPT_FIXED
 from harness.claims.study import MissingEvidence, Study, need, numbers, rows_by_layer, used, wants_sparsity
 from harness.results.collect import time_ratios
-from harness.results.rows import host_launched
+from harness.results.rows import no_speed
 
 LEFT = 0.5  # share of a token's sparsity that a batch must leave, or it needs many more neurons
 SETTING = ["model", "method", "variant", "sparsity_requested", "scope", "phase", "dense_prefix"]
@@ -77,10 +77,10 @@ def batch_unites(study: Study) -> Evidence:
 def _kernel_times(study: Study) -> pd.DataFrame:
     """Paired time ratios of methods' own kernels to dense of their engine. Masked execution never counts.
 
-    Nor do steps that a host launches on a GPU, operation by operation.
+    Nor do steps on a GPU that a host launches, operation by operation, or that other processes took turns with.
     """
     rows = time_ratios(study.rows[study.rows["execution"].isin(["kernel", "kernel_compiled"])])
-    rows = rows[~host_launched(rows)]
+    rows = rows[~no_speed(rows)]
     rows = rows[rows["cell_id"].isin(study.counted) & wants_sparsity(rows)]
     rows = need(rows, "kernel times of a method (masked execution is no time)")
     texts = [*_engines(rows), *(name for name in SETTING if name != "sparsity_requested")]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from harness.figures import select, style
 from harness.results.beside import ASKED, one_scope, times_beside
 from harness.results.collect import MILLISECONDS, SKIPPING, TIME_PER_TOKEN, headline
-from harness.results.rows import host_launched, short_device
+from harness.results.rows import no_speed, short_device
 
 
 def pareto(df: pd.DataFrame, metric: str = "accuracy", limited: bool = False) -> Figure:
@@ -65,7 +65,7 @@ SCHEME = ["model", "method", "variant", "phase", "dense_prefix", "seed"]
 
 def _speedups(rows: pd.DataFrame) -> pd.DataFrame:
     """Cells that were timed skipping bytes: `SCHEME`, `ASKED`, achieved_model, timed_on, speedup."""
-    lines = headline(rows[~host_launched(rows)])
+    lines = headline(rows[~no_speed(rows)])
     timed = lines[lines["execution"].isin(SKIPPING) & lines["speedup"].notna()]
     ran = rows[rows["probe"] == "latency"].drop_duplicates("cell_id").set_index("cell_id")
     on = "timed on " + ran["device"].map(short_device, na_action="ignore").astype("string") + ", " + ran["dtype"]

@@ -16,7 +16,7 @@ import pandas as pd
 
 from harness.results.beside import ASKED, one_scope, times_beside
 from harness.results.collect import TIME_RATIO
-from harness.results.rows import COLUMNS, host_launched, of_oracles, quantised
+from harness.results.rows import COLUMNS, no_speed, of_oracles, quantised
 
 SCRIPT = Path(__file__).with_name("adviser.js")
 MARKUP = Path(__file__).with_name("adviser.html")
@@ -84,7 +84,7 @@ def points(lines: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
 def times(rows: pd.DataFrame) -> pd.DataFrame:
     """Speed-ups of kernels over the strongest dense step: cell_id, device, dtype, batch, context, speedup."""
     wanted = rows[(rows["metric"] == TIME_RATIO) & rows["execution"].isin(["kernel", "kernel_compiled"])]
-    wanted = wanted[(wanted["sparsity_requested"].fillna(1) > 0) & ~quantised(wanted) & ~host_launched(wanted)]
+    wanted = wanted[(wanted["sparsity_requested"].fillna(1) > 0) & ~quantised(wanted) & ~no_speed(wanted)]
     keys = ["cell_id", "device", "dtype", "batch", "context"]
     best = wanted.groupby(keys, dropna=False)["value"].max().rename("speedup").reset_index()
     best["speedup"] = best["speedup"].astype(float).round(3)

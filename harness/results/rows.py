@@ -82,15 +82,20 @@ def of_oracles(frame: pd.DataFrame) -> set[str]:
     return set(frame.loc[told, "cell_id"])
 
 
-def host_launched(frame: pd.DataFrame) -> pd.Series:
-    """Which rows time steps that a host launched on a GPU one operation at a time: bool. They say how fast the host is.
+GPU_NEIGHBOURS = "other processes on the GPU"  # in the message of what was timed beside them
 
-    Of a 135M model on an H100 such a step takes 50 ms, of which 0.5 ms are the GPU's.
+
+def no_speed(frame: pd.DataFrame) -> pd.Series:
+    """Which rows time something else than a method on a GPU: bool. They are kept, and no table or claim takes them.
+
+    Steps that a host launched one operation at a time say how fast the host is (of a 135M model on an H100 such a step
+    takes 50 ms, of which 0.5 ms are the GPU's); those of a GPU shared with other processes, how it takes turns.
     """
-    if not {"engine", "device"} <= set(frame):
+    if not {"engine", "device", "message"} <= set(frame):
         return pd.Series(False, frame.index)
     on_gpu = ~frame["device"].astype("string").fillna("cpu").str.startswith("cpu")
-    return ((frame["engine"] == "eager") & on_gpu).fillna(False).astype(bool)
+    shared = frame["message"].astype("string").str.contains(GPU_NEIGHBOURS, regex=False).fillna(False)
+    return (((frame["engine"] == "eager") | shared) & on_gpu).fillna(False).astype(bool)
 
 
 # "int4-g32", and "Q4_1 as int4-g32" where the model's own file holds other bits; and how such a model is called.

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
+from harness.results.rows import GPU_NEIGHBOURS
+
 CORES = 0.3  # that others take without a word said about it
 
 
@@ -61,7 +63,7 @@ class Watch:
         if math.isnan(self.most):
             return "whether others used the GPU can't be told: nvidia-smi does not run here"
         if self.unit == "processes":
-            return f"{self.most:.0f} other processes on the GPU" if self.most else None
+            return f"{self.most:.0f} {GPU_NEIGHBOURS}" if self.most else None
         if self.mean <= CORES and self.most <= 2 * CORES:
             return None
         return f"other processes took {self.mean:.1f} cores, at most {self.most:.1f}"
