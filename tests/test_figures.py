@@ -345,3 +345,12 @@ def test_a_figure_is_drawn_once_a_file_as_it_would_be_saved(kinds, kernel: pd.Da
     assert encoded[0] == saved.getvalue()
     assert len(drawn) == len(kinds)
     assert fig.canvas is canvas and fig.dpi == dpi
+
+
+def test_requests_of_two_scopes_are_two_curves():
+    """Half of a method's own sites and half of all block weights: their mean would be neither."""
+    asked = [("native", 0.4, 0.2), ("native", 0.6, 0.3), ("model", 0.4, 0.4), ("model", 0.4, 0.42)]
+    panel = pd.DataFrame(asked, columns=["scope", "sparsity_requested", "achieved_model"])
+    panel = panel.assign(method="cats", variant=pd.NA)
+    found = [(name, *cells["achieved_model"].round(6)) for name, cells in select.methods(panel, "achieved_model")]
+    assert sorted(found) == [("cats", 0.2, 0.3), ("cats", 0.41)]

@@ -107,11 +107,14 @@ def names(frame: pd.DataFrame) -> pd.Series:
 
 
 def methods(panel: pd.DataFrame, *columns: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(name, one line a requested sparsity, ascending, with the means over seeds of these columns)."""
-    keys = [names(panel).rename("_name"), panel["sparsity_requested"]]
+    """(name, one line a requested sparsity, ascending, with the means over seeds of these columns).
+
+    A name comes once for each scope: 50 % of the MLPs is another request than 50 % of all block weights.
+    """
+    keys = [names(panel).rename("_name"), panel["scope"].fillna(""), panel["sparsity_requested"]]
     means = panel[list(columns)].groupby(keys, dropna=False).mean()
-    for name, cells in means.reset_index().groupby("_name"):
-        yield str(name), cells.drop(columns="_name").reset_index(drop=True)
+    for (name, _), cells in means.reset_index().groupby(["_name", "scope"]):
+        yield str(name), cells.drop(columns=["_name", "scope"]).reset_index(drop=True)
 
 
 def by_request(cells: pd.DataFrame, *columns: str) -> pd.DataFrame:
