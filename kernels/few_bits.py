@@ -14,15 +14,15 @@ from torch import Tensor
 
 from kernels.ops import cuda_function
 
-ALIGN = 64  # bytes that a channel's numbers are padded to: what the kernel reads of it at once
+WORDS = 16  # that a channel's numbers are padded to: what the kernel reads of it at once
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """A weight [n, d] as code * scale. codes: uint8 [d, bytes]; scale: fp32 [n]; bits: 4 or 8.
+    """A weight [n, d] as code * scale. codes: int32 [d, words]; scale: fp32 [n]; bits: 4 or 8.
 
-    8 bits: signed bytes, an output each. 4 bits: from byte b the lower half, less 8, is of output b, and the upper half
-    of output `bytes` + b, so that neither order nor padding depends on how a kernel cuts outputs up.
+    Code j of word w, the lowest first, counts from -2^(bits - 1) and is of output j * words + w. So outputs that a
+    kernel adds up side by side lie side by side, however it cuts them up.
     """
 
     codes: Tensor
@@ -31,10 +31,8 @@ class Channels:
 
     def values(self) -> Tensor:
         """The weight that the codes stand for, fp32 [n, d]."""
-        if self.bits == 8:
-            whole = self.codes.view(torch.int8).float()
-        else:
-            whole = torch.cat([self.codes & 15, self.codes >> 4], 1).float() - 8
+        least, mask = 2 ** (self.bits - 1), 2**self.bits - 1
+        whole = torch.cat([(self.codes >> at) & mask for at in range(0, 32, self.bits)], 1) - least
         return whole[:, : len(self.scale)].t() * self.scale[:, None]
 
 
@@ -45,14 +43,12 @@ def pack(codes: Tensor, scale: Tensor, bits: int) -> Channels:
     """
     if bits not in (4, 8):
         raise ValueError(f"weights have 4 or 8 bits, not {bits}")
-    n, outputs = len(codes), ALIGN * 8 // bits
-    whole = torch.nn.functional.pad(codes.t().to(torch.int8), (0, -n % outputs))
-    if bits == 8:
-        stored = whole.contiguous().view(torch.uint8)
-    else:
-        low, high = (whole + 8).view(torch.uint8).chunk(2, 1)
-        stored = low | (high << 4)
-    return Channels(stored.contiguous(), scale.float().contiguous(), bits)
+    of_word = 32 // bits
+    whole = torch.nn.functional.pad(codes.t().to(torch.int32), (0, -len(codes) % (WORDS * of_word))) + 2 ** (bits - 1)
+    words = torch.zeros_like(whole[:, : whole.shape[1] // of_word])
+    for j, part in enumerate(whole.chunk(of_word, 1)):
+        words |= part << (bits * j)
+    return Channels(words.contiguous(), scale.float().contiguous(), bits)
 
 
 def available() -> bool:
@@ -67,7 +63,10 @@ def fits(x: Tensor, *weights: Channels | None) -> bool:
 
 
 def product(x: Tensor, weight: Channels, cut: float, bias: Tensor | None = None) -> Tensor:
-    """Weight times the inputs of x [..., d], one token, with |x_i| > cut: [..., n], in x's dtype. x must fit."""
+    """Weight times the inputs of x [..., d], one token, with |x_i| > cut: [..., n], in x's dtype. x must fit.
+
+    As in torch's hardshrink, the cut is rounded to x's dtype first.
+    """
     return _kernel(x, None, weight, cut, None, None, bias)[0]
 
 

@@ -46,8 +46,8 @@ def test_codes_are_the_copys_and_have_few_bits(bits, n, d):
     scale = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.5
     packed = few_bits.pack(codes.bfloat16(), scale, bits)
     assert torch.equal(packed.values(), codes.float() * scale[:, None])
-    assert packed.codes.dtype == torch.uint8 and packed.codes.is_contiguous() and packed.codes.shape[0] == d
-    assert 0 <= packed.codes.shape[1] * 8 - n * bits < 8 * few_bits.ALIGN, "padded by less than a chunk"
+    assert packed.codes.dtype == torch.int32 and packed.codes.is_contiguous() and packed.codes.shape[0] == d
+    assert 0 <= packed.codes.shape[1] * 32 - n * bits < 32 * few_bits.WORDS, "padded by less than a chunk"
     with pytest.raises(ValueError, match="4 or 8 bits"):
         few_bits.pack(codes, scale, 3)
 
@@ -70,14 +70,14 @@ def check_product(device: str, dtype: torch.dtype, bits: int, n: int, d: int) ->
             if cut == 100.0 and added is None:
                 assert (found == 0).all()
             else:
-                assert error(found.cpu(), expected) <= 2 * ROUNDING[dtype], (cut, added is None)
+                assert error(found.cpu(), expected) <= max(2 * ROUNDING[dtype], 1e-5), (cut, added is None)
     # Many tokens and one are decided by the same numbers: what the values are rounded to is all that differs.
     alone, together = (copy.product(x.to(device).repeat(rows, 1, 1), 0.5)[:1] for rows in (1, 2))
     assert error(alone, together) <= 1e-2 if dtype != torch.float32 else 1e-5
 
 
 # Outputs and inputs that fill no tile, and more inputs than one program sums.
-SHAPES = [(5, 7), (200, 96), (131, 300)]
+SHAPES = [(5, 7), (200, 96), (131, 170)]
 
 
 @interpreted
@@ -90,7 +90,7 @@ def test_one_token_by_codes(bits, dtype, n, d):
 
 @interpreted
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tile", [(16, 48), (32, 32), (64, 512)])
+@pytest.mark.parametrize("tile", [(8, 4, 48), (16, 1, 32), (4, 2, 512)])
 def test_every_cut_of_the_work_gives_the_same(bits, tile):
     from kernels.cuda import few_bits_product as kernel
 
@@ -101,7 +101,7 @@ def test_every_cut_of_the_work_gives_the_same(bits, tile):
     found = kernel(x, gate, up, 0.3, None, tile=tile)
     assert found.shape == (2, 1, 150)
     for part, weight in zip(found, (gate, up), strict=True):
-        assert error(part, kept @ weight.values().double().t()) <= 2e-6
+        assert error(part, kept @ weight.values().double().t()) <= 1e-5
 
 
 @interpreted
@@ -113,7 +113,7 @@ def test_what_is_below_the_cut_is_not_read(bits):
     x = torch.randn(1, 64)
     x[:, 3] = 0.5
     other = copy.codes.codes.clone()
-    other[x[0].abs() <= 0.5] = 255
+    other[x[0].abs() <= 0.5] = -1
     unread = replace(copy, codes=replace(copy.codes, codes=other))
     assert torch.equal(copy.product(x, 0.5), unread.product(x, 0.5))
     assert not torch.equal(copy.product(x, 0.4), unread.product(x, 0.4))
@@ -147,7 +147,7 @@ def check_magnitudes(device: str, dtype: torch.dtype, act: nn.Module, gated: boo
         if not biased and cut == 100.0:
             assert torch.equal(found, act(torch.zeros_like(found)).abs() * (not gated))
         else:  # values near a rounding edge may fall to either side, before the activation and after it
-            assert error(found, expected) <= 4 * ROUNDING[dtype], cut
+            assert error(found, expected) <= max(4 * ROUNDING[dtype], 2e-5), cut
 
 
 ACTS = [nn.SiLU(), nn.ReLU(), Shifted()]
@@ -218,6 +218,15 @@ def test_where_no_kernel_is_values_decide(monkeypatch):
 @pytest.mark.parametrize(("n", "d"), [*SHAPES, (1536, 576), (11008, 4096)])
 def test_one_token_by_codes_on_a_gpu(bits, dtype, n, d):
     check_product("cuda", dtype, bits, n, d)
+
+
+@gpu
+def test_an_input_at_the_rounded_cut_is_dropped_as_in_a_batch():
+    """Not on the interpreter, which truncates: 0.3001 is rounded up to 0.30078125 in bfloat16."""
+    copy = FewBits.of(torch.randn(96, 64, device="cuda").bfloat16(), 4)
+    x = torch.full((1, 1, 64), 0.30078125, device="cuda").bfloat16()
+    assert (copy.product(x, 0.3001) == 0).all() and (copy.product(x.repeat(2, 1, 1), 0.3001) == 0).all()
+    assert (copy.product(x, 0.2999) != 0).any()
 
 
 @gpu

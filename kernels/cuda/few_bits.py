@@ -15,33 +15,64 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.common import DTYPES, act_code, activate, cdiv
-from kernels.few_bits import ALIGN, Channels
+from kernels.few_bits import WORDS, Channels
 
 PROGRAMS = 2048  # of one warp each, that a large GPU keeps busy with
 
 
 @triton.jit
-def add_codes(low, high, code_ptr, at, keep, x, BITS: tl.constexpr):
-    """The sums `low` and `high` [BW] with the codes at `at` [BM, BW] times x [BM]; only where `keep` [BM] is read.
+def plus(acc, word, x, J: tl.constexpr, BITS: tl.constexpr):
+    """Acc + x * (1 + c / 2^BITS), where c is code J of the words: moved to the upper mantissa of a float from 1 to 2.
 
-    4 bits: codes count from 0, so that 8 times the sum of x has still to be taken off. 8 bits: high stays.
+    That is three instructions a code, where converting an integer takes twice as many.
     """
-    code = tl.load(code_ptr + at, mask=keep[:, None], other=0, eviction_policy="evict_first")
-    if BITS == 4:
-        low += tl.sum((code & 15).to(tl.float32) * x[:, None], 0)
-        high += tl.sum((code >> 4).to(tl.float32) * x[:, None], 0)
+    FROM: tl.constexpr = J * BITS
+    TO: tl.constexpr = 23 - BITS
+    if TO >= FROM:
+        word = word << (TO - FROM)
     else:
-        low += tl.sum(code.to(tl.int8, bitcast=True).to(tl.float32) * x[:, None], 0)
-    return low, high
+        word = word >> (FROM - TO)
+    value = ((word & ((1 << 23) - (1 << TO))) | 0x3F800000).to(tl.float32, bitcast=True)
+    return acc + value * x
 
 
 @triton.jit
-def store_sums(low, high, part_ptr, at, W, total, BITS: tl.constexpr):
-    if BITS == 4:
-        tl.store(part_ptr + at, low - 8.0 * total)
-        tl.store(part_ptr + W + at, high - 8.0 * total)
+def add_codes(sums, word_ptr, at, keep, x, BITS: tl.constexpr):
+    """The 32 / BITS sums [BM, BW], one for each code of a word, with the words at `at` times x [BM].
+
+    Only where `keep` [BM] is read. Rows are added up when all is read: for each tile, that would cost as much as codes.
+    """
+    word = tl.load(word_ptr + at, mask=keep[:, None], other=0, eviction_policy="evict_first")
+    x = x[:, None]
+    s0 = plus(sums[0], word, x, 0, BITS)
+    s1 = plus(sums[1], word, x, 1, BITS)
+    s2 = plus(sums[2], word, x, 2, BITS)
+    s3 = plus(sums[3], word, x, 3, BITS)
+    if BITS == 8:
+        return s0, s1, s2, s3
     else:
-        tl.store(part_ptr + at, low)
+        s4 = plus(sums[4], word, x, 4, BITS)
+        s5 = plus(sums[5], word, x, 5, BITS)
+        s6 = plus(sums[6], word, x, 6, BITS)
+        s7 = plus(sums[7], word, x, 7, BITS)
+        return s0, s1, s2, s3, s4, s5, s6, s7
+
+
+@triton.jit
+def no_sums(BITS: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
+    z = tl.zeros([BM, BW], tl.float32)
+    if BITS == 8:
+        return z, z, z, z
+    else:
+        return z, z, z, z, z, z, z, z
+
+
+@triton.jit
+def store_sums(sums, part_ptr, at, W, total, BITS: tl.constexpr):
+    """Codes have 2^(BITS - 1) as their zero, and every one had a 1 of x added: both times the sum of x come off."""
+    for j in tl.static_range(32 // BITS):
+        found = tl.sum(sums[j], 0) * (1 << BITS) - 1.5 * (1 << BITS) * total
+        tl.store(part_ptr + j * W + at, found)
 
 
 @triton.jit(do_not_specialize=["cut"])
@@ -58,34 +89,35 @@ def sums_kernel(
     BITS: tl.constexpr,
     BW: tl.constexpr,
     BM: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """part[split, up or gate, output]: the sum over the split's channels, fp32, without scale. Codes are [K, W]."""
+    """part[split, up or gate, output]: the sum over the split's channels, fp32, without scale. Words are [K, W]."""
     strip = tl.program_id(0)
     split = tl.program_id(1)
     rw = strip * BW + tl.arange(0, BW)
     k0 = split * KS
     end = tl.minimum(k0 + KS, K)
-    up_low = tl.zeros([BW], tl.float32)
-    up_high = tl.zeros([BW], tl.float32)
-    gate_low = tl.zeros([BW], tl.float32)
-    gate_high = tl.zeros([BW], tl.float32)
+    ups = no_sums(BITS, BM, BW)
+    gates = no_sums(BITS, BM, BW)
     inputs = tl.zeros([BM], tl.float32)
-    for k in range(k0, end, BM):
+    # As torch's hardshrink has it, so that batches drop the same.
+    least = tl.full([BM], cut, tl.float32).to(x_ptr.dtype.element_ty).to(tl.float32)
+    for k in tl.range(k0, end, BM, loop_unroll_factor=UNROLL):
         rk = k + tl.arange(0, BM)
         x = tl.load(x_ptr + rk, mask=rk < end, other=0.0).to(tl.float32)
-        x = tl.where(tl.abs(x) <= cut, 0.0, x)
+        x = tl.where(tl.abs(x) <= least, 0.0, x)
         keep = x != 0.0  # as in column_kernels.py: NaN is kept, and a zero adds nothing whatever the cut is
         at = rk[:, None] * W + rw[None, :]
-        up_low, up_high = add_codes(up_low, up_high, up_ptr, at, keep, x, BITS)
+        ups = add_codes(ups, up_ptr, at, keep, x, BITS)
         if HAS_GATE:
-            gate_low, gate_high = add_codes(gate_low, gate_high, gate_ptr, at, keep, x, BITS)
+            gates = add_codes(gates, gate_ptr, at, keep, x, BITS)
         inputs += x
     total = tl.sum(inputs, 0)
-    outputs = W * (8 // BITS)
+    outputs = W * (32 // BITS)
     part_ptr += split * outputs * (2 if HAS_GATE else 1)
-    store_sums(up_low, up_high, part_ptr, rw, W, total, BITS)
+    store_sums(ups, part_ptr, rw, W, total, BITS)
     if HAS_GATE:
-        store_sums(gate_low, gate_high, part_ptr + outputs, rw, W, total, BITS)
+        store_sums(gates, part_ptr + outputs, rw, W, total, BITS)
 
 
 @triton.jit
@@ -155,20 +187,20 @@ def few_bits_product(
 ) -> Tensor:
     """`kernels.few_bits.magnitudes` as [1, ..., n]; without `act` the products, [2, ..., n] (gate, up) or [1, ..., n].
 
-    tile: (channels of a load tile, channels of a program), for tuning.
+    tile: (channels of a load tile, tiles in flight, channels of a program), for tuning.
     """
-    k, width = up.codes.shape
-    n, outputs = len(up.scale), width * 8 // up.bits
-    strips = width // ALIGN
-    channels, of_program = tile or _tile(k, strips)
+    k, words = up.codes.shape
+    n, outputs = len(up.scale), words * (32 // up.bits)
+    strips = words // WORDS
+    channels, unroll, of_program = tile or _tile(k, strips)
     splits, both = cdiv(k, of_program), gate is not None
     flat = x.reshape(-1).contiguous()
     part = torch.empty(splits, 1 + both, outputs, dtype=torch.float32, device=x.device)
     y = x.new_empty(2 if both and act is None else 1, *x.shape[:-1], n)
     first = up if gate is None else gate
     sums_kernel[(strips, splits)](
-        flat, first.codes, up.codes, part, cut, k, of_program, width,
-        HAS_GATE=both, BITS=up.bits, BW=ALIGN, BM=channels, num_warps=1,
+        flat, first.codes, up.codes, part, cut, k, of_program, words,
+        HAS_GATE=both, BITS=up.bits, BW=WORDS, BM=channels, UNROLL=unroll, num_warps=1,
     )  # fmt: skip
     end_kernel[(cdiv(n, 64),)](
         part, first.scale, up.scale, flat if gate_bias is None else gate_bias, flat if up_bias is None else up_bias, y,
@@ -179,14 +211,14 @@ def few_bits_product(
     return y
 
 
-def _tile(k: int, strips: int) -> tuple[int, int]:
-    """(channels of a load tile, channels of a program): by arithmetic, no GPU was asked for the best."""
+def _tile(k: int, strips: int) -> tuple[int, int, int]:
+    """(channels of a load tile, tiles in flight, channels of a program): by arithmetic, not by trial on a GPU."""
     splits = max(1, PROGRAMS // strips)
-    return 32, cdiv(cdiv(k, splits), 32) * 32
+    return 8, 4, cdiv(cdiv(k, splits), 32) * 32
 
 
 def few_bits_fits(x: Tensor, *weights: Channels | None) -> bool:
-    """Whether `few_bits_product` takes x [..., d] by these weights: one row in a dtype that it knows, where they lie."""
+    """Whether `few_bits_product` takes x [..., d] by these weights: one row, of a known dtype, where they lie."""
     given = [w for w in weights if w is not None]
     shapes = {(w.codes.shape, w.bits, len(w.scale)) for w in given}
     return (
