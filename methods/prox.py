@@ -13,7 +13,7 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
-from harness.model.few_bits import FewBits
+from harness.model.few_bits import FewBits, magnitudes
 from harness.model.sees import INPUT, Sees
 from harness.model.selection import Mask, TopK
 from harness.model.step import Step
@@ -31,7 +31,8 @@ class Prox(Method):
     input_sparsity: share of the inputs that the copy does not read, by a threshold on their magnitude.
 
     The copy decides and nothing else: what it computed never enters the model. Its bytes are charged as overhead. One
-    token on a CPU reads it as 4 or 8 bits (and a scale, always one, for 32 of them); elsewhere it lies in 16 bits.
+    token reads it as 4 or 8 bits (on a CPU with a scale, always one, for 32 of them) from the inputs above the cut, on
+    a GPU where Triton is; many tokens, and copies of other widths, read it in 16 bits.
     """
 
     bits: int = 4
@@ -116,10 +117,7 @@ class Copy:
 
     def score(self, x: Tensor) -> Tensor:
         """|up x * act(gate x)| [..., neurons] from the inputs x [..., d_model] above the cut."""
-        up = self.up.product(x, self.cut, self.up_bias)
-        if self.gate is None:
-            return self.act(up).abs()
-        return (self.act(self.gate.product(x, self.cut, self.gate_bias)) * up).abs()
+        return magnitudes(x, self.gate, self.up, self.act, self.cut, self.gate_bias, self.up_bias)
 
 
 def copied(weight: Tensor, bits: int) -> FewBits:

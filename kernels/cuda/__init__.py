@@ -26,6 +26,8 @@ _HOMES = {
     "decode_attention": "attention",
     "skip_softmax": "blocks",
     "read_bandwidth": "bandwidth",
+    "few_bits_product": "few_bits",
+    "few_bits_fits": "few_bits",
     "top_mask": "top",
     "top_fits": "top",
     "fast_path": "column",
