@@ -21,12 +21,13 @@ from harness.errors import ConfigError, UnsupportedError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
+from harness.model.few_bits import Copy
 from harness.model.sees import INPUT, Sees
 from harness.model.selection import PROJECTIONS, Mask, SiteSelection, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
 from methods.distillation import distil
-from methods.prox import WEIGHT_BITS, Copy, Prox
+from methods.prox import WEIGHT_BITS, Prox
 from methods.spon import added, biased
 from methods.topk import channels
 
@@ -180,6 +181,10 @@ class Combined(Method):
             return plan[site, layer]
         copy, cut = plan[site, layer]
         return Mask(~(copy.score(x) <= cut))
+
+    def guesses(self, view: View, plan: dict) -> Mapping[int, tuple[Copy, Tensor]]:
+        """With a copy: it and the neurons' thresholds, of every layer."""
+        return {layer: found for (site, layer), found in plan.items() if site == "neurons"}
 
     def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
         """What is read of the copy, in weights of 16 bits."""

@@ -13,7 +13,7 @@ from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
 from harness.fitting.quantiles import Quantiles
-from harness.model.few_bits import FewBits, magnitudes
+from harness.model.few_bits import Copy, FewBits
 from harness.model.sees import INPUT, Sees
 from harness.model.selection import Mask, TopK
 from harness.model.step import Step
@@ -97,27 +97,15 @@ class Prox(Method):
         """Above the layer's threshold. x: [batch, tokens, d_model]."""
         return Mask(~(self.score(plan, site, layer, x, step) <= plan[layer][1]))
 
+    def guesses(self, view: View, plan: list[tuple[Copy, float]]) -> Mapping[int, tuple[Copy, Tensor]]:
+        """All that is decided: the copy and the threshold, of every layer."""
+        return {layer: (copy, torch.as_tensor(level, dtype=view.dtype)) for layer, (copy, level) in enumerate(plan)}
+
     def overhead_weights(self, view: View, state: State) -> Mapping[str, int]:
         """The share of the copy that is read, and its scales, in weights of 16 bits."""
         names = [p for p in ("gate", "up") if p in view.projection_names()]
         codes = sum(view.weights(p) for p in names) * (1 - self.input_sparsity) * self.bits / WEIGHT_BITS
         return {"mlp": round(view.n_layers * (codes + len(names) * view.d_ff))}
-
-
-@dataclass(frozen=True, eq=False)
-class Copy:
-    """What Prox decides from in one layer: gate (None in a plain MLP) and up as stored in a few bits."""
-
-    gate: FewBits | None
-    up: FewBits
-    act: torch.nn.Module
-    cut: float
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-
-    def score(self, x: Tensor) -> Tensor:
-        """|up x * act(gate x)| [..., neurons] from the inputs x [..., d_model] above the cut."""
-        return magnitudes(x, self.gate, self.up, self.act, self.cut, self.gate_bias, self.up_bias)
 
 
 def copied(weight: Tensor, bits: int) -> FewBits:

@@ -9,10 +9,11 @@ from harness.execution.attach import attached
 from harness.execution.changes import Moved, Turned, changed
 from harness.execution.check import KernelMismatchError
 from harness.execution.fused_check import check_fused
-from harness.execution.fused_cpu import fused_decode, packed_weights, panel_of, unfit_methods
+from harness.execution.fused_cpu import PER_LAYER, fused_decode, packed_weights, panel_of, unfit_methods
 from harness.model.families import view_of
 from harness.model.selection import Mask, TopK
 from harness.model.step import Policy
+from kernels.cpu.step import BEFORE
 from methods.rsparse import RSparse
 from methods.scap import Scap
 from methods.teal import Teal
@@ -102,6 +103,36 @@ def test_sizes_and_fixed_weights_are_compared_in_one_call(name: str) -> None:
     view, methods, policy = fitted(name)
     with fused_decode(view, methods, policy) as fused:
         assert not fused.stops
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", ["prox", "combined_copy"])
+def test_a_copy_chooses_in_the_step_what_the_method_would(name: str, biased: bool, dtype: torch.dtype) -> None:
+    view, methods, policy = fitted(name, mlp_bias=biased)
+    if biased:
+        for block in view.blocks:
+            for module in (block.gate, block.up):
+                module.bias.normal_()
+    view = view_of(view.model.to(dtype))
+    method, state = methods[0]
+    chosen = 0
+    with fused_decode(view, methods, policy) as fused:
+        assert not fused.stops
+        plan = method.plan(view, state)
+        steps(view)
+        fused.step.begin(view.model.get_input_embeddings().weight[77])
+        for layer in range(view.n_layers):
+            before = layer * PER_LAYER + BEFORE["neurons"]
+            fused.run(layer * PER_LAYER, before)
+            kept = method.select(plan, "neurons", layer, fused._seen("normed"), None).keep.flatten()
+            fused.run(before, before + 2)
+            hidden = fused.step.buffer("hidden").clone()
+            fused.run(before + 2, (layer + 1) * PER_LAYER)
+            assert torch.equal(hidden != 0, kept)
+            chosen += int(kept.sum())
+    assert 0.2 < chosen / (view.n_layers * view.d_ff) < 0.8
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from harness.execution.masked import Installation, install, own_selection
 from harness.execution.method import Method
 from harness.model.activations import ACTIVATIONS as GATED
 from harness.model.families.outputs import output
+from harness.model.few_bits import Copy
 from harness.model.sees import GATE, OUTPUT, Sees
 from harness.model.selection import PROJECTIONS, Mask, Selection, Thresholds, TopK, keep_mask
 from harness.model.step import Policy
@@ -175,12 +177,16 @@ def fused_decode(
                 for name, module in block.projections():
                     if name in columns:
                         stack.enter_context(transposed(module))
-        installations = [
-            (method, stack.enter_context(install(view, method.sites, method.decider(view, state))))
-            for method, state in methods
-            if method.sites
-        ]
-        step = FusedStep(view, installations, columns, packed, by_rows(methods), changes)
+        installations: list[tuple[Method, Installation]] = []
+        guesses: dict[int, tuple[Copy, Tensor]] = {}
+        for method, state in methods:
+            if method.sites:
+                with torch.no_grad():
+                    plan = method.plan(view, state)
+                decide = partial(method.select, plan)
+                installations.append((method, stack.enter_context(install(view, method.sites, decide))))
+                guesses |= method.guesses(view, plan)
+        step = FusedStep(view, installations, columns, packed, by_rows(methods), changes, guesses)
         stack.enter_context(replaced(view.model, step.forward_of(view.model.forward)))
         yield step
 
@@ -247,8 +253,9 @@ class FusedStep:
         packed: PackedWeights | None,
         rows: frozenset[str],
         changes: Mapping[tuple[int, str], Change],
+        guesses: Mapping[int, tuple[Copy, Tensor]],
     ) -> None:
-        """changes: as rewrites declare them, by (layer, projection, or site before which a norm is)."""
+        """By layer: guesses. By layer and projection (or site before which a norm is): changes, as rewrites say."""
         self.view, self.changes = view, changes
         block = view.blocks[0]
         act = ACTIVATIONS.get(view.activation, "relu")  # fatrelu and drelu are ReLUs
@@ -260,6 +267,7 @@ class FusedStep:
         self.cache: StaticCache | None = None
         self.residual: dict[int, Tensor] = {}
         self.last: dict[tuple[int, str], Any] = {}  # the selection that a slot holds
+        self.guesses = guesses
         stops = [stop for _, installation in installations for stop in self._stops(installation)]
         self.stops = sorted(stops, key=lambda stop: stop.stage)
 
@@ -313,6 +321,8 @@ class FusedStep:
                     continue
                 if sees == GATE and self._static(installation, site, layer, self.view.d_ff):
                     continue
+                if site == "neurons" and self._guess(layer):
+                    continue
                 if sees.point == "residual":
                     yield Stop(at, lambda n=layer: self._keep(n))
                 if sees == GATE:
@@ -357,6 +367,19 @@ class FusedStep:
                 self.step.limit(layer, name, None if limit is None else limit.t)
         if site == "neurons":
             self.step.limit(layer, "down", 0.0)
+        return True
+
+    def _guess(self, layer: int) -> bool:
+        """Let the step choose a layer's neurons itself, where a copy that it can read decides."""
+        copy, t = self.guesses.get(layer, (None, None))
+        if copy is None or t is None or copy.gate is None or self.view.activation not in ACTIVATIONS:
+            return False
+        gate, up = copy.gate, copy.up
+        if not isinstance(gate.codes, Packed) or not isinstance(up.codes, Packed):
+            return False
+        biases = (copy.gate_bias, copy.up_bias)
+        self.step.guess(layer, (gate.codes, up.codes), (gate.scale, up.scale), biases, copy.cut, t)
+        self.step.limit(layer, "down", 0.0)  # what was not computed is zero
         return True
 
     def _channels(self, installation: Installation, site: str, layer: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.execution.fused_batch import Router
 from harness.execution.masked import Decide, install
 from harness.fitting.calibration import Calibration
+from harness.model.few_bits import Copy
 from harness.model.sees import GATE, Sees
 from harness.model.selection import PROJECTIONS, SiteSelection
 from harness.model.step import Step
@@ -177,6 +178,12 @@ class Method:
     def routers(self, view: View, state: State) -> Mapping[int, Router] | None:
         """By layer the linear router that picks the KV heads of each sequence, where it comes to that alone."""
         return None
+
+    def guesses(self, view: View, plan: Any) -> Mapping[int, tuple[Copy, Tensor]]:
+        """By layer the copy in few bits, and the threshold on what it gives (0-d or [neurons]), where neurons come to
+        that alone. plan: of `plan`.
+        """
+        return {}
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:
         """What the method changes in the model itself, reversibly: a rotation, an activation. Default: nothing."""

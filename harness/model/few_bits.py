@@ -66,6 +66,25 @@ class FewBits:
         return F.linear(kept, self.values, bias)
 
 
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """Gate (None in a plain MLP) and up of a layer in few bits, to guess by which neurons matter.
+
+    cut: what an input's magnitude must exceed to be read. Biases: of the layer itself.
+    """
+
+    gate: FewBits | None
+    up: FewBits
+    act: nn.Module
+    cut: float
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+    def score(self, x: Tensor) -> Tensor:
+        """|up x * act(gate x)| [..., neurons] from the inputs x [..., d_model] above the cut."""
+        return magnitudes(x, self.gate, self.up, self.act, self.cut, self.gate_bias, self.up_bias)
+
+
 def magnitudes(
     x: Tensor,
     gate: FewBits | None,

@@ -83,6 +83,26 @@ class Step:
         """Keep the listed channels of a projection, or the listed "neurons" or "heads" of a layer. int [m], unique."""
         self.own.set_index(layer, name, idx)
 
+    def guess(
+        self,
+        layer: int,
+        copies: Sequence[Packed],
+        scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        cut: float,
+        t: Tensor,
+    ) -> None:
+        """Neuron i runs where |up x * act(gate x)|_i > t_i by copies, of the inputs with |x| > cut. Nobody is asked.
+
+        copies: gate's and up's integers by input channel, of equal bits; scales (fp32) and biases of their outputs
+        [neurons]. t: 0-d or [neurons]. What the MLP itself computes is activated in the same way.
+        """
+        gate, up = copies
+        if gate.bits != up.bits:
+            raise ValueError(f"gate and up of a guess have {gate.bits} and {up.bits} bits")
+        codes, peaks = [gate.codes, up.codes], [gate.peaks, up.peaks]
+        self.own.set_guess(layer, codes, peaks, gate.bits, list(scales), list(biases), cut, t.float())
+
     def activation(self, layer: int, cut: float, relu_on_up: bool) -> None:
         """A ReLU that keeps what is above `cut`; whether up passes a ReLU too."""
         self.own.set_cut(layer, cut, relu_on_up)

@@ -19,8 +19,16 @@ int64_t part_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "a projection is one of q, k, v, o, gate, up, down, head; got ", name);
 }
 
+// A copy of gate and up in few bits whose product says which neurons run.
+struct Guess {
+  Matrix parts[2];  // gate, up
+  Tensor scale[2], bias[2], limit;  // fp32 [neurons], of the outputs; what |up * act(gate)| must exceed, 0-d or [neurons]
+  Tensor chosen;  // int32 [neurons], as many as were
+};
+
 struct Layer {
   Matrix parts[7];
+  std::optional<Guess> guess;
   Matrix turn[2];  // of what a norm gives, if it has inputs
   Tensor norm[2];
   double eps[2];
@@ -160,6 +168,29 @@ class Step : public torch::CustomClassHolder {
     }
     Matrix& m = matrix(layer, name);
     m.index = idx ? checked_index(*idx, m.inputs, "set_index") : Tensor();
+  }
+
+  // Neurons are chosen by a copy: codes by input channel (as kernels.lowbit packs them), scale and bias of its outputs,
+  // gate's before up's; of the inputs what exceeds `cut` is read.
+  void set_guess(int64_t layer, std::vector<Tensor> codes, std::vector<Tensor> peaks, int64_t bits,
+                 std::vector<Tensor> scales, std::vector<OptTensor> biases, double cut, const Tensor& limit) {
+    TORCH_CHECK(codes.size() == 2 && peaks.size() == 2 && scales.size() == 2 && biases.size() == 2,
+                "a guess needs gate and up");
+    Guess g;
+    for (int i = 0; i < 2; ++i) {
+      Matrix& m = g.parts[i];
+      m.packed = Packed(codes[i], peaks[i], bits, neurons_);
+      m.columns = true, m.inputs = m.packed->lines, m.outputs = neurons_;
+      TORCH_CHECK(m.packed->panels == 1 && m.inputs == x_.numel(), "a guess reads the MLP's input");
+      m.limit = at::empty({}, at::TensorOptions().dtype(at::kFloat)).fill_(cut);
+      g.scale[i] = floats_of(scales[i]), g.bias[i] = biases[i] ? floats_of(*biases[i]) : Tensor();
+      TORCH_CHECK(g.scale[i].numel() == neurons_ && (!biases[i] || g.bias[i].numel() == neurons_),
+                  "scales and biases of a guess are [", neurons_, "]");
+    }
+    g.limit = floats_of(limit);
+    check_threshold(g.limit, neurons_, "set_guess");
+    g.chosen = at::empty({neurons_}, at::TensorOptions().dtype(at::kInt));
+    at(layer).guess = std::move(g);
   }
 
   // A ReLU keeps what is above `cut` (FATReLU), up passes one of its own (dReLU).
@@ -353,7 +384,32 @@ class Step : public torch::CustomClassHolder {
   }
 
   template <typename T>
+  void choose(Layer& l) {
+    Guess& guess = *l.guess;
+    float* y[2];
+    for (int i = 0; i < 2; ++i) {
+      y[i] = room(guessed_[i], neurons_);
+      guess.parts[i].apply<T>(data<float>(x_), y[i]);
+      const float* scale = data<float>(guess.scale[i]);
+      const float* bias = guess.bias[i].defined() ? data<float>(guess.bias[i]) : nullptr;
+      for (int64_t j = 0; j < neurons_; ++j) y[i][j] = y[i][j] * scale[j] + (bias ? bias[j] : 0.0f);
+      kernels<T>().round(y[i], neurons_);
+    }
+    kernels<T>().glu(y[0], nullptr, neurons_, act_, y[0]);
+    for (int64_t j = 0; j < neurons_; ++j) y[0][j] *= y[1][j];
+    kernels<T>().round(y[0], neurons_);
+    const float* limit = data<float>(guess.limit);
+    const bool own = guess.limit.dim() > 0;
+    int32_t* list = guess.chosen.mutable_data_ptr<int32_t>();
+    int64_t m = 0;
+    for (int64_t j = 0; j < neurons_; ++j)
+      if (!(std::abs(y[0][j]) <= limit[own ? j : 0])) list[m++] = static_cast<int32_t>(j);
+    l.neurons = guess.chosen.narrow(0, 0, m);
+  }
+
+  template <typename T>
   void gate(Layer& l) {
+    if (l.guess) choose<T>(l);
     const float* x = data<float>(x_);
     float* g = gate_.mutable_data_ptr<float>();
     if (!l.neurons.defined() || l.parts[kGate].columns) {
@@ -425,7 +481,7 @@ class Step : public torch::CustomClassHolder {
   float factor_;
   int64_t heads_, groups_, size_, neurons_;
   Tensor residual_, x_, q_, attended_, gate_, hidden_, logits_;  // fp32, values of the step's type; logits of that type
-  std::vector<float> sums_, turned_, logit_sums_;
+  std::vector<float> sums_, turned_, logit_sums_, guessed_[2];
   std::vector<int32_t> rows_;
 };
 
@@ -443,6 +499,7 @@ TORCH_LIBRARY_FRAGMENT(dynact_cpu, m) {
       .def("set_limit", &Step::set_limit)
       .def("set_top", &Step::set_top)
       .def("set_index", &Step::set_index)
+      .def("set_guess", &Step::set_guess)
       .def("set_cut", &Step::set_cut)
       .def("set_rotary", &Step::set_rotary)
       .def("set_cache", &Step::set_cache)
