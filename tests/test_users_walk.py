@@ -90,7 +90,7 @@ def test_own_model_and_own_method_by_config(tmp_path: Path, tokenizer: Any) -> N
     table = read_table(tmp_path / "results" / "table.parquet")
     rows = table[table["method"] == "dense+largest"]
     assert set(rows["family"].dropna()) == {"qwen3"} and set(rows["model"].dropna()) == {"my-qwen3"}
-    assert set(rows["variant"].dropna()) == {"power=2"}
+    assert set(rows["variant"].dropna()) == {"power=2.0"}
     at_down = (rows["metric"] == "achieved") & (rows["site"] == "mlp_hidden") & rows["layer"].isna()
     assert rows[at_down & (rows["step_phase"] == "all")]["value"].tolist() == [0.5]
     assert (rows["metric"] == "token_perplexity").any() and (rows["task"] == "piqa").any()
