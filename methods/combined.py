@@ -122,16 +122,17 @@ class Combined(Method):
         constants of down alone. And `kl` [steps], the loss before each step in nats a token, and `read` [steps], the
         share of weights read, without the copy's.
         """
-        state, copies, budget = {}, None, self.sparsity
+        state: State = {}
+        copies, scores, budget = None, None, self.sparsity
         if self.copying is not None:
             seen = self.copying.fit(view, calibration)
-            state, copies = {"copy": seen["cut"]}, self.copying.copies(view, seen["cut"])
+            state, scores, copies = {"copy": seen["cut"]}, seen["scores"], self.copying.copies(view, seen["cut"])
             budget += sum(self.copying.overhead_weights(view, seen).values()) / (view.block_weights * view.n_layers)
             if budget >= 1:
                 raise UnsupportedError(
                     f"combined can't skip {self.sparsity:g} beside what its copy reads: {budget:.2f} in all"
                 )
-        thresholds = Cuts(view, calibration, budget, copies)
+        thresholds = Cuts(view, calibration, budget, copies, scores)
         constants = {
             (p, n): torch.zeros(m.out_features, device=view.device)
             for p, n, m in projections(view)
@@ -243,14 +244,22 @@ class Cuts:
     """Thresholds in training, and the price of reading that keeps them at a budget.
 
     levels [1] and offsets [channels], float32 by (projection or "neurons", layer): their sum is log t. read: the share
-    of weights read in each forward pass of the sparse model.
+    of weights read in each forward pass of the sparse model. copies, and scores float32 [layers, grid], quantiles of
+    what they give: of every layer, or neither.
     """
 
-    def __init__(self, view: View, calibration: Calibration, sparsity: float, copies: list[Copy] | None = None) -> None:
+    def __init__(
+        self,
+        view: View,
+        calibration: Calibration,
+        sparsity: float,
+        copies: list[Copy] | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
         self.view, self.sparsity = view, sparsity
         self.gates = gates(view, copies)
         self.total = sum(module.weight.numel() for _, _, module in projections(view))
-        grids = self._grids(calibration, copies)
+        grids = self._grids(calibration, scores)
         self.levels: dict[Key, Tensor] = {}
         self.offsets: dict[Key, Tensor] = {}
         for (name, layer), gate in self.gates.items():
@@ -263,16 +272,12 @@ class Cuts:
         self._kept: list[Tensor] = []
         self._slopes: dict[Key, Tensor] = {}
 
-    def _grids(self, calibration: Calibration, copies: list[Copy] | None) -> dict[str, Tensor]:
-        sites = [site for site in PROJECTIONS if copies is None or site.startswith("attn")]
+    def _grids(self, calibration: Calibration, scores: Tensor | None) -> dict[str, Tensor]:
+        sites = [site for site in PROJECTIONS if scores is None or site.startswith("attn")]
         quantiles = {site: Quantiles(self.view.n_layers) for site in sites}
         calibration.visit({site: quantiles[site].see for site in sites})
         grids = {p: quantiles[site].grid() for site in sites for p in PROJECTIONS[site]}
-        if copies is not None:
-            scores = Quantiles(self.view.n_layers)
-            calibration.visit({"mlp_in": lambda layer, x: scores.see(layer, copies[layer].score(x))})
-            grids["neurons"] = scores.grid()
-        return grids
+        return grids if scores is None else grids | {"neurons": scores}
 
     def log_cut(self, name: str, layer: int) -> Tensor:
         """log t, [channels]."""

@@ -22,6 +22,7 @@ from transformers import StaticCache
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted
 from harness.execution.changes import Change, LowRank, Moved, Turned, change_of
+from harness.execution.fixed import Largest, as_largest, as_threshold, probes_of
 from harness.execution.fused_step import ACTIVATIONS, FAMILIES, slides
 from harness.execution.kernel import has_kernels, indices
 from harness.execution.layouts import replaced, transposed
@@ -344,7 +345,7 @@ class FusedStep:
         """
         yes = torch.ones(1, 1, dtype=torch.bool)
         asked = Pass(valid=yes, decode=yes, position=yes.long(), sparse=None, past=1, input_ids=None)
-        probes = [x.to(self.view.dtype) for x in _probes(channels)]
+        probes = [x.to(self.view.dtype) for x in probes_of(channels)]
         answers = [installation.decide(site, layer, x, asked) for x in probes]
         names = PROJECTIONS.get(site, ("neurons",))
         limits: dict[str, Thresholds | Largest | None] = {}
@@ -352,9 +353,9 @@ class FusedStep:
             own = [own_selection(answer, name) for answer in answers]
             if all(selection is None for selection in own):
                 limits[name] = None
-            elif (threshold := _threshold(own)) is not None:
+            elif (threshold := as_threshold(own)) is not None:
                 limits[name] = threshold
-            elif name != "neurons" and (largest := _largest(own, probes)) is not None:
+            elif name != "neurons" and (largest := as_largest(own, probes)) is not None:
                 limits[name] = largest
             else:
                 return False
@@ -476,48 +477,3 @@ class FusedStep:
 
 def _listed(selection: Selection, x: Tensor) -> Selection:
     return Mask(keep_mask(selection, x)) if isinstance(selection, Thresholds) else selection
-
-
-@dataclass(frozen=True)
-class Largest:
-    """The k channels of largest |x|, or |x| * worth (fp32 [channels])."""
-
-    k: int
-    worth: Tensor | None
-
-
-def _probes(channels: int) -> tuple[Tensor, ...]:
-    """Inputs [1, 1, channels] so unlike that what is decided by each token's own answers them differently."""
-    signs = torch.ones(channels).index_fill(0, torch.arange(0, channels, 2), -1.0)
-    wide = torch.logspace(-3, 3, channels) * signs
-    return tuple(x.view(1, 1, -1) for x in (torch.zeros(channels), torch.ones(channels), wide.flip(0)))
-
-
-def _threshold(own: list[Selection | None]) -> Thresholds | None:
-    """The threshold that was answered to all probes, or None."""
-    first = own[0]
-    if isinstance(first, Thresholds) and all(isinstance(o, Thresholds) and _same(o.t, first.t) for o in own):
-        return first
-    return None
-
-
-def _largest(own: list[Selection | None], probes: list[Tensor]) -> Largest | None:
-    """What the answers to `_probes` come to if each is the k largest by |x|, or by |x| times the same; or None."""
-    counted = [selection for selection in own if isinstance(selection, TopK)]
-    k, sizes = (counted[0].k if counted else 0), [x.float().abs() for x in probes]
-    if len(counted) < len(own) or any(o.k != k or o.score.shape != sizes[0].shape for o in counted):
-        return None
-    if not 0 < k < sizes[0].numel():
-        return None
-    scores = [selection.score.float() for selection in counted]
-    if all(map(torch.equal, scores, sizes)):
-        return Largest(k, None)
-    worth = scores[1]  # of ones
-    if all(selection.score.dtype == torch.float32 for selection in counted):
-        if all(torch.equal(score, size * worth) for score, size in zip(scores, sizes, strict=True)):
-            return Largest(k, worth.flatten())
-    return None
-
-
-def _same(a: Tensor | float, b: Tensor | float) -> bool:
-    return a is b or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
