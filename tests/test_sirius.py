@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StaticCache, StoppingCriteriaList
+from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached
@@ -14,6 +14,7 @@ from harness.run.config import check
 from harness.run.nest import incomplete
 from harness.run.overrides import composed
 from harness.run.scope import to_native
+from methods.griffin import Griffin
 from methods.meangate import MeanGate
 from methods.random import Random
 from methods.sirius import Sirius
@@ -73,17 +74,52 @@ def test_drafts_of_a_model_that_drops_nothing_are_never_wrong():
     assert torch.equal(answers(view, [(Sirius(0.5, kernel_size=5), {})])[0], answers(view, [])[0])
 
 
-def test_an_answer_does_not_depend_on_who_shares_the_batch():
+class EndsAfter(StoppingCriteria):
+    """Ends an answer of so many tokens if it begins with `first`."""
+
+    def __init__(self, first: int, prompt: int, tokens: int) -> None:
+        self.first, self.prompt, self.tokens = first, prompt, tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        answers = input_ids[:, self.prompt :]
+        return (answers[:, 0] == self.first) & (answers.shape[1] >= self.tokens)
+
+
+@pytest.mark.parametrize("inner", ["teal", "griffin"])  # fixed thresholds; neurons of each sequence's own prompt
+@pytest.mark.parametrize("period", [3, 4, 7])
+@torch.no_grad()
+def test_an_answer_does_not_depend_on_who_shares_the_batch(inner, period):
+    """Sequences padded on the left, which keep different numbers of drafts and end at different times."""
     view = wide_view()
-    fitted = [(Sirius(0.6, kernel_size=4, threshold=0.02), {}), teal(view)]
-    mask = torch.ones_like(IDS)
-    mask[1, :9] = 0  # padded on the left
-    both, _ = answers(view, fitted, mask=mask)
-    with attached(view, fitted, DECODE), torch.no_grad():
-        alone = view.model.generate(
-            IDS[1:, 9:], max_new_tokens=12, eos_token_id=None, custom_generate=view.generator, do_sample=False
-        )
-    assert torch.equal(both[1], alone[0, 15:])
+    fitted = [
+        (Sirius(0.6, kernel_size=period, threshold=0.006), {}),
+        teal(view) if inner == "teal" else (Griffin(0.6), {}),
+    ]
+    ids, padding = tiny.tokens(4, 24), [0, 9, 3, 14]
+    mask = (torch.arange(24) >= torch.tensor(padding)[:, None]).long()
+    first = int(view.model(ids[2:3, 3:]).logits[0, -1].argmax())
+
+    def generated(rows: slice, cut: int):
+        with attached(view, fitted, DECODE, count=True) as ledger:
+            out = view.model.generate(
+                ids[rows, cut:], attention_mask=mask[rows, cut:], max_new_tokens=30, do_sample=False, pad_token_id=0,
+                eos_token_id=None, custom_generate=view.generator,
+                stopping_criteria=StoppingCriteriaList([EndsAfter(first, 24 - cut, 9)]),
+            )  # fmt: skip
+        return out[:, 24 - cut :], ledger
+
+    together, ledger = generated(slice(0, 4), 0)
+    alone = [generated(slice(row, row + 1), padding[row]) for row in range(4)]
+    for row, (answer, _) in enumerate(alone):
+        assert torch.equal(together[row], torch.nn.functional.pad(answer[0], (0, together.shape[1] - answer.shape[1])))
+    assert {answer.shape[1] for answer, _ in alone} == {9, 30}
+    assert len({own.wasted for _, own in alone}) > 2, "all keep as many: nothing is moved"
+    assert ledger.wasted == sum(own.wasted for _, own in alone)
+    names = tuple(view.projection_names())
+    for found, parts in zip(
+        ledger.skipped_weights(names), zip(*(o.skipped_weights(names) for _, o in alone)), strict=True
+    ):
+        torch.testing.assert_close(found, torch.stack(parts).sum(0))
 
 
 @pytest.mark.parametrize(("threshold", "read"), [(0.0, (3 * 0.5 + 1) / 4), (1.0, 3 * 0.5 + 1)])

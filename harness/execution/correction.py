@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -160,58 +160,111 @@ class Correction:
     ) -> Tensor:
         """Greedy answers, int64 [batch, prompt + answer], as transformers' own loop returns them.
 
-        Each sequence goes by itself, for each keeps another number of drafts. Raises `UnsupportedError` for sampling
-        and for processors of logits.
+        A batch drafts and is judged together. Each sequence keeps another number of drafts: the entries of those that
+        keep fewer are moved to the right, so that all end alike, and masked on the left as padding is. Raises
+        `UnsupportedError` for sampling and for processors of logits.
         """
         if generation_config.do_sample or (generation_config.num_beams or 1) > 1 or len(logits_processor):
             raise UnsupportedError("corrected answers are greedy: no sampling, no beams, no processors of logits")
-        attention_mask = model_kwargs.get("attention_mask")
-        answers, self.drafting = [], True
+        given = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if given is None else given.long()
+        # each sequence has criteria of its own: they look at one answer, and answers grow at different paces
+        criteria = [type(stopping_criteria)(copy.copy(each) for each in stopping_criteria) for _ in input_ids]
+        self.drafting = True
         try:
-            for row, ids in enumerate(input_ids):
-                seen = ids if attention_mask is None else ids[attention_mask[row].bool()]
-                criteria = type(stopping_criteria)(copy.copy(criterion) for criterion in stopping_criteria)
-                with self.view.tracker.generating() as tell:
-                    tell(torch.zeros(1, dtype=torch.bool, device=ids.device))
-                    answers.append(self._answer(model, seen[None], ids[None], criteria))
+            with self.view.tracker.generating() as tell:
+                answers = self._answers(model, input_ids, mask, criteria, tell)
         finally:
             self.drafting = False
         width = max(answer.shape[1] for answer in answers)
         padding = generation_config.pad_token_id or 0
         return torch.cat([torch.nn.functional.pad(a, (0, width - a.shape[1]), value=padding) for a in answers])
 
-    def _answer(self, model: Any, prompt: Tensor, whole: Tensor, criteria: Any) -> Tensor:
-        """One sequence. prompt: its tokens [1, n]; whole: the same with its padding, which the answer is added to."""
+    def _answers(
+        self, model: Any, prompt: Tensor, mask: Tensor, criteria: Sequence[Any], tell: Callable[[Tensor], None]
+    ) -> list[Tensor]:
+        """Each sequence with its answer, [1, prompt + answer]. mask: int64 [batch, n], 0 on padding, which is kept."""
         cache = DynamicCache(config=model.config)
-        facts = {"past_key_values": cache, "use_cache": True}
-        token = model(prompt, logits_to_keep=1, **facts).logits[:, -1:].argmax(-1)
-        whole = torch.cat([whole, token], 1)
-        while not bool(criteria(whole, None).all()):
+        facts: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+
+        def next_of(tokens: Tensor) -> Tensor:
+            places = _places(mask)[:, -tokens.shape[1] :]
+            out = model(tokens, attention_mask=mask, position_ids=places, logits_to_keep=1, **facts)
+            return out.logits[:, -1:].argmax(-1)
+
+        tell(torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device))
+        token = next_of(prompt)
+        wholes = list(torch.cat([prompt, token], 1).split(1))
+        ended = [_over(one, whole) for one, whole in zip(criteria, wholes, strict=True)]
+        while not all(ended):
+            over = torch.tensor(ended, device=prompt.device)
+            tell(over)
             fed = [token]
             for _ in range(self.period - 1):
-                fed.append(model(fed[-1], logits_to_keep=1, **facts).logits[:, -1:].argmax(-1))
-            drafts = torch.cat(fed, 1)
-            logits = self._verified(drafts, dict(facts), self._now(cache)).logits.float()
-            kept = accepted(logits, drafts, self.threshold)
-            if kept < self.period - 1:
-                cache.crop(kept + 1 - self.period)
-            new = torch.cat([drafts[:, 1 : kept + 1], logits[:, kept : kept + 1].argmax(-1)], 1)
-            used = 0
-            for used in range(1, new.shape[1] + 1):
-                if used == new.shape[1] or bool(criteria(torch.cat([whole, new[:, :used]], 1), None).all()):
-                    break
-            whole, token = torch.cat([whole, new[:, :used]], 1), new[:, used - 1 : used]
-            if self.view.ledger is not None:
-                self.view.ledger.waste(self.period - used)
-            if used < new.shape[1]:
-                break
-        return whole
+                mask = _longer(mask)
+                fed.append(next_of(fed[-1]))
+            drafts, mask = torch.cat(fed, 1), _longer(mask)
+            places = _places(mask)[:, -1:]
+            now = Step(~over[:, None], torch.ones_like(over[:, None]), places, None, cache.get_seq_length(), None)
+            logits = self._verified(drafts, {"attention_mask": mask, "position_ids": places, **facts}, now).logits
+            kept = [0] * len(ended)
+            token = token.clone()
+            for row in [row for row, done in enumerate(ended) if not done]:
+                chances = logits[row : row + 1].float()
+                kept[row] = accepted(chances, drafts[row : row + 1], self.threshold)
+                new = torch.cat([drafts[row, 1 : kept[row] + 1], chances[0, kept[row]].argmax(-1, keepdim=True)])
+                used = 0
+                while used < len(new) and not ended[row]:
+                    used += 1
+                    wholes[row] = torch.cat([wholes[row], new[None, used - 1 : used]], 1)
+                    ended[row] = _over(criteria[row], wholes[row])
+                token[row] = new[used - 1]
+                if self.view.ledger is not None:
+                    self.view.ledger.waste(self.period - used)
+            refused = [0 if done else self.period - 1 - count for done, count in zip(ended, kept, strict=True)]
+            mask = _cut(cache, mask, refused, ended)
+        return wholes
 
-    def _now(self, cache: DynamicCache) -> Step:
-        """The step that would feed one more token."""
-        one = torch.ones((1, 1), dtype=torch.bool, device=self.view.device)
-        past = cache.get_seq_length()
-        return Step(one, one, torch.full((1, 1), past, device=one.device), None, past, None)
+
+def _over(criteria: Any, whole: Tensor) -> bool:
+    return bool(criteria(whole, None).all())
+
+
+def _longer(mask: Tensor) -> Tensor:
+    return torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Index of each token within its own sequence, int64 as the mask."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _cut(cache: DynamicCache, mask: Tensor, refused: Sequence[int], ended: Sequence[bool]) -> Tensor:
+    """Take so many of its last entries from each sequence's cache; returns the mask of what is left.
+
+    What has ended is fed on as padding, and its entries mean nothing any more.
+    """
+    live = [row for row, done in enumerate(ended) if not done]
+    if not live:
+        return mask
+    common = min(refused[row] for row in live)
+    if common:
+        cache.crop(-common)
+        mask = mask[:, :-common]
+    distances = [0 if done else n - common for n, done in zip(refused, ended, strict=True)]
+    if not any(distances):
+        return mask
+    moved = torch.tensor(distances, device=mask.device)
+    at = torch.arange(mask.shape[1], device=mask.device) - moved[:, None]
+    mask = mask.gather(1, at.clamp(min=0)) * (at >= 0)
+    first = int(mask[live].any(0).long().argmax())  # columns that are padding of all
+    at = at.clamp(min=0)[:, first:]
+    for layer in cache.layers:
+        index = at[:, None, :, None].to(layer.keys.device)
+        layer.keys, layer.values = (
+            kept.gather(2, index.expand(-1, kept.shape[1], -1, kept.shape[3])) for kept in (layer.keys, layer.values)
+        )
+    return mask[:, first:]
 
 
 def accepted(logits: Tensor, drafts: Tensor, threshold: float) -> int:
