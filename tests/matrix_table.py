@@ -48,11 +48,9 @@ def table() -> str:
                 cells.append("·")
                 continue
             _, ruled_out, why = sentence.partition(f"can't run on {family}: ")
-            why = (
-                why
-                if ruled_out
-                else re.sub(rf"\b{family}\b", "the model", sentence).replace(f"{method.name} ", "it ", 1)
-            )
+            if not ruled_out:
+                everyone = sentence.replace(f"the {family} family", "this family")
+                why = re.sub(rf"\b{family}\b", "the model", everyone).replace(f"{method.name} ", "it ", 1)
             cells.append(str(numbers.setdefault(why, len(numbers) + 1)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     said = [f"{number}. {sentence}" for sentence, number in numbers.items()]
