@@ -182,34 +182,64 @@ def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, len
     assert not scratch.arrived.any()
 
 
-@slow
-@pytest.mark.parametrize(("bits", "layout"), [(16, "columns"), (4, "columns"), (4, "rows")])
-def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layout: str) -> None:
-    """On the values that the codes stand for, at a cache of 37 tokens; afterwards the module is as it was."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+ONE_BLOCK = {
+    "vocab_size": 32, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 
-    from harness.execution.chained_step import Format, chained, step_weights
+
+def without_a_bias(block: Any, of: Any) -> dict[str, list[Tensor]]:
+    """By projection that has one, what `of` gives while that bias alone is zero."""
+    found = {}
+    for name, module in block.projections():
+        if module.bias is not None:
+            own, module.bias.data = module.bias.data, torch.zeros_like(module.bias)
+            found[name] = of()
+            module.bias.data = own
+    return found
+
+
+@slow
+@pytest.mark.parametrize("biased", ["", "qkv", "all"])
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layout: str, biased: str) -> None:
+    """On the values that the codes stand for, at a cache of 37 tokens; afterwards the module is as it was.
+
+    biased: no projection has a bias, q, k and v as in a Qwen2, or all of them as some methods leave a model.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+    from harness.execution.chained_step import Format, chained, no_chained_step, step_weights
     from harness.model.families import view_of
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().bfloat16()
+    config: Any = (Qwen2Config if biased == "qkv" else LlamaConfig)(**ONE_BLOCK)
+    model = (Qwen2ForCausalLM if biased == "qkv" else LlamaForCausalLM)(config).eval().bfloat16()
     for weight in model.parameters():
         weight.data *= 5  # what a block adds is to be larger than the rounding of the residual stream
     view = view_of(model)
+    sizes = {"q": 2, "k": 2, "v": 2, "o": 5, "gate": 5, "up": 5, "down": 20}  # each shows in what the block does
+    for seed, (name, module) in enumerate(view.blocks[0].projections(), start=30):
+        if biased == "all" or module.bias is not None:
+            own = sizes[name] * normal(seed, module.out_features)
+            module.bias = torch.nn.Parameter(own.bfloat16(), requires_grad=False)
+    assert no_chained_step(view) is None
     x, position, block = normal(20, 1, 1, 128).bfloat16(), torch.tensor([[37]]), view.blocks[0]
     limits = {} if layout == "rows" else {(name, 0): 0.3 for name, _ in block.projections()}
 
-    def added() -> Tensor:
+    def added() -> list[Tensor]:
+        """What the block adds to the residual stream, and the token's key and value."""
         cache = StaticCache(config=config, max_cache_len=64)
         cache.layers[0].update(*(normal(seed, 1, 2, 37, 32).bfloat16() for seed in (21, 22)))
         seen = (torch.arange(64) <= 37)[None, None, None]
         rotary = view.model.model.rotary_emb(x, position)
         arguments = {"attention_mask": seen, "position_ids": position, "past_key_values": cache, "use_cache": True}
-        return block.layer(x.clone(), position_embeddings=rotary, **arguments).double() - x.double()
+        y = block.layer(x.clone(), position_embeddings=rotary, **arguments).double() - x.double()
+        return [y, cache.layers[0].keys[:, :, 37], cache.layers[0].values[:, :, 37]]
+
+    def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+        return [error(one, other) for one, other in zip(found, expected, strict=True)]
 
     def drop(module: Any, args: tuple, t: float) -> tuple[Tensor]:
         return (torch.where(args[0].float().abs() <= t, 0, args[0]),)
@@ -222,11 +252,14 @@ def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layo
                 for (name, _), t in limits.items()
             ]
             want = added()
+            less = without_a_bias(block, added)
             for hook in hooks:
                 hook.remove()
             with chained(view, weights, limits, 64, cut=(2, 2)):
                 got = added()
-        assert error(got, want) < 5e-2  # roundings, and what they carry past a threshold
+        assert max(errors(got, want)) < 5e-2  # roundings, and what they carry past a threshold
+        assert len(less) == {"": 0, "qkv": 3, "all": 7}[biased]
+        assert all(max(errors(without, want)) > 0.25 for without in less.values())
         assert torch.equal(view.model(torch.arange(5)[None]).logits, before)
 
 
@@ -262,3 +295,66 @@ def test_a_chained_step_passes_the_check_and_a_wrong_one_does_not(
     wrong = {key: 8 * t for key, t in limits.items()}
     with pytest.raises(KernelMismatchError, match="block 0, sequence 0: the step differs"):
         check(wrong)
+
+
+@slow
+def test_a_method_that_leaves_biases_is_chained_in_the_model_that_it_makes(
+    on_host: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPON over TEAL; the dense chained step stays that of the model as it is."""
+    from functools import partial
+
+    from harness.execution import chained_step
+    from harness.execution.attach import attached
+    from harness.execution.check import KernelMismatchError
+    from harness.model.step import Policy
+    from harness.probes.latency import chained
+    from harness.probes.latency.plans import fused_thresholds, rewritten
+    from methods.spon import Spon
+    from methods.teal import Teal
+    from tests import tiny
+
+    monkeypatch.setattr(chained_step, "norm_forward", lambda norm: norm.forward)  # Triton's, before the head
+    monkeypatch.setattr(chained, "no_chain", chained_step.no_chained_step)
+    view = tiny.view("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
+    for weight in view.model.parameters():
+        weight.data *= 5
+    view.model.bfloat16()
+    teal, spon = Teal(0.1), Spon(0.1, epochs=0)
+    methods = [(teal, teal.fit(view, tiny.calibration(view)))]
+    with attached(view, methods, Policy()):
+        state = spon.fit(view, tiny.calibration(view))
+    methods.append((spon, {name: 100 * each for name, each in state.items()}))
+    limits = fused_thresholds(view, methods, Policy())
+    assert limits is not None
+    config = {"context": [12], "new_tokens": 4}
+    rewrite, windows = partial(rewritten, view, methods, Policy()), tiny.tokens(1, 12)
+    (variant,) = chained.method_chain(view, methods, Policy(), limits, rewrite, 0.9, config, windows)
+    assert (variant.execution, variant.engine) == ("kernel", "chained")
+    with variant.attached(1) as blocks:
+        assert set(blocks[0].biases) == {"qkv", "o", "gate_up", "down"}
+    (dense,) = chained.dense_chain(view, config, windows)
+    with dense.attached(1) as blocks:
+        assert not blocks[0].biases
+    with pytest.raises(KernelMismatchError):
+        chained.method_chain(
+            view, methods, Policy(), limits, partial(rewritten, view, (), Policy()), 0.9, config, windows
+        )
+
+
+def test_biases_lie_where_the_outputs_do() -> None:
+    """Zero in the padding of int4 strips and where a projection has none; of a group without any there is none."""
+    from harness.execution.chained_step import Format, _block_biases
+    from tests import tiny
+
+    view = tiny.view("llama")
+    block = view.blocks[0]
+    assert block.k is not None and block.v is not None
+    block.k.bias = torch.nn.Parameter(torch.ones(block.k.out_features))
+    block.up.bias = torch.nn.Parameter(torch.ones(block.up.out_features))
+    columns, rows = (_block_biases(view, block, Format(4, 128, layout)) for layout in ("columns", "rows"))  # type: ignore[arg-type]
+    assert set(columns) == {"qkv", "gate_up"} and set(rows) == {"qkv", "gate", "up"}
+    q, k, v = columns["qkv"].split(256)
+    assert torch.equal(k, torch.arange(256) < block.k.out_features) and not q.any() and not v.any()
+    assert torch.equal(rows["qkv"].nonzero().flatten(), block.q.out_features + torch.arange(block.k.out_features))
+    assert not rows["gate"].any() and rows["up"].all()

@@ -2,8 +2,8 @@
 
 Norm, q/k/v, attention with rotary embedding and cache write, o, norm, gate/up, down with the gated product inside.
 Weights of the projections lie by input channel (`columns`, for thresholds, and dense) or by output (`rows`, dense
-only). In low bits the head is quantised too, and while the context lasts the module computes with the values that the
-codes stand for, so that masked execution is the definition of what the kernels do.
+only); sums begin with the bias. In low bits the head is quantised too, and while the context lasts the module computes
+with the values that the codes stand for, so that masked execution is the definition of what the kernels do.
 """
 
 from __future__ import annotations
@@ -56,10 +56,14 @@ class Format:
 
 @dataclass
 class Weights:
-    """A model's weights in a format: by block and group of MERGED (`rows` has gate and up apart), and the head."""
+    """A model's weights in a format: by block and group of MERGED (`rows` has gate and up apart), and the head.
+
+    biases: by the same names, in the model's dtype, where a projection has one; padded as the outputs are.
+    """
 
     form: Format
     blocks: list[dict[str, Tensor | Strips]]
+    biases: list[dict[str, Tensor]]
     head: Tensor | Strips
 
 
@@ -88,7 +92,7 @@ class ChainedBlock:
         self, view: View, layer: int, weights: Weights, buffers: Buffers, thresholds: ThresholdOf, early: int = 1
     ) -> None:
         self.view, self.layer, self.buffers, self.early = view, layer, buffers, early
-        self.form, self.weights = weights.form, weights.blocks[layer]
+        self.form, self.weights, self.biases = weights.form, weights.blocks[layer], weights.biases[layer]
         self.block = view.blocks[layer]
         self.norms = [(cast(Tensor, n.weight), cast(float, n.variance_epsilon)) for n in view.norms[layer]]
         self.act = ACTIVATIONS[view.activation]
@@ -123,7 +127,8 @@ class ChainedBlock:
         else:
             self._rows("o", b.heads, h, add=True)
             norm(h, *second, b.x, early=self.early)
-            self._rows("gate", b.x, b.hidden, w_up=self.weights["up"], act=self.act)
+            ups = {"w_up": self.weights["up"], "up_bias": self.biases.get("up")}
+            self._rows("gate", b.x, b.hidden, act=self.act, **ups)
             self._rows("down", b.hidden, h, add=True)
         return residual
 
@@ -132,12 +137,14 @@ class ChainedBlock:
 
         t = self.thresholds[name]
         sizes = () if t is None else self.sizes[name]
-        columns(x, self.weights[name], t, y=y, segments=sizes, early=self.early, half=self.view.dtype, **rest)
+        given = {"bias": self.biases.get(name), "early": self.early, "half": self.view.dtype, **rest}
+        columns(x, self.weights[name], t, y=y, segments=sizes, **given)
 
     def _rows(self, name: str, x: Tensor, y: Tensor, **rest: Any) -> None:
         from kernels.cuda.packed import rows
 
-        rows(x, self.weights[name], y=y, early=self.early, half=self.view.dtype, **rest)
+        given = {"bias": self.biases.get(name), "early": self.early, "half": self.view.dtype, **rest}
+        rows(x, self.weights[name], y=y, **given)
 
 
 @contextmanager
@@ -177,6 +184,24 @@ def _block_weights(stack: ExitStack, block: Block, form: Format) -> dict[str, Te
     return {"qkv": qkv, **parts}
 
 
+def _block_biases(view: View, block: Block, form: Format) -> dict[str, Tensor]:
+    """Biases by group, as `_block_weights` has weights: zero in padding and where only others of a group have one."""
+    groups = {name: (members, members) for name, members in MERGED.items()}
+    if form.layout == "rows":  # gate and up come together or not at all
+        groups |= {"gate": (("gate",), MERGED["gate_up"]), "up": (("up",), MERGED["gate_up"])}
+        del groups["gate_up"]
+    biases = {}
+    for name, (members, together) in groups.items():
+        if any(getattr(block, member).bias is not None for member in together):
+            modules = [getattr(block, member) for member in members]
+            whole = [torch.zeros(form.width(m.out_features), dtype=view.dtype, device=view.device) for m in modules]
+            for own, module in zip(whole, modules, strict=True):
+                if module.bias is not None:
+                    own[: module.out_features] = module.bias.data
+            biases[name] = torch.cat(whole)
+    return biases
+
+
 @contextmanager
 def step_weights(view: View, form: Format) -> Iterator[Weights]:
     """The model's weights in a format. In low bits the head is by rows, and modules compute with what codes stand for.
@@ -188,8 +213,10 @@ def step_weights(view: View, form: Format) -> Iterator[Weights]:
         raise UnsupportedError(reason)
     with ExitStack() as stack:
         blocks = [_block_weights(stack, block, form) for block in view.blocks]
+        biases = [_block_biases(view, block, form) for block in view.blocks]
         head = view.model.get_output_embeddings()
-        yield Weights(form, blocks, head.weight if form.bits == 16 else _packed(stack, head, form, columns=False))
+        last = head.weight if form.bits == 16 else _packed(stack, head, form, columns=False)
+        yield Weights(form, blocks, biases, last)
 
 
 @contextmanager
@@ -231,8 +258,6 @@ def no_chained_step(view: View) -> str | None:
     reason = no_fused_step(view)
     if reason is not None:
         return reason
-    if any(module.bias is not None for block in view.blocks for _, module in block.projections()):
-        return "the chained decode step knows no biases"
     if view.dtype not in (torch.float16, torch.bfloat16) or not 32 <= view.head_dim <= 256:
         return f"no chained decode step for {view.dtype} and heads of {view.head_dim}"
     return None
@@ -247,7 +272,7 @@ def _head_forward(head: nn.Linear, weight: Tensor | Strips) -> Any:
         if not one_token(hidden_states):
             return own(hidden_states)
         y = hidden_states.new_empty(1, 1, head.out_features)
-        rows(hidden_states.reshape(-1), weight, y=y.view(-1), half=y.dtype)
+        rows(hidden_states.reshape(-1), weight, y=y.view(-1), bias=head.bias, half=y.dtype)
         return y
 
     return forward

@@ -90,7 +90,9 @@ def merged_weights(
     for name, members in MERGED.items():
         modules = [m for m in (getattr(block, member) for member in members) if m is not None]
         parts = [m.weight.data for m in modules]
-        biases = None if modules[0].bias is None else [m.bias.data for m in modules]
+        biases = None
+        if any(m.bias is not None for m in modules):
+            biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in modules]
         if more and name in more:
             rows, added = more[name]
             biases = [*(biases or [added.new_zeros(m.out_features) for m in modules]), added]

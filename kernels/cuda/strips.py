@@ -55,10 +55,15 @@ class Strips:
 
 
 def joined(parts: list[Strips]) -> Strips:
-    """Matrices with the same lines side by side; each begins at a strip of its own, so that padding lies between."""
+    """Matrices with the same lines side by side; each begins at a strip of its own, so that padding lies between.
+
+    The last ends where its outputs do: there is nothing behind them that a product could be added to.
+    """
     first = parts[0]
     codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-    return Strips(codes, scales, first.bits, first.group, len(codes) * first.outputs)
+    last = parts[-1]
+    width = (len(codes) - len(last.codes)) * first.outputs + last.width
+    return Strips(codes, scales, first.bits, first.group, width)
 
 
 def stacked(parts: list[Strips]) -> Strips:

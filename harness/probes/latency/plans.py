@@ -33,7 +33,7 @@ from harness.probes.latency.chained import dense_chain, method_chain
 from harness.probes.latency.cpu_step import check_dense_step, dense_step, method_step
 from harness.probes.latency.reads import ideal_slice, union_read
 from harness.probes.latency.timing import prompts
-from harness.probes.latency.variants import Attach, Row, Variant
+from harness.probes.latency.variants import Attach, Row, Variant, within
 from harness.probes.sparsity import measure as sparsity_rows
 
 NO_BATCH = "no kernel above batch 1 on this machine"
@@ -92,9 +92,7 @@ def variants(
         attach = within(rewrite, fused(view, "columns", limits, sparsity))
         error = check_blocks(view, methods, policy, windows[:1, :64].to(view.device), attach)
         known = replace(known, message=f"{known.message}; fused step equals masked within {error:.1e} by block")
-        chain = []
-        if known.thresholds is not None:  # in the model as it is: the chained step knows no biases
-            chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
+        chain = method_chain(view, methods, policy, limits, rewrite, 1 - known.skipped, config, windows)
         batch_attach = within(rewrite, within(lambda: own_gemv(view, limits), lambda: framed(view)))
         check_blocks(view, methods, policy, prompts(windows, 2, 64).to(view.device), batch_attach)
         return plan + fused_plan(view, known, attach, batch_attach, sparsity, union) + chain
@@ -296,17 +294,6 @@ def rewritten(view: View, methods: Fitted, policy: Policy) -> Iterator[None]:
         for change in changes:
             stack.enter_context(change)
         yield
-
-
-def within(outer: Attach, inner: Attach) -> Attach:
-    """`inner` attached to what `outer` has made of the model."""
-
-    @contextmanager
-    def both() -> Iterator[Any]:
-        with outer(), inner() as found:
-            yield found
-
-    return both
 
 
 def fused_thresholds(view: View, methods: Fitted, policy: Policy) -> ThresholdOf | None:
