@@ -6,6 +6,7 @@ Each variant is a compilation and some hundred threads: seconds, so that all but
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.cuda import chain, nvrtc, packed, strips
+from kernels.cuda import chain, choose, nvrtc, packed, strips
 from kernels.cuda.packed import RowTile, Tile
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
@@ -358,3 +359,86 @@ def test_biases_lie_where_the_outputs_do() -> None:
     assert torch.equal(k, torch.arange(256) < block.k.out_features) and not q.any() and not v.any()
     assert torch.equal(rows["qkv"].nonzero().flatten(), block.q.out_features + torch.arange(block.k.out_features))
     assert not rows["gate"].any() and rows["up"].all()
+
+
+@slow
+@pytest.mark.parametrize(("bits", "biased", "share"), [(4, False, 0.5), (4, True, 0.0), (8, True, 0.9)])
+def test_neurons_are_chosen_by_a_copy_and_listed_in_order(on_host: None, bits: int, biased: bool, share: float) -> None:
+    """|up x * act(gate x)| of the inputs above the cut: more blocks than one, and splits of the channels."""
+    k, n, most = 300, 600, 2 ** (bits - 1) - 1
+    drawn = torch.Generator().manual_seed(3)
+    codes = [torch.randint(-most, most + 1, (n, k), generator=drawn) for _ in range(2)]
+    scales = tuple((0.5 + torch.rand(n, generator=drawn)) * k**-0.5 / most for _ in range(2))
+    both = strips.joined([strips.pack_codes(each.t(), bits) for each in codes])
+    assert torch.equal(both.values()[:, :n], codes[0].t().float())
+    x, cut = normal(40, k).bfloat16(), torch.tensor([0.5])
+    bias = tuple(normal(seed, n).bfloat16() for seed in (41, 42))
+    sums = [c.double() @ torch.where(x.abs() > 0.5, x, 0).double() * s for c, s in zip(codes, scales, strict=True)]
+    gate, up = ((y + b.double() if biased else y).bfloat16() for y, b in zip(sums, bias, strict=True))
+    score = (torch.nn.functional.silu(gate) * up).abs().float()
+    t = torch.full((n,), score.quantile(share).item() if share else -1.0)
+    chosen = choose.Chosen(both, n, torch.device("cpu"))
+    assert len(chosen.sums) > 1
+    for _ in range(2):  # the second finds everything as the first did
+        choose.choose(x, both, cut, scales, t, chosen, act="silu", biases=bias if biased else None)
+    idx = chosen.idx[: chosen.count]
+    assert not chosen.arrived and (idx.diff() > 0).all()
+    kept = torch.zeros(n, dtype=torch.bool).index_fill(0, idx.long(), True)
+    near = (score - t).abs() < 0.02 * score  # a rounding may move it over
+    assert torch.equal(kept[~near], (score > t)[~near]) and near.sum() < n / 8
+
+
+@slow
+@pytest.mark.parametrize("name", ["prox", "combined", "spon"])
+def test_what_a_copy_chooses_is_chained(on_host: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Prox, alone and below SPON, and `combined` with a copy, against masks; other thresholds are found out."""
+    from functools import partial
+
+    from transformers import StaticCache
+
+    from harness.execution import chained_step
+    from harness.execution.attach import attached
+    from harness.execution.check import KernelMismatchError
+    from harness.model.step import Policy
+    from harness.probes.latency import chained
+    from harness.probes.latency.plans import fused_choice, fused_thresholds, rewritten
+    from methods.combined import Combined
+    from methods.prox import Prox
+    from methods.spon import Spon
+    from tests import tiny
+
+    monkeypatch.setattr(chained_step, "norm_forward", lambda norm: norm.forward)  # Triton's, before the head
+    monkeypatch.setattr(chained, "no_chain", chained_step.no_chained_step)
+    view = tiny.view("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
+    for weight in view.model.parameters():
+        weight.data *= 3 if weight.dim() > 1 else 1
+    view.model.bfloat16()
+    inner = Combined(0.1, bits=4, steps=0) if name == "combined" else Prox(0.3)
+    methods = [(inner, inner.fit(view, tiny.calibration(view)))]
+    if name == "spon":
+        spon = Spon(0.3, epochs=0)
+        with attached(view, methods, Policy()):
+            methods.insert(0, (spon, spon.fit(view, tiny.calibration(view))))  # type: ignore[arg-type]
+    assert fused_thresholds(view, methods, Policy()) is None
+    found = fused_choice(view, methods, Policy())
+    assert found is not None
+    limits, guesses = found
+    assert {p for p, _ in limits} == ({"q", "k", "v", "o"} if name == "combined" else set())
+
+    def chain(guesses: Any) -> list[Any]:
+        rewrite, windows = partial(rewritten, view, methods, Policy()), tiny.tokens(1, 12)
+        config = {"context": [12], "new_tokens": 4}
+        return chained.method_chain(view, methods, Policy(), limits, rewrite, 0.7, config, windows, guesses)
+
+    (variant,) = chain(guesses)
+    assert (variant.execution, variant.engine, variant.reads) == ("kernel", "chained", 0.7)
+    assert "chained step equals masked" in variant.columns["message"]
+    with variant.attached(1) as blocks, torch.no_grad():
+        cache = StaticCache(config=view.model.config, max_cache_len=16)
+        for tokens in tiny.tokens(1, 12).split([11, 1], 1):
+            view.model(tokens, past_key_values=cache, use_cache=True)
+        assert 0 < int(blocks[0].buffers.chosen.count) < view.d_ff
+    with pytest.raises(KernelMismatchError):
+        chain({layer: (copy, 20 * t) for layer, (copy, t) in guesses.items()})
+    copy, t = guesses[0]
+    assert not chain({0: (dataclasses.replace(copy, up=dataclasses.replace(copy.up, codes=None)), t)})

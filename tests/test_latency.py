@@ -29,6 +29,7 @@ from methods.combined import Combined
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
+from methods.prox import Prox
 from methods.random import Random
 from methods.spon import Spon
 from methods.teal import Teal
@@ -341,6 +342,24 @@ def test_constants_as_biases_are_timed_through_the_fused_steps_on_a_gpu(name):
     timed = [r["engine"] for r in rows if r["metric"] == "tpot_median" and r["execution"] == "kernel"]
     assert timed == ["graph"] * 2 + chain
     assert all(module.bias is None for block in view.blocks for _, module in block.projections())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [Prox(0.5), Combined(0.3, bits=4, steps=2)], ids=["prox", "combined"])
+def test_what_a_copy_chooses_is_timed_through_the_chained_step_on_a_gpu(method):
+    """Beside the graph in which the module's own projections choose; both read the same."""
+    view = tiny.view("llama", head_dim=32, hidden_size=128, intermediate_size=384)
+    view.model.to("cuda", torch.bfloat16)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    plan = planned(view, fitted, context=[16], new_tokens=5)
+    chain = [] if no_chain(view) else ["chained"]
+    own = [variant for variant in plan if variant.execution == "kernel"]
+    assert [variant.engine for variant in own] == ["graph", "graph", *chain], own[1].columns["message"]
+    assert len({variant.reads for variant in own[1:]}) == 1
+    rows = latency_rows.measure(view, plan, tiny.tokens(2, 96).to("cuda"), CONFIG)
+    timed = [r for r in rows if r["metric"] == "tpot_median" and r["engine"] == "chained"]
+    assert [r["execution"] for r in timed] == ["dense", "kernel"] * len(chain)
+    assert all("chained step equals masked within" in r["message"] for r in timed)
 
 
 @pytest.mark.gpu

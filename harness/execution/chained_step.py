@@ -4,11 +4,12 @@ Norm, q/k/v, attention with rotary embedding and cache write, o, norm, gate/up, 
 Weights of the projections lie by input channel (`columns`, for thresholds, and dense) or by output (`rows`, dense
 only); sums begin with the bias. In low bits the head is quantised too, and while the context lasts the module computes
 with the values that the codes stand for, so that masked execution is the definition of what the kernels do.
+Where a copy in few bits chooses the neurons, gate/up are three launches: its product, the list, and what is listed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UnsupportedError
+from harness.execution.choice import Choice
 from harness.execution.fused_step import (
     ACTIVATIONS,
     MERGED,
@@ -33,6 +35,7 @@ from harness.execution.fused_step import (
 from harness.model.view import Block, View
 
 if TYPE_CHECKING:
+    from kernels.cuda.choose import Chosen
     from kernels.cuda.strips import Strips
 
 Layout = Literal["columns", "rows"]
@@ -40,11 +43,19 @@ Layout = Literal["columns", "rows"]
 
 @dataclass(frozen=True)
 class Format:
-    """How a step's weights are kept. bits: 16 (the model's own), 8 or 4; group: weights that share a scale."""
+    """How a step's weights are kept. bits: 16 (the model's own), 8 or 4; group: weights that share a scale.
+
+    neurons: gate and up lie by output whatever the layout is, for neurons that are listed.
+    """
 
     bits: int = 16
     group: int = 128
     layout: Layout = "columns"
+    neurons: bool = False
+
+    def by_output(self, name: str) -> bool:
+        """Whether a projection's weights lie by output."""
+        return self.layout == "rows" or (self.neurons and name in MERGED["gate_up"])
 
     def width(self, outputs: int) -> int:
         """Outputs of a projection among those merged with it: whole strips."""
@@ -56,7 +67,7 @@ class Format:
 
 @dataclass
 class Weights:
-    """A model's weights in a format: by block and group of MERGED (`rows` has gate and up apart), and the head.
+    """A model's weights in a format: by block and group of MERGED, and the head. Gate and up by output are apart.
 
     biases: by the same names, in the model's dtype, where a projection has one; padded as the outputs are.
     """
@@ -82,6 +93,7 @@ class Buffers:
         self.heads = torch.zeros(width, dtype=view.dtype, device=view.device)
         self.gate_up = torch.zeros(2 * form.width(view.d_ff), dtype=torch.float32, device=view.device)
         self.hidden = torch.zeros(view.d_ff, dtype=view.dtype, device=view.device)
+        self.chosen: Chosen | None = None  # where neurons are chosen
         self.scratch = Scratch(view.n_heads, view.head_dim, capacity, view.device, cut)
 
 
@@ -89,8 +101,21 @@ class ChainedBlock:
     """One Llama-like block, one token. `residual` is fp32 [1, 1, d_model], changed in place."""
 
     def __init__(
-        self, view: View, layer: int, weights: Weights, buffers: Buffers, thresholds: ThresholdOf, early: int = 1
+        self,
+        view: View,
+        layer: int,
+        weights: Weights,
+        buffers: Buffers,
+        thresholds: ThresholdOf,
+        early: int = 1,
+        choice: Choice | None = None,
     ) -> None:
+        """choice: what chooses the neurons, of weights whose format has `neurons`; else all take part."""
+        from kernels.cuda.choose import Chosen
+
+        self.choice = choice
+        if choice is not None and buffers.chosen is None:
+            buffers.chosen = Chosen(choice.codes, view.d_ff, view.device)
         self.view, self.layer, self.buffers, self.early = view, layer, buffers, early
         self.form, self.weights, self.biases = weights.form, weights.blocks[layer], weights.biases[layer]
         self.block = view.blocks[layer]
@@ -118,7 +143,11 @@ class ChainedBlock:
             q, k, v, cos.view(-1), sin.view(-1), cache.keys, cache.values, length, b.heads, b.scratch,
             n_heads=self.view.n_heads, scale=cast(float, self.block.attn.scaling), early=self.early,
         )  # fmt: skip
-        if columns:
+        if self.choice is not None:
+            self._columns("o", b.heads, h)
+            norm(h, *second, b.x, early=self.early)
+            self._neurons(b.x, h, self.choice)
+        elif columns:
             self._columns("o", b.heads, h, zero=b.gate_up)
             norm(h, *second, b.x, early=self.early)
             self._columns("gate_up", b.x, b.gate_up)
@@ -127,10 +156,26 @@ class ChainedBlock:
         else:
             self._rows("o", b.heads, h, add=True)
             norm(h, *second, b.x, early=self.early)
-            ups = {"w_up": self.weights["up"], "up_bias": self.biases.get("up")}
-            self._rows("gate", b.x, b.hidden, act=self.act, **ups)
+            self._rows("gate", b.x, b.hidden, **self._gated())
             self._rows("down", b.hidden, h, add=True)
         return residual
+
+    def _gated(self) -> dict[str, Any]:
+        return {"w_up": self.weights["up"], "up_bias": self.biases.get("up"), "act": self.act}
+
+    def _neurons(self, x: Tensor, h: Tensor, choice: Choice) -> None:
+        """Add the MLP of the neurons that the copy chooses to h."""
+        from kernels.cuda.choose import choose
+
+        b = self.buffers
+        assert b.chosen is not None
+        found = choose(
+            x, choice.codes, choice.cut, choice.scales, choice.t, b.chosen,
+            act=self.act, biases=choice.biases, early=self.early,
+        )  # fmt: skip
+        listed = {"idx": found.idx, "count": found.count}
+        self._rows("gate", x, b.hidden, fresh=True, **listed, **self._gated())
+        self._columns("down", b.hidden, h, by_position=True, zero=b.qkv, **listed)
 
     def _columns(self, name: str, x: Tensor, y: Tensor, **rest: Any) -> None:
         from kernels.cuda.packed import columns
@@ -172,14 +217,16 @@ def _block_weights(stack: ExitStack, block: Block, form: Format) -> dict[str, Te
 
     columns = form.layout == "columns"
     if form.bits == 16:
-        merged = stack.enter_context(merged_weights(block, columns))
+        apart = ("gate_up",) if form.by_output("gate") else ()
+        merged = stack.enter_context(merged_weights(block, columns, by_output=apart))
         weights: dict[str, Tensor | Strips] = {name: weight for name, (weight, _) in merged.items()}
-        if not columns:
+        if apart:
             weights["gate"], weights["up"] = merged["gate_up"][0].chunk(2)
         return weights
-    parts = {name: _packed(stack, module, form, columns) for name, module in block.projections()}
+    parts = {name: _packed(stack, module, form, not form.by_output(name)) for name, module in block.projections()}
     if columns:
-        return {name: joined([parts[member] for member in members]) for name, members in MERGED.items()}
+        groups = {name: members for name, members in MERGED.items() if not (form.neurons and name == "gate_up")}
+        return {**parts, **{name: joined([parts[member] for member in members]) for name, members in groups.items()}}
     qkv = stacked([parts.pop(name) for name in MERGED["qkv"]])
     return {"qkv": qkv, **parts}
 
@@ -187,7 +234,7 @@ def _block_weights(stack: ExitStack, block: Block, form: Format) -> dict[str, Te
 def _block_biases(view: View, block: Block, form: Format) -> dict[str, Tensor]:
     """Biases by group, as `_block_weights` has weights: zero in padding and where only others of a group have one."""
     groups = {name: (members, members) for name, members in MERGED.items()}
-    if form.layout == "rows":  # gate and up come together or not at all
+    if form.by_output("gate"):  # gate and up come together or not at all
         groups |= {"gate": (("gate",), MERGED["gate_up"]), "up": (("up",), MERGED["gate_up"])}
         del groups["gate_up"]
     biases = {}
@@ -227,16 +274,21 @@ def chained(
     capacity: int,
     early: int = 1,
     cut: tuple[int, int] | None = None,
+    choices: Sequence[Choice] | None = None,
 ) -> Iterator[list[ChainedBlock]]:
     """While the context lasts, one-token steps with a `StaticCache` of up to `capacity` entries run chained.
 
-    early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns". A captured graph that outlives the
-    context reads the memory of the blocks that this yields: keep them as long.
+    early: see `kernels.cuda.packed.columns`. Thresholds need the layout "columns". choices: what chooses the neurons of
+    each layer, in a format with `neurons` and without thresholds in the MLP. A captured graph that outlives the context
+    reads the memory of the blocks that this yields: keep them as long.
     """
     buffers = Buffers(view, weights.form, capacity, cut)
     with ExitStack() as stack:
         stack.enter_context(decode_attention(view.model))
-        blocks = [ChainedBlock(view, layer, weights, buffers, thresholds, early) for layer in range(view.n_layers)]
+        blocks = [
+            ChainedBlock(view, layer, weights, buffers, thresholds, early, None if choices is None else choices[layer])
+            for layer in range(view.n_layers)
+        ]
         for block, own in zip(view.blocks, blocks, strict=True):
             stack.enter_context(_forward(block.layer, _block_forward(block.layer, own, torch.float32)))
         assert view.final_norm is not None
@@ -247,9 +299,15 @@ def chained(
 
 
 @contextmanager
-def chained_decode(view: View, thresholds: ThresholdOf, capacity: int) -> Iterator[list[ChainedBlock]]:
+def chained_decode(
+    view: View, thresholds: ThresholdOf, capacity: int, choices: Sequence[Choice] | None = None
+) -> Iterator[list[ChainedBlock]]:
     """`chained` in the model's own type."""
-    with step_weights(view, Format()) as weights, chained(view, weights, thresholds, capacity) as blocks:
+    form = Format(neurons=choices is not None)
+    with (
+        step_weights(view, form) as weights,
+        chained(view, weights, thresholds, capacity, choices=choices) as blocks,
+    ):
         yield blocks
 
 

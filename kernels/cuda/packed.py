@@ -127,6 +127,12 @@ def default_tile(w: Tensor | Strips, sparse: bool) -> Tile:
     return Tile(128, 4, 8, 4) if sparse else Tile(64, 4, 8, 4)
 
 
+def splits(w: Tensor | Strips, sparse: bool) -> int:
+    """Rows of the partial sums of `columns`, as it is tuned."""
+    tile = default_tile(w, sparse)
+    return cdiv(w.lines if isinstance(w, Strips) else w.shape[0], tile.channels * tile.warps)
+
+
 def rows(
     x: Tensor,
     w: Tensor | Strips,
@@ -139,6 +145,7 @@ def rows(
     bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     add: bool = False,
+    fresh: bool = False,
     early: int = 0,
     half: torch.dtype = torch.bfloat16,
     tile: RowTile | None = None,
@@ -146,8 +153,9 @@ def rows(
     """Write x . w[row] to y (add: to fp32 y at row), or act(x . w[row]) * (x . w_up[row]) with `w_up`; returns y.
 
     x: [K], 16-bit or fp32; w, w_up: [rows, K] or one strip of rows. y: 16-bit or fp32 [rows]; with idx (int32 [m]) and
-    w_up y[j] belongs to idx[j]. bias, with w_up also up_bias: 16-bit [rows], added before anything is rounded. The rest
-    as in `columns`. Raises ValueError if only one of gate and up has a bias.
+    w_up y[j] belongs to idx[j]. fresh: the list is made by the kernel before this one. bias, with w_up also up_bias:
+    16-bit [rows], added before anything is rounded. The rest as in `columns`. Raises ValueError if only one of gate and
+    up has a bias.
     """
     if (up_bias is None) != (bias is None or w_up is None):
         raise ValueError("gate and up have a bias each, or none")
@@ -162,7 +170,7 @@ def rows(
         "HAS_UP": 0, "GLU": w_up is not None, "LISTED": idx is not None, "ROWS": tile.rows, "WARPS": tile.warps,
         "BLOCKS": tile.blocks, "UNROLL": tile.unroll, "GROUP": w.group if isinstance(w, Strips) else 0,
         "BY_POSITION": idx is not None and w_up is not None, "PDL": early,
-        "WIDE": y.dtype == torch.float32, "ADD": add, "BIAS": bias is not None,
+        "WIDE": y.dtype == torch.float32, "ADD": add, "BIAS": bias is not None, "FRESH": fresh,
     }  # fmt: skip
     chunks = cdiv(k, 32 * per)
     floats = chunks * 32 * per + (chunks * 32 * (2 if bits == 4 else 1) if low else 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.execution.attach import Fitted
 from harness.execution.block_check import check_blocks
 from harness.execution.chained_step import chained_decode, no_chained_step
+from harness.execution.choice import Choice, Guesses, choices, no_choice
 from harness.execution.fused_step import ThresholdOf
 from harness.model.step import Policy
 from harness.model.view import View
@@ -40,23 +41,26 @@ def dense_chain(view: View, config: Mapping[str, Any], windows: Tensor) -> list[
 
 def method_chain(
     view: View, methods: Fitted, policy: Policy, thresholds: ThresholdOf, rewrite: Attach, reads: float,
-    config: Mapping[str, Any], windows: Tensor,
+    config: Mapping[str, Any], windows: Tensor, guesses: Guesses | None = None,
 ) -> list[Variant]:  # fmt: skip
     """Methods that come to fixed thresholds in the chained step of the model that `rewrite` makes of this one.
 
-    reads: share of the block weights. Raises `KernelMismatchError` where a block does not give what masked execution
-    gives.
+    guesses: what chooses the neurons, where thresholds do not. reads: share of the block weights. Raises
+    `KernelMismatchError` where a block does not give what masked execution gives.
     """
     with rewrite():
-        if no_chain(view):
+        if no_chain(view) or (guesses and no_choice(view, guesses)):
             return []
-    attach = within(rewrite, _attach(view, thresholds, config))
+    chosen = choices(view, guesses) if guesses else None
+    attach = within(rewrite, _attach(view, thresholds, config, chosen))
     return [_variant(view, methods, policy, attach, windows, "kernel", reads, {})]
 
 
-def _attach(view: View, thresholds: ThresholdOf, config: Mapping[str, Any]) -> Attach:
+def _attach(
+    view: View, thresholds: ThresholdOf, config: Mapping[str, Any], chosen: list[Choice] | None = None
+) -> Attach:
     capacity = max(CHECKED + 1, max(config["context"]) + config["new_tokens"])
-    return lambda: chained_decode(view, thresholds, capacity)
+    return lambda: chained_decode(view, thresholds, capacity, *([] if chosen is None else [chosen]))
 
 
 def _variant(

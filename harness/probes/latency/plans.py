@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from harness.execution.attach import Fitted, attached
 from harness.execution.block_check import check_blocks
 from harness.execution.capture import not_captured
 from harness.execution.check import Check, KernelMismatchError, NoKernelRanError, check_kernels
+from harness.execution.choice import Guesses
 from harness.execution.frame import framed
 from harness.execution.fused_cpu import hooked
 from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_frame, no_fused_step
@@ -103,7 +104,11 @@ def variants(
     frame, reason = frame_of(view, methods, policy, windows)
     if reason is not None:
         known = replace(known, message=f"{known.message}; {reason}")
-    return plan + module_plan(view, methods, policy, known, union, compiles, frame) + steps + batch
+    chain = []
+    if fits_fused_step(view) and (found := fused_choice(view, methods, policy)) is not None:
+        rewrite, reads = partial(rewritten, view, methods, policy), 1 - known.skipped
+        chain = method_chain(view, methods, policy, found[0], rewrite, reads, config, windows, found[1])
+    return plan + module_plan(view, methods, policy, known, union, compiles, frame) + chain + steps + batch
 
 
 def fits_fused_step(view: View) -> bool:
@@ -310,6 +315,23 @@ def fused_thresholds(view: View, methods: Fitted, policy: Policy) -> ThresholdOf
     return _thresholds(view, *selecting[0])
 
 
+@torch.no_grad()
+def fused_choice(view: View, methods: Fitted, policy: Policy) -> tuple[ThresholdOf, Guesses] | None:
+    """As `fused_thresholds`, of methods that choose the neurons by a copy in few bits: those of attention, and what
+    chooses; else None.
+    """
+    selecting = [(method, state) for method, state in methods if method.sites]
+    if len(selecting) != 1 or not {"neurons"} <= set(selecting[0][0].sites) <= {"attn_in", "attn_out", "neurons"}:
+        return None
+    method, state = selecting[0]
+    with rewritten(view, methods, policy):  # the copy has the biases that are there
+        if hooked(view) is not None or no_fused_step(view) is not None:
+            return None
+        guesses = method.guesses(view, method.plan(view, state))
+    thresholds = _thresholds(view, method, state, beside=("neurons",))
+    return None if thresholds is None or not guesses else (thresholds, guesses)
+
+
 def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     """(projection, layer) -> threshold, where one method comes to fixed ones in the model as it is; else None."""
     if len(methods) != 1 or not isinstance(methods[0][0].rewrite(view, methods[0][1]), nullcontext):
@@ -317,13 +339,16 @@ def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     return _thresholds(view, *methods[0])
 
 
-def _thresholds(view: View, method: Method, state: State) -> ThresholdOf | None:
-    """(projection, layer) -> threshold, where a method comes to fixed thresholds at channel sites; else None."""
+def _thresholds(view: View, method: Method, state: State, beside: Collection[str] = ()) -> ThresholdOf | None:
+    """(projection, layer) -> threshold, where a method comes to fixed thresholds at channel sites; else None.
+
+    beside: sites that are left out.
+    """
     thresholds: dict[tuple[str, int], Tensor | float] = {}
     if not has_kernels(method):
         return None
     plan = method.plan(view, state)
-    for site in method.sites:
+    for site in (site for site in method.sites if site not in beside):
         for layer in range(view.n_layers):
             for projection in PROJECTIONS.get(site, ()):
                 if projection not in view.projection_names():

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 
 #if KNOWN
 #if TEST == 4
-  const int count = m_ptr ? *m_ptr : m;
+  const int count = m_ptr ? __ldcg(m_ptr) : m;  // past L1, which may hold what was listed before
 #else
   const int count = K;
 #endif
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
     const int j = first + r * 32 + lane;
     own[r] = j;
 #if TEST == 4
-    if (j < count) own[r] = idx_ptr[j];
+    if (j < count) own[r] = __ldcg(idx_ptr + j);
 #endif
     list(r, j < count);
   }

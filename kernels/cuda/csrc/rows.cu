@@ -3,6 +3,7 @@
 // chunk is sixteen bytes a lane. Macros beside those of common.cuh:
 //   LISTED   rows are idx[0..m); ROWS of a warp, WARPS of a block, BLOCKS resident, UNROLL
 //   GROUP    weights that share a scale (BITS below 16)
+//   FRESH    the kernel before this one makes the list: nothing is read before it is done
 //   BY_POSITION  the result of idx[j] goes to y[j]; WIDE  y is fp32, else 16-bit; ADD  it is added to
 //   BIAS     bias [rows] is added before anything is rounded, with GLU up_bias too; no kernel before this one made them
 //   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when its loads are made
@@ -28,8 +29,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (K + CHUNK - 1) / CHUNK;
   float4* xs = (float4*)shared;             // [chunks, PER / 4, 32 lanes]
   float* ones = shared + chunks * CHUNK;    // [chunks, SUMS, 32 lanes], sums of x
+#if FRESH
+  wait_for_others();
+#endif
 #if LISTED
-  const int count = m_ptr ? *m_ptr : m;
+  const int count = m_ptr ? __ldcg(m_ptr) : m;
 #else
   const int count = m;
 #endif
@@ -67,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
       const int j = tile * ROWS + r;
       row[r] = j < count ? j : -1;
 #if LISTED
-      if (j < count) row[r] = idx_ptr[j];
+      if (j < count) row[r] = __ldcg(idx_ptr + j);
 #endif
 #if BIAS
       if (lane == r && j < count) {
@@ -83,7 +87,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
   int tile = blockIdx.x * WARPS + warp;
   choose(tile);
   fetch(0);
+#if !FRESH
   wait_for_others();
+#endif
 #if PDL == 1
   let_others_start();
 #endif
