@@ -41,6 +41,10 @@ template <class T> T exchanged(T own, int from) {
   return theirs;
 }
 inline float __shfl_xor_sync(unsigned, float v, int d) { return exchanged(v, (threadIdx.x % 32) ^ d); }
+inline int __shfl_up_sync(unsigned, int v, int d) {
+  const int lane = threadIdx.x % 32;
+  return exchanged(v, lane < d ? lane : lane - d);
+}
 inline unsigned __ballot_sync(unsigned, bool v) {
   uint32_t* all = lanes_[threadIdx.x / 32];
   all[threadIdx.x % 32] = v;

@@ -6,6 +6,7 @@ Each variant is a compilation and some hundred threads: seconds, so that all but
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.cuda import chain, nvrtc, packed, strips
+from kernels.cuda import chain, choose, nvrtc, packed, strips
 from kernels.cuda.packed import RowTile, Tile
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
@@ -182,34 +183,64 @@ def test_attention_of_a_step(on_host: None, heads: int, groups: int, d: int, len
     assert not scratch.arrived.any()
 
 
-@slow
-@pytest.mark.parametrize(("bits", "layout"), [(16, "columns"), (4, "columns"), (4, "rows")])
-def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layout: str) -> None:
-    """On the values that the codes stand for, at a cache of 37 tokens; afterwards the module is as it was."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+ONE_BLOCK = {
+    "vocab_size": 32, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 
-    from harness.execution.chained_step import Format, chained, step_weights
+
+def without_a_bias(block: Any, of: Any) -> dict[str, list[Tensor]]:
+    """By projection that has one, what `of` gives while that bias alone is zero."""
+    found = {}
+    for name, module in block.projections():
+        if module.bias is not None:
+            own, module.bias.data = module.bias.data, torch.zeros_like(module.bias)
+            found[name] = of()
+            module.bias.data = own
+    return found
+
+
+@slow
+@pytest.mark.parametrize("biased", ["", "qkv", "all"])
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layout: str, biased: str) -> None:
+    """On the values that the codes stand for, at a cache of 37 tokens; afterwards the module is as it was.
+
+    biased: no projection has a bias, q, k and v as in a Qwen2, or all of them as some methods leave a model.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+    from harness.execution.chained_step import Format, chained, no_chained_step, step_weights
     from harness.model.families import view_of
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().bfloat16()
+    config: Any = (Qwen2Config if biased == "qkv" else LlamaConfig)(**ONE_BLOCK)
+    model = (Qwen2ForCausalLM if biased == "qkv" else LlamaForCausalLM)(config).eval().bfloat16()
     for weight in model.parameters():
         weight.data *= 5  # what a block adds is to be larger than the rounding of the residual stream
     view = view_of(model)
+    sizes = {"q": 2, "k": 2, "v": 2, "o": 5, "gate": 5, "up": 5, "down": 20}  # each shows in what the block does
+    for seed, (name, module) in enumerate(view.blocks[0].projections(), start=30):
+        if biased == "all" or module.bias is not None:
+            own = sizes[name] * normal(seed, module.out_features)
+            module.bias = torch.nn.Parameter(own.bfloat16(), requires_grad=False)
+    assert no_chained_step(view) is None
     x, position, block = normal(20, 1, 1, 128).bfloat16(), torch.tensor([[37]]), view.blocks[0]
     limits = {} if layout == "rows" else {(name, 0): 0.3 for name, _ in block.projections()}
 
-    def added() -> Tensor:
+    def added() -> list[Tensor]:
+        """What the block adds to the residual stream, and the token's key and value."""
         cache = StaticCache(config=config, max_cache_len=64)
         cache.layers[0].update(*(normal(seed, 1, 2, 37, 32).bfloat16() for seed in (21, 22)))
         seen = (torch.arange(64) <= 37)[None, None, None]
         rotary = view.model.model.rotary_emb(x, position)
         arguments = {"attention_mask": seen, "position_ids": position, "past_key_values": cache, "use_cache": True}
-        return block.layer(x.clone(), position_embeddings=rotary, **arguments).double() - x.double()
+        y = block.layer(x.clone(), position_embeddings=rotary, **arguments).double() - x.double()
+        return [y, cache.layers[0].keys[:, :, 37], cache.layers[0].values[:, :, 37]]
+
+    def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+        return [error(one, other) for one, other in zip(found, expected, strict=True)]
 
     def drop(module: Any, args: tuple, t: float) -> tuple[Tensor]:
         return (torch.where(args[0].float().abs() <= t, 0, args[0]),)
@@ -222,11 +253,14 @@ def test_a_chained_block_equals_the_masked_module(on_host: None, bits: int, layo
                 for (name, _), t in limits.items()
             ]
             want = added()
+            less = without_a_bias(block, added)
             for hook in hooks:
                 hook.remove()
             with chained(view, weights, limits, 64, cut=(2, 2)):
                 got = added()
-        assert error(got, want) < 5e-2  # roundings, and what they carry past a threshold
+        assert max(errors(got, want)) < 5e-2  # roundings, and what they carry past a threshold
+        assert len(less) == {"": 0, "qkv": 3, "all": 7}[biased]
+        assert all(max(errors(without, want)) > 0.25 for without in less.values())
         assert torch.equal(view.model(torch.arange(5)[None]).logits, before)
 
 
@@ -262,3 +296,149 @@ def test_a_chained_step_passes_the_check_and_a_wrong_one_does_not(
     wrong = {key: 8 * t for key, t in limits.items()}
     with pytest.raises(KernelMismatchError, match="block 0, sequence 0: the step differs"):
         check(wrong)
+
+
+@slow
+def test_a_method_that_leaves_biases_is_chained_in_the_model_that_it_makes(
+    on_host: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPON over TEAL; the dense chained step stays that of the model as it is."""
+    from functools import partial
+
+    from harness.execution import chained_step
+    from harness.execution.attach import attached
+    from harness.execution.check import KernelMismatchError
+    from harness.model.step import Policy
+    from harness.probes.latency import chained
+    from harness.probes.latency.plans import fused_thresholds, rewritten
+    from methods.spon import Spon
+    from methods.teal import Teal
+    from tests import tiny
+
+    monkeypatch.setattr(chained_step, "norm_forward", lambda norm: norm.forward)  # Triton's, before the head
+    monkeypatch.setattr(chained, "no_chain", chained_step.no_chained_step)
+    view = tiny.view("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
+    for weight in view.model.parameters():
+        weight.data *= 5
+    view.model.bfloat16()
+    teal, spon = Teal(0.1), Spon(0.1, epochs=0)
+    methods = [(teal, teal.fit(view, tiny.calibration(view)))]
+    with attached(view, methods, Policy()):
+        state = spon.fit(view, tiny.calibration(view))
+    methods.append((spon, {name: 100 * each for name, each in state.items()}))
+    limits = fused_thresholds(view, methods, Policy())
+    assert limits is not None
+    config = {"context": [12], "new_tokens": 4}
+    rewrite, windows = partial(rewritten, view, methods, Policy()), tiny.tokens(1, 12)
+    (variant,) = chained.method_chain(view, methods, Policy(), limits, rewrite, 0.9, config, windows)
+    assert (variant.execution, variant.engine) == ("kernel", "chained")
+    with variant.attached(1) as blocks:
+        assert set(blocks[0].biases) == {"qkv", "o", "gate_up", "down"}
+    (dense,) = chained.dense_chain(view, config, windows)
+    with dense.attached(1) as blocks:
+        assert not blocks[0].biases
+    with pytest.raises(KernelMismatchError):
+        chained.method_chain(
+            view, methods, Policy(), limits, partial(rewritten, view, (), Policy()), 0.9, config, windows
+        )
+
+
+def test_biases_lie_where_the_outputs_do() -> None:
+    """Zero in the padding of int4 strips and where a projection has none; of a group without any there is none."""
+    from harness.execution.chained_step import Format, _block_biases
+    from tests import tiny
+
+    view = tiny.view("llama")
+    block = view.blocks[0]
+    assert block.k is not None and block.v is not None
+    block.k.bias = torch.nn.Parameter(torch.ones(block.k.out_features))
+    block.up.bias = torch.nn.Parameter(torch.ones(block.up.out_features))
+    columns, rows = (_block_biases(view, block, Format(4, 128, layout)) for layout in ("columns", "rows"))  # type: ignore[arg-type]
+    assert set(columns) == {"qkv", "gate_up"} and set(rows) == {"qkv", "gate", "up"}
+    q, k, v = columns["qkv"].split(256)
+    assert torch.equal(k, torch.arange(256) < block.k.out_features) and not q.any() and not v.any()
+    assert torch.equal(rows["qkv"].nonzero().flatten(), block.q.out_features + torch.arange(block.k.out_features))
+    assert not rows["gate"].any() and rows["up"].all()
+
+
+@slow
+@pytest.mark.parametrize(("bits", "biased", "share"), [(4, False, 0.5), (4, True, 0.0), (8, True, 0.9)])
+def test_neurons_are_chosen_by_a_copy_and_listed_in_order(on_host: None, bits: int, biased: bool, share: float) -> None:
+    """|up x * act(gate x)| of the inputs above the cut: more blocks than one, and splits of the channels."""
+    k, n, most = 300, 600, 2 ** (bits - 1) - 1
+    drawn = torch.Generator().manual_seed(3)
+    codes = [torch.randint(-most, most + 1, (n, k), generator=drawn) for _ in range(2)]
+    scales = tuple((0.5 + torch.rand(n, generator=drawn)) * k**-0.5 / most for _ in range(2))
+    both = strips.joined([strips.pack_codes(each.t(), bits) for each in codes])
+    assert torch.equal(both.values()[:, :n], codes[0].t().float())
+    x, cut = normal(40, k).bfloat16(), torch.tensor([0.5])
+    bias = tuple(normal(seed, n).bfloat16() for seed in (41, 42))
+    sums = [c.double() @ torch.where(x.abs() > 0.5, x, 0).double() * s for c, s in zip(codes, scales, strict=True)]
+    gate, up = ((y + b.double() if biased else y).bfloat16() for y, b in zip(sums, bias, strict=True))
+    score = (torch.nn.functional.silu(gate) * up).abs().float()
+    t = torch.full((n,), score.quantile(share).item() if share else -1.0)
+    chosen = choose.Chosen(both, n, torch.device("cpu"))
+    assert len(chosen.sums) > 1
+    for _ in range(2):  # the second finds everything as the first did
+        choose.choose(x, both, cut, scales, t, chosen, act="silu", biases=bias if biased else None)
+    idx = chosen.idx[: chosen.count]
+    assert not chosen.arrived and (idx.diff() > 0).all()
+    kept = torch.zeros(n, dtype=torch.bool).index_fill(0, idx.long(), True)
+    near = (score - t).abs() < 0.02 * score  # a rounding may move it over
+    assert torch.equal(kept[~near], (score > t)[~near]) and near.sum() < n / 8
+
+
+@slow
+@pytest.mark.parametrize("name", ["prox", "combined", "spon"])
+def test_what_a_copy_chooses_is_chained(on_host: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Prox, alone and below SPON, and `combined` with a copy, against masks; other thresholds are found out."""
+    from functools import partial
+
+    from transformers import StaticCache
+
+    from harness.execution import chained_step
+    from harness.execution.attach import attached
+    from harness.execution.check import KernelMismatchError
+    from harness.model.step import Policy
+    from harness.probes.latency import chained
+    from harness.probes.latency.plans import fused_choice, fused_thresholds, rewritten
+    from methods.combined import Combined
+    from methods.prox import Prox
+    from methods.spon import Spon
+    from tests import tiny
+
+    monkeypatch.setattr(chained_step, "norm_forward", lambda norm: norm.forward)  # Triton's, before the head
+    monkeypatch.setattr(chained, "no_chain", chained_step.no_chained_step)
+    view = tiny.view("llama", hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
+    for weight in view.model.parameters():
+        weight.data *= 3 if weight.dim() > 1 else 1
+    view.model.bfloat16()
+    inner = Combined(0.1, bits=4, steps=0) if name == "combined" else Prox(0.3)
+    methods = [(inner, inner.fit(view, tiny.calibration(view)))]
+    if name == "spon":
+        spon = Spon(0.3, epochs=0)
+        with attached(view, methods, Policy()):
+            methods.insert(0, (spon, spon.fit(view, tiny.calibration(view))))  # type: ignore[arg-type]
+    assert fused_thresholds(view, methods, Policy()) is None
+    found = fused_choice(view, methods, Policy())
+    assert found is not None
+    limits, guesses = found
+    assert {p for p, _ in limits} == ({"q", "k", "v", "o"} if name == "combined" else set())
+
+    def chain(guesses: Any) -> list[Any]:
+        rewrite, windows = partial(rewritten, view, methods, Policy()), tiny.tokens(1, 12)
+        config = {"context": [12], "new_tokens": 4}
+        return chained.method_chain(view, methods, Policy(), limits, rewrite, 0.7, config, windows, guesses)
+
+    (variant,) = chain(guesses)
+    assert (variant.execution, variant.engine, variant.reads) == ("kernel", "chained", 0.7)
+    assert "chained step equals masked" in variant.columns["message"]
+    with variant.attached(1) as blocks, torch.no_grad():
+        cache = StaticCache(config=view.model.config, max_cache_len=16)
+        for tokens in tiny.tokens(1, 12).split([11, 1], 1):
+            view.model(tokens, past_key_values=cache, use_cache=True)
+        assert 0 < int(blocks[0].buffers.chosen.count) < view.d_ff
+    with pytest.raises(KernelMismatchError):
+        chain({layer: (copy, 20 * t) for layer, (copy, t) in guesses.items()})
+    copy, t = guesses[0]
+    assert not chain({0: (dataclasses.replace(copy, up=dataclasses.replace(copy.up, codes=None)), t)})

@@ -29,7 +29,9 @@ from methods.combined import Combined
 from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
+from methods.prox import Prox
 from methods.random import Random
+from methods.spon import Spon
 from methods.teal import Teal
 from tests import tiny
 from tests.timed import CONFIG, executions, fitted_teal, planned
@@ -317,18 +319,59 @@ def test_what_decides_anew_is_timed_in_a_graph_on_a_gpu(method):
 
 
 @pytest.mark.gpu
-def test_constants_as_biases_are_timed_through_the_fused_step_on_a_gpu():
-    """What SPON and combined leave of a model: thresholds and biases. The chained step knows none."""
-    view = tiny.view("llama", head_dim=16)
+@pytest.mark.parametrize("name", ["combined", "spon"])
+def test_constants_as_biases_are_timed_through_the_fused_steps_on_a_gpu(name):
+    """What SPON and combined leave of a model: thresholds and biases. The dense steps are those of the model itself."""
+    view = tiny.view("llama", head_dim=32)
     view.model.to("cuda", torch.bfloat16)
-    method = Combined(0.5, steps=2, batch=1)
+    if name == "combined":
+        methods = [Combined(0.5, steps=2, batch=1)]
+        fitted = [(methods[0], methods[0].fit(view, tiny.calibration(view)))]
+    else:
+        teal, spon = Teal(0.5), Spon(0.5, epochs=0)
+        fitted = [(teal, teal.fit(view, tiny.calibration(view)))]
+        with attached(view, fitted, Policy()):
+            fitted = [(spon, spon.fit(view, tiny.calibration(view))), *fitted]
+    plan = planned(view, fitted, context=[16], new_tokens=5)
+    chain = [] if no_chain(view) else ["chained"]
+    assert [variant.engine for variant in plan] == ["eager", *["graph"] * 2, *chain, *["graph"] * 3, *chain]
+    own = [variant for variant in plan if variant.execution == "kernel"]
+    for variant, what in zip(own[1:], ["fused step", "chained step"], strict=False):
+        assert f"{what} equals masked within" in variant.columns["message"]
+    rows = latency_rows.measure(view, plan, tiny.tokens(2, 96).to("cuda"), CONFIG)
+    timed = [r["engine"] for r in rows if r["metric"] == "tpot_median" and r["execution"] == "kernel"]
+    assert timed == ["graph"] * 2 + chain
+    assert all(module.bias is None for block in view.blocks for _, module in block.projections())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [Prox(0.5), Combined(0.3, bits=4, steps=2)], ids=["prox", "combined"])
+def test_what_a_copy_chooses_is_timed_through_the_chained_step_on_a_gpu(method):
+    """Beside the graph in which the module's own projections choose; both read the same."""
+    view = tiny.view("llama", head_dim=32, hidden_size=128, intermediate_size=384)
+    view.model.to("cuda", torch.bfloat16)
     fitted = [(method, method.fit(view, tiny.calibration(view)))]
     plan = planned(view, fitted, context=[16], new_tokens=5)
+    chain = [] if no_chain(view) else ["chained"]
     own = [variant for variant in plan if variant.execution == "kernel"]
-    assert [variant.engine for variant in own] == ["graph", "graph"]
-    assert "fused step equals masked within" in own[1].columns["message"]
+    assert [variant.engine for variant in own] == ["graph", "graph", *chain], own[1].columns["message"]
+    assert len({variant.reads for variant in own[1:]}) == 1
     rows = latency_rows.measure(view, plan, tiny.tokens(2, 96).to("cuda"), CONFIG)
-    assert [r["engine"] for r in rows if r["metric"] == "tpot_median" and r["execution"] == "kernel"] == ["graph"] * 2
+    timed = [r for r in rows if r["metric"] == "tpot_median" and r["engine"] == "chained"]
+    assert [r["execution"] for r in timed] == ["dense", "kernel"] * len(chain)
+    assert all("chained step equals masked within" in r["message"] for r in timed)
+
+
+@pytest.mark.gpu
+def test_a_qwen2_is_timed_through_the_chained_step_on_a_gpu():
+    """Biases of its own on q, k and v: in the dense chained step and in that of a method."""
+    view = tiny.view("qwen2", num_attention_heads=2, num_key_value_heads=1)
+    view.model.to("cuda", torch.bfloat16)
+    assert view.blocks[0].q.bias is not None
+    method = Teal(0.5)
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    engines = [variant.engine for variant in planned(view, fitted, context=[16], new_tokens=5)]
+    assert engines.count("chained") == (0 if no_chain(view) else 2)
 
 
 @pytest.mark.gpu

@@ -25,6 +25,7 @@ from methods.dense import Dense
 from methods.griffin import Griffin
 from methods.kv_skip import KvSkip
 from methods.polar import Polar
+from methods.prox import Prox
 from methods.random import Random
 from methods.rsparse import RSparse
 from methods.scap import Scap
@@ -268,9 +269,33 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
         planned(view, fitted)
 
 
+@pytest.mark.parametrize("method", [Prox(0.5), Combined(0.1, bits=4, steps=0), Griffin(0.5)], ids=lambda m: m.name)
+def test_what_a_copy_chooses_has_a_chained_step_beside_the_frame(method, monkeypatch):
+    """The choice of engines, masked execution in the place of the chained launches; both kernels read the same."""
+    view = tiny.view("llama")
+    fitted = [(method, method.fit(view, tiny.calibration(view)))]
+    chosen = []
+
+    def stand_in(view, thresholds, capacity, choices=None):
+        chosen.append(choices)
+        return nullcontext() if choices is None else attached(view, fitted, Policy())
+
+    monkeypatch.setattr(chained, "no_chain", lambda view: None)
+    monkeypatch.setattr(chained, "chained_decode", stand_in)
+    monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
+    monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense")])
+    plan = planned(view, fitted)
+    own = [v for v in plan if v.execution == "kernel"]
+    chains = method.name != "griffin"
+    assert [v.engine for v in own] == ["eager", "eager"] + ["chained"] * chains
+    assert [v.engine for v in plan if v.dense] == ["eager", "chained"]
+    assert len({v.reads for v in own[1:]}) == 1
+    assert len([each for each in chosen if each is not None and len(each) == view.n_layers]) == 2 * chains
+
+
 @pytest.mark.parametrize("name", ["combined", "spon", "scap"])
 def test_constants_as_biases_run_fused_and_what_hooks_in_the_frame(name, monkeypatch):
-    """Thresholds in a model with rewritten biases, which the chained step does not know; hooks run in the frame."""
+    """Thresholds in a model with rewritten biases, in the chained step too; hooks run in the frame."""
     view = tiny.view("llama")
     make = {
         "combined": [Combined(0.5, steps=2, batch=1)],
@@ -291,9 +316,10 @@ def test_constants_as_biases_run_fused_and_what_hooks_in_the_frame(name, monkeyp
     monkeypatch.setattr(plans, "framed", lambda view: nullcontext())
     monkeypatch.setattr(plans, "dense_variants", lambda view: [Variant("dense"), Variant("dense", captured=True)])
     own = [(v.engine, v.columns) for v in planned(view, fitted) if v.execution == "kernel"]
-    assert [engine for engine, _ in own] == ["graph", "graph"]
+    assert [engine for engine, _ in own] == ["graph", "graph"] + (["chained"] if name != "scap" else [])
     step = "in our norms and attention it equals" if name == "scap" else "fused step equals"
-    assert f"{step} masked within" in own[-1][1]["message"]
+    assert f"{step} masked within" in own[1][1]["message"]
+    assert name == "scap" or "chained step equals masked within" in own[2][1]["message"]
     assert biases == [module.bias for block in view.blocks for _, module in block.projections()]
     if name != "scap":  # without the constants a block is another
         monkeypatch.setattr(plans, "rewritten", lambda *_: nullcontext())

@@ -13,7 +13,7 @@ rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -78,29 +78,35 @@ def decode_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def merged_weights(
-    block: Block, transposed: bool, more: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    block: Block,
+    transposed: bool,
+    more: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    by_output: Container[str] = (),
 ) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
     """The block's weights by group of MERGED: (weight, bias), [K, sum of N] transposed or [sum of N, K] as they are.
 
     While the context lasts the modules' own weights are views of these. more: rows [n, K] and biases [n] of what else
-    reads a group's input, put after the modules'.
+    reads a group's input, put after the modules'. by_output: groups that stay [sum of N, K] even so.
     """
     groups: dict[str, tuple[Tensor, Tensor | None]] = {}
     saved: list[nn.Linear] = []
     for name, members in MERGED.items():
+        turned = transposed and name not in by_output
         modules = [m for m in (getattr(block, member) for member in members) if m is not None]
         parts = [m.weight.data for m in modules]
-        biases = None if modules[0].bias is None else [m.bias.data for m in modules]
+        biases = None
+        if any(m.bias is not None for m in modules):
+            biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in modules]
         if more and name in more:
             rows, added = more[name]
             biases = [*(biases or [added.new_zeros(m.out_features) for m in modules]), added]
             parts.append(rows)
-        weight = torch.cat([part.t() if transposed else part for part in parts], dim=int(transposed)).contiguous()
+        weight = torch.cat([part.t() if turned else part for part in parts], dim=int(turned)).contiguous()
         bias = None if biases is None else torch.cat(biases)
         at = 0
         for m in modules:
             end = at + m.out_features
-            m.weight.data = weight[:, at:end].t() if transposed else weight[at:end]
+            m.weight.data = weight[:, at:end].t() if turned else weight[at:end]
             saved.append(m)
             at = end
         groups[name] = weight, bias

@@ -71,7 +71,8 @@ def columns(
     x: 16-bit or fp32, then rounded to w's dtype or, for low-bit weights, to `half`. w: W^T [K, N] or its strips.
     t, up, act, segments, zero: as in `column.column`; segments are whole strips.
     idx: int32 [m], the channels that take part, count of them (0-d int32) or all; by_position: x[j] belongs to idx[j].
-    With `early` idx must be older than the kernel before this one. partials: y is fp32 [splits, N] and written.
+    bias: 16-bit [N], added too. With `early` idx and bias must be older than the kernel before this one.
+    partials: y is fp32 [splits, N] and written.
     early: 0, or when the next kernel may start: 1, once this one no longer waits, 2, once its loads are made.
     """
     n, k = (w.width, w.lines) if isinstance(w, Strips) else (w.shape[1], w.shape[0])
@@ -90,7 +91,7 @@ def columns(
         "HAS_UP": up is not None, "TEST": test, "LANES": lanes, "CHANNELS": tile.channels, "WARPS": tile.warps,
         "BLOCKS": tile.blocks, "UNROLL": min(tile.unroll, tile.channels * lanes // 32),
         "GROUP": w.group if isinstance(w, Strips) else 0, "BY_POSITION": by_position, "ALONG": tile.along,
-        "PDL": early, "PARTIALS": partials,
+        "PDL": early, "PARTIALS": partials, "BIAS": bias is not None,
     }  # fmt: skip
     m = k if idx is None else idx.numel()
     grid = cdiv(n, outputs), cdiv(m, tile.channels * tile.warps)
@@ -100,7 +101,7 @@ def columns(
         [
             x, up, t if isinstance(t, Tensor) else None, idx, count,
             w.codes if isinstance(w, Strips) else w, w.scales if isinstance(w, Strips) else None, bias, y, zero,
-            0 if zero is None else zero.numel(), n, k, m, *edges, int(bias is not None),
+            0 if zero is None else zero.numel(), n, k, m, *edges,
         ],
         early=early > 0,
     )  # fmt: skip
@@ -126,6 +127,12 @@ def default_tile(w: Tensor | Strips, sparse: bool) -> Tile:
     return Tile(128, 4, 8, 4) if sparse else Tile(64, 4, 8, 4)
 
 
+def splits(w: Tensor | Strips, sparse: bool) -> int:
+    """Rows of the partial sums of `columns`, as it is tuned."""
+    tile = default_tile(w, sparse)
+    return cdiv(w.lines if isinstance(w, Strips) else w.shape[0], tile.channels * tile.warps)
+
+
 def rows(
     x: Tensor,
     w: Tensor | Strips,
@@ -135,7 +142,10 @@ def rows(
     act: str | None = None,
     idx: Tensor | None = None,
     count: Tensor | None = None,
+    bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
     add: bool = False,
+    fresh: bool = False,
     early: int = 0,
     half: torch.dtype = torch.bfloat16,
     tile: RowTile | None = None,
@@ -143,8 +153,12 @@ def rows(
     """Write x . w[row] to y (add: to fp32 y at row), or act(x . w[row]) * (x . w_up[row]) with `w_up`; returns y.
 
     x: [K], 16-bit or fp32; w, w_up: [rows, K] or one strip of rows. y: 16-bit or fp32 [rows]; with idx (int32 [m]) and
-    w_up y[j] belongs to idx[j]. The rest as in `columns`.
+    w_up y[j] belongs to idx[j]. fresh: the list is made by the kernel before this one. bias, with w_up also up_bias:
+    16-bit [rows], added before anything is rounded. The rest as in `columns`. Raises ValueError if only one of gate and
+    up has a bias.
     """
+    if (up_bias is None) != (bias is None or w_up is None):
+        raise ValueError("gate and up have a bias each, or none")
     low = isinstance(w, Strips)
     n, k = (w.lines, w.width) if isinstance(w, Strips) else w.shape
     bits = w.bits if isinstance(w, Strips) else 16
@@ -156,7 +170,7 @@ def rows(
         "HAS_UP": 0, "GLU": w_up is not None, "LISTED": idx is not None, "ROWS": tile.rows, "WARPS": tile.warps,
         "BLOCKS": tile.blocks, "UNROLL": tile.unroll, "GROUP": w.group if isinstance(w, Strips) else 0,
         "BY_POSITION": idx is not None and w_up is not None, "PDL": early,
-        "WIDE": y.dtype == torch.float32, "ADD": add,
+        "WIDE": y.dtype == torch.float32, "ADD": add, "BIAS": bias is not None, "FRESH": fresh,
     }  # fmt: skip
     chunks = cdiv(k, 32 * per)
     floats = chunks * 32 * per + (chunks * 32 * (2 if bits == 4 else 1) if low else 0)
@@ -168,7 +182,7 @@ def rows(
         [
             x, idx, count, w.codes if isinstance(w, Strips) else w,
             w.scales if isinstance(w, Strips) else None, other.codes if isinstance(other, Strips) else other,
-            other.scales if isinstance(other, Strips) else None, y, m, k,
+            other.scales if isinstance(other, Strips) else None, bias, up_bias, y, m, k,
             w.codes.shape[2] // 16 if isinstance(w, Strips) else k // 8,
         ],
         shared=4 * floats, early=early > 0,

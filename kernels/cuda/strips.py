@@ -55,10 +55,15 @@ class Strips:
 
 
 def joined(parts: list[Strips]) -> Strips:
-    """Matrices with the same lines side by side; each begins at a strip of its own, so that padding lies between."""
+    """Matrices with the same lines side by side; each begins at a strip of its own, so that padding lies between.
+
+    The last ends where its outputs do: there is nothing behind them that a product could be added to.
+    """
     first = parts[0]
     codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-    return Strips(codes, scales, first.bits, first.group, len(codes) * first.outputs)
+    last = parts[-1]
+    width = (len(codes) - len(last.codes)) * first.outputs + last.width
+    return Strips(codes, scales, first.bits, first.group, width)
 
 
 def stacked(parts: list[Strips]) -> Strips:
@@ -119,6 +124,19 @@ def pack(lines: Tensor, bits: int, group: int = 128, by_rows: bool = False) -> S
         codes.append(torch.cat([code for code, _ in parts]))
         scales.append(torch.cat([scale for _, scale in parts]))
     return Strips(torch.stack(codes), torch.stack(scales), bits, group, width, by_rows)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Strips:
+    """Whole numbers [lines, width] from -2^(bits - 1) to 2^(bits - 1) - 1 by channel, as they are: scales are one.
+
+    Raises ValueError for other than 4 or 8 bits.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"weights have 4 or 8 bits, not {bits}")
+    outputs, half = LANES * 128 // bits, 2 ** (bits - 1)
+    whole = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % outputs)) + half
+    stored = torch.stack([_words(strip, bits, by_rows=False) for strip in whole.split(outputs, 1)])
+    return Strips(stored, codes.new_ones(*stored.shape[:2], 1, dtype=torch.bfloat16), bits, outputs, codes.shape[1])
 
 
 def _encoded(lines: Tensor, bits: int, group: int, outputs: int, by_rows: bool) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ Rows say by which engine a step ran:
     eager: the module, launched operation by operation.
     graph: a CUDA graph of the step, fused where the model allows it; fused attention takes batches too. What decides
         anew for each token runs in the module's own projections, between fused norms and attention (`frame`).
-    chained: a CUDA graph of seven launches a block, each begun before the one before it ends, on a GPU of capability 9
-        or more, at batch 1, in 16 bits; its library baseline is the module's graph.
+    chained: a CUDA graph of seven launches a block (nine where a copy in few bits chooses the neurons), each begun
+        before the one before it ends, on a GPU of capability 9 or more, at batch 1, in 16 bits; its library baseline is
+        the module's graph.
     fused: the whole step as one C++ operator, on a CPU at batch 1; its library baseline is the eager module.
     compiled: torch.compile of the step (on a CPU, with `compile`), under an execution of its own (`dense_compiled`,
         `kernel_compiled`), compared with compiled dense only.

@@ -11,10 +11,11 @@ from torch import Tensor
 from harness.execution.attach import Fitted
 from harness.execution.block_check import check_blocks
 from harness.execution.chained_step import chained_decode, no_chained_step
+from harness.execution.choice import Choice, Guesses, choices, no_choice
 from harness.execution.fused_step import ThresholdOf
 from harness.model.step import Policy
 from harness.model.view import View
-from harness.probes.latency.variants import Row, Variant
+from harness.probes.latency.variants import Attach, Row, Variant, within
 
 CAPABILITY = (9, 0)  # of GPUs that start a launch before the one before it ends
 CHECKED = 64  # tokens that the check decodes after
@@ -31,27 +32,41 @@ def no_chain(view: View) -> str | None:
 
 def dense_chain(view: View, config: Mapping[str, Any], windows: Tensor) -> list[Variant]:
     """The dense chained step, where the model has one: a baseline of all methods alike."""
-    return [] if no_chain(view) else [_variant(view, (), Policy(), {}, config, windows, "dense", 1.0)]
+    if no_chain(view):
+        return []
+    attach = _attach(view, {}, config)
+    columns = {"variant": "tuned GEMV"}
+    return [_variant(view, (), Policy(), attach, windows, "dense", 1.0, columns)]
 
 
 def method_chain(
-    view: View, methods: Fitted, policy: Policy, thresholds: ThresholdOf, reads: float, config: Mapping[str, Any],
-    windows: Tensor,
+    view: View, methods: Fitted, policy: Policy, thresholds: ThresholdOf, rewrite: Attach, reads: float,
+    config: Mapping[str, Any], windows: Tensor, guesses: Guesses | None = None,
 ) -> list[Variant]:  # fmt: skip
-    """A method that comes to fixed thresholds in the chained step. reads: share of the block weights.
+    """Methods that come to fixed thresholds in the chained step of the model that `rewrite` makes of this one.
 
-    Raises `KernelMismatchError` where a block does not give what masked execution gives.
+    guesses: what chooses the neurons, where thresholds do not. reads: share of the block weights. Raises
+    `KernelMismatchError` where a block does not give what masked execution gives.
     """
-    return [] if no_chain(view) else [_variant(view, methods, policy, thresholds, config, windows, "kernel", reads)]
+    with rewrite():
+        if no_chain(view) or (guesses and no_choice(view, guesses)):
+            return []
+    chosen = choices(view, guesses) if guesses else None
+    attach = within(rewrite, _attach(view, thresholds, config, chosen))
+    return [_variant(view, methods, policy, attach, windows, "kernel", reads, {})]
+
+
+def _attach(
+    view: View, thresholds: ThresholdOf, config: Mapping[str, Any], chosen: list[Choice] | None = None
+) -> Attach:
+    capacity = max(CHECKED + 1, max(config["context"]) + config["new_tokens"])
+    return lambda: chained_decode(view, thresholds, capacity, *([] if chosen is None else [chosen]))
 
 
 def _variant(
-    view: View, methods: Fitted, policy: Policy, thresholds: ThresholdOf, config: Mapping[str, Any], windows: Tensor,
-    execution: str, reads: float,
+    view: View, methods: Fitted, policy: Policy, attach: Attach, windows: Tensor, execution: str, reads: float,
+    more: Row,
 ) -> Variant:  # fmt: skip
-    capacity = max(CHECKED + 1, max(config["context"]) + config["new_tokens"])
-    attach = lambda: chained_decode(view, thresholds, capacity)  # noqa: E731
     error = check_blocks(view, methods, policy, windows[:1, :CHECKED].to(view.device), attach)
-    columns: Row = {"message": f"chained step equals masked within {error:.1e} by block"}
-    columns |= {"variant": "tuned GEMV"} if execution == "dense" else {}
+    columns = {"message": f"chained step equals masked within {error:.1e} by block", **more}
     return Variant(execution, attach, columns, reads, captured=True, chained=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from harness.execution.attach import Fitted, attached
 from harness.execution.block_check import check_blocks
 from harness.execution.capture import not_captured
 from harness.execution.check import Check, KernelMismatchError, NoKernelRanError, check_kernels
+from harness.execution.choice import Guesses
 from harness.execution.frame import framed
 from harness.execution.fused_cpu import hooked
 from harness.execution.fused_step import Linear, ThresholdOf, fast_decode, no_frame, no_fused_step
@@ -33,7 +34,7 @@ from harness.probes.latency.chained import dense_chain, method_chain
 from harness.probes.latency.cpu_step import check_dense_step, dense_step, method_step
 from harness.probes.latency.reads import ideal_slice, union_read
 from harness.probes.latency.timing import prompts
-from harness.probes.latency.variants import Attach, Row, Variant
+from harness.probes.latency.variants import Attach, Row, Variant, within
 from harness.probes.sparsity import measure as sparsity_rows
 
 NO_BATCH = "no kernel above batch 1 on this machine"
@@ -92,9 +93,7 @@ def variants(
         attach = within(rewrite, fused(view, "columns", limits, sparsity))
         error = check_blocks(view, methods, policy, windows[:1, :64].to(view.device), attach)
         known = replace(known, message=f"{known.message}; fused step equals masked within {error:.1e} by block")
-        chain = []
-        if known.thresholds is not None:  # in the model as it is: the chained step knows no biases
-            chain = method_chain(view, methods, policy, limits, 1 - known.skipped, config, windows)
+        chain = method_chain(view, methods, policy, limits, rewrite, 1 - known.skipped, config, windows)
         batch_attach = within(rewrite, within(lambda: own_gemv(view, limits), lambda: framed(view)))
         check_blocks(view, methods, policy, prompts(windows, 2, 64).to(view.device), batch_attach)
         return plan + fused_plan(view, known, attach, batch_attach, sparsity, union) + chain
@@ -105,7 +104,11 @@ def variants(
     frame, reason = frame_of(view, methods, policy, windows)
     if reason is not None:
         known = replace(known, message=f"{known.message}; {reason}")
-    return plan + module_plan(view, methods, policy, known, union, compiles, frame) + steps + batch
+    chain = []
+    if fits_fused_step(view) and (found := fused_choice(view, methods, policy)) is not None:
+        rewrite, reads = partial(rewritten, view, methods, policy), 1 - known.skipped
+        chain = method_chain(view, methods, policy, found[0], rewrite, reads, config, windows, found[1])
+    return plan + module_plan(view, methods, policy, known, union, compiles, frame) + chain + steps + batch
 
 
 def fits_fused_step(view: View) -> bool:
@@ -298,17 +301,6 @@ def rewritten(view: View, methods: Fitted, policy: Policy) -> Iterator[None]:
         yield
 
 
-def within(outer: Attach, inner: Attach) -> Attach:
-    """`inner` attached to what `outer` has made of the model."""
-
-    @contextmanager
-    def both() -> Iterator[Any]:
-        with outer(), inner() as found:
-            yield found
-
-    return both
-
-
 def fused_thresholds(view: View, methods: Fitted, policy: Policy) -> ThresholdOf | None:
     """Thresholds of nested methods that come to fixed ones in a model with other parameters; else None.
 
@@ -323,6 +315,23 @@ def fused_thresholds(view: View, methods: Fitted, policy: Policy) -> ThresholdOf
     return _thresholds(view, *selecting[0])
 
 
+@torch.no_grad()
+def fused_choice(view: View, methods: Fitted, policy: Policy) -> tuple[ThresholdOf, Guesses] | None:
+    """As `fused_thresholds`, of methods that choose the neurons by a copy in few bits: those of attention, and what
+    chooses; else None.
+    """
+    selecting = [(method, state) for method, state in methods if method.sites]
+    if len(selecting) != 1 or not {"neurons"} <= set(selecting[0][0].sites) <= {"attn_in", "attn_out", "neurons"}:
+        return None
+    method, state = selecting[0]
+    with rewritten(view, methods, policy):  # the copy has the biases that are there
+        if hooked(view) is not None or no_fused_step(view) is not None:
+            return None
+        guesses = method.guesses(view, method.plan(view, state))
+    thresholds = _thresholds(view, method, state, beside=("neurons",))
+    return None if thresholds is None or not guesses else (thresholds, guesses)
+
+
 def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     """(projection, layer) -> threshold, where one method comes to fixed ones in the model as it is; else None."""
     if len(methods) != 1 or not isinstance(methods[0][0].rewrite(view, methods[0][1]), nullcontext):
@@ -330,13 +339,16 @@ def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     return _thresholds(view, *methods[0])
 
 
-def _thresholds(view: View, method: Method, state: State) -> ThresholdOf | None:
-    """(projection, layer) -> threshold, where a method comes to fixed thresholds at channel sites; else None."""
+def _thresholds(view: View, method: Method, state: State, beside: Collection[str] = ()) -> ThresholdOf | None:
+    """(projection, layer) -> threshold, where a method comes to fixed thresholds at channel sites; else None.
+
+    beside: sites that are left out.
+    """
     thresholds: dict[tuple[str, int], Tensor | float] = {}
     if not has_kernels(method):
         return None
     plan = method.plan(view, state)
-    for site in method.sites:
+    for site in (site for site in method.sites if site not in beside):
         for layer in range(view.n_layers):
             for projection in PROJECTIONS.get(site, ()):
                 if projection not in view.projection_names():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,17 @@ import kernels
 Row = dict[str, Any]
 Engine = Literal["eager", "graph", "chained", "compiled", "fused"]
 Attach = Callable[[], AbstractContextManager[Any]]
+
+
+def within(outer: Attach, inner: Attach) -> Attach:
+    """`inner` attached to what `outer` has made of the model."""
+
+    @contextmanager
+    def both() -> Iterator[Any]:
+        with outer(), inner() as found:
+            yield found
+
+    return both
 
 
 @dataclass

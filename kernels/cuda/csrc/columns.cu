@@ -6,7 +6,7 @@
 //   GROUP    weights that share a scale (BITS below 16)
 //   BY_POSITION: the value of idx[j] is x[j]; ALONG: neighbouring blocks share outputs, not channels
 //   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when all its loads are made
-//   PARTIALS y: fp32 [splits, N], written
+//   PARTIALS y: fp32 [splits, N], written; BIAS  the first split adds bias [N], which no kernel before this one made
 // In int4 the products run on tensor cores: 16 outputs x 16 channels at a time. Where lanes agree in lane % 4 they hold the
 // same channels, where in lane / 4 the same outputs. Codes become the upper mantissas of float16s, a pair of channels a
 // word, without a conversion (see `mantissa`: 1 + code / 16 and 1 + code / 256); the factors x_i * scale go in as a sum of
@@ -35,6 +35,7 @@ static_assert(LANES == 8 && UNROLL % 4 == 0, "int4 strips are 128 bytes wide");
 #endif
 #define KNOWN (TEST == 0 || TEST == 4)
 #define ROUNDS (CHANNELS / 32)
+#define BIASES ((OUTPUTS + WARPS * 32 - 1) / (WARPS * 32))  // outputs of a thread
 
 // Add up what lanes with the same outputs hold; each ends with its share of the outputs, from `start` on.
 template <int DISTANCE, int WIDTH>
@@ -56,7 +57,7 @@ __device__ __forceinline__ int fold(float* sums, int lane) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
     const element* x_ptr, const element* up_ptr, const float* t_ptr, const int* idx_ptr,
     const int* m_ptr, const Sixteen* w_ptr, const u16* scale_ptr, const u16* bias_ptr, float* y, float* zero,
-    int n_zero, int N, int K, int m, int seg1, int seg2, int has_bias) {
+    int n_zero, int N, int K, int m, int seg1, int seg2) {
   __shared__ int channels[WARPS][CHANNELS];
   __shared__ FACTOR factors[WARPS][CHANNELS * GROUPS];
   __shared__ __align__(16) float sums[WARPS][PADDED];
@@ -106,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 
 #if KNOWN
 #if TEST == 4
-  const int count = m_ptr ? *m_ptr : m;
+  const int count = m_ptr ? __ldcg(m_ptr) : m;  // past L1, which may hold what was listed before
 #else
   const int count = K;
 #endif
@@ -115,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
     const int j = first + r * 32 + lane;
     own[r] = j;
 #if TEST == 4
-    if (j < count) own[r] = idx_ptr[j];
+    if (j < count) own[r] = __ldcg(idx_ptr + j);
 #endif
     list(r, j < count);
   }
@@ -134,6 +135,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
 #else
     limit[r] = k < K ? t_ptr[(size_t)segment * K + k] : 0.f;
 #endif
+  }
+#endif
+#if BIAS
+  u16 bias[BIASES];
+#pragma unroll
+  for (int i = 0; i < BIASES; i++) {
+    const int o = i * WARPS * 32 + threadIdx.x;
+    bias[i] = 0;
+    if (split == 0 && o < OUTPUTS && n0 + o < N) bias[i] = bias_ptr[n0 + o];
   }
 #endif
 
@@ -288,9 +298,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
   for (int i = 0; i < width; i++) place[i] = acc[i];
 #endif
   __syncthreads();
-  for (int o = threadIdx.x; o < OUTPUTS; o += WARPS * 32)
-    if (n0 + o < N) {
-      float sum = has_bias && split == 0 ? widen(bias_ptr[n0 + o]) : 0.f;
+#pragma unroll
+  for (int b = 0; b < BIASES; b++) {
+    const int o = b * WARPS * 32 + threadIdx.x;
+    if (o < OUTPUTS && n0 + o < N) {
+#if BIAS
+      float sum = widen(bias[b]);
+#else
+      float sum = 0.f;
+#endif
 #pragma unroll
       for (int i = 0; i < WARPS; i++) sum += sums[i][PLACE(o)];
 #if PARTIALS
@@ -299,4 +315,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) columns(
       atomicAdd(y + n0 + o, sum);
 #endif
     }
+  }
 }

@@ -3,7 +3,9 @@
 // chunk is sixteen bytes a lane. Macros beside those of common.cuh:
 //   LISTED   rows are idx[0..m); ROWS of a warp, WARPS of a block, BLOCKS resident, UNROLL
 //   GROUP    weights that share a scale (BITS below 16)
+//   FRESH    the kernel before this one makes the list: nothing is read before it is done
 //   BY_POSITION  the result of idx[j] goes to y[j]; WIDE  y is fp32, else 16-bit; ADD  it is added to
+//   BIAS     bias [rows] is added before anything is rounded, with GLU up_bias too; no kernel before this one made them
 //   PDL      0, 1: the next kernel may start when this one no longer waits, 2: when its loads are made
 // Low-bit lines: codes [rows, CHUNK bytes each], scales bf16 [rows, groups]. 16-bit weights are [rows, K].
 #include "common.cuh"
@@ -19,15 +21,19 @@
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
     const element* x_ptr, const int* idx_ptr, const int* m_ptr, const Sixteen* w_ptr,
-    const u16* scale_ptr, const Sixteen* up_ptr, const u16* up_scale_ptr, void* y_ptr, int m, int K, int pitch) {
+    const u16* scale_ptr, const Sixteen* up_ptr, const u16* up_scale_ptr, const u16* bias_ptr,
+    const u16* up_bias_ptr, void* y_ptr, int m, int K, int pitch) {
 #ifndef ON_HOST
   extern __shared__ __align__(16) float shared[];
 #endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (K + CHUNK - 1) / CHUNK;
   float4* xs = (float4*)shared;             // [chunks, PER / 4, 32 lanes]
   float* ones = shared + chunks * CHUNK;    // [chunks, SUMS, 32 lanes], sums of x
+#if FRESH
+  wait_for_others();
+#endif
 #if LISTED
-  const int count = m_ptr ? *m_ptr : m;
+  const int count = m_ptr ? __ldcg(m_ptr) : m;
 #else
   const int count = m;
 #endif
@@ -39,6 +45,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
   u16 scale[LINES][UNROLL];
 #endif
   int row[ROWS];
+#if BIAS
+  u16 bias[GLU + 1] = {};  // of the row that this lane writes
+#endif
 
   // Ask for UNROLL chunks, from `chunk` on, of this warp's rows.
   auto fetch = [&](int chunk) {
@@ -62,7 +71,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
       const int j = tile * ROWS + r;
       row[r] = j < count ? j : -1;
 #if LISTED
-      if (j < count) row[r] = idx_ptr[j];
+      if (j < count) row[r] = __ldcg(idx_ptr + j);
+#endif
+#if BIAS
+      if (lane == r && j < count) {
+        bias[0] = bias_ptr[row[r]];
+#if GLU
+        bias[1] = up_bias_ptr[row[r]];
+#endif
+      }
 #endif
     }
   };
@@ -70,7 +87,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
   int tile = blockIdx.x * WARPS + warp;
   choose(tile);
   fetch(0);
+#if !FRESH
   wait_for_others();
+#endif
 #if PDL == 1
   let_others_start();
 #endif
@@ -152,6 +171,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) rows(
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
       if (lane == r && row[r] >= 0) {
+#if BIAS
+        total[r] += widen(bias[0]);
+#if GLU
+        total[r + ROWS] += widen(bias[1]);
+#endif
+#endif
         const int place = BY_POSITION ? tile * ROWS + r : row[r];
 #if GLU
         const float v = rounded(activate(rounded(total[r]))) * rounded(total[r + ROWS]);
