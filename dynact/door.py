@@ -134,9 +134,9 @@ def _fit(view: View, nest: Sequence[Method], calibration: Texts | None, tokenize
         raise ConfigError(f"{'+'.join(wanting)} learns from text: give calibration=")
     windows = None if calibration is None or not wanting else _windows(view, calibration, tokenizer)
 
-    def learn(method: Method, _outer: Sequence[Method]) -> State:
+    def learn(method: Method, outer: Sequence[Method]) -> State:
         batches = () if windows is None else windows.split(AT_ONCE)
-        return method.fit(view, Calibration(view, batches))
+        return method.fit(view, Calibration(view, batches, bare=not outer))
 
     fitted = fit_nest(view, nest, learn)
     return Fit(facts_of(view), keys_of(nest), [state for _, state in fitted])

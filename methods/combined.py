@@ -9,7 +9,7 @@ perplexity, but they would no longer be the dense model's, nor quantised weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from harness.errors import ConfigError, UnsupportedError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.fitting.inputs import Inputs
 from harness.fitting.quantiles import Quantiles
 from harness.model.few_bits import Copy
 from harness.model.sees import INPUT, Sees
 from harness.model.selection import PROJECTIONS, Mask, SiteSelection, Thresholds
 from harness.model.step import Policy, Step
 from harness.model.view import View
-from methods.distillation import distil
+from methods.distillation import Teacher, distil
 from methods.prox import WEIGHT_BITS, Prox
 from methods.spon import added, biased
 from methods.topk import channels
@@ -123,16 +124,20 @@ class Combined(Method):
         share of weights read, without the copy's.
         """
         state: State = {}
-        copies, scores, budget = None, None, self.sparsity
-        if self.copying is not None:
-            seen = self.copying.fit(view, calibration)
-            state, scores, copies = {"copy": seen["cut"]}, seen["scores"], self.copying.copies(view, seen["cut"])
+        copies, budget = None, self.sparsity
+        batches = drawn(calibration, self.steps, self.batch)
+        teacher = Teacher(view, batches)
+        inputs = None if self.copying is None else Inputs(calibration)
+        grids = quantiles(calibration, teacher, inputs)
+        if self.copying is not None and inputs is not None:
+            seen, copies = self.copying.learnt(inputs)
+            state, grids["neurons"] = {"copy": seen["cut"]}, seen["scores"]
             budget += sum(self.copying.overhead_weights(view, seen).values()) / (view.block_weights * view.n_layers)
             if budget >= 1:
                 raise UnsupportedError(
                     f"combined can't skip {self.sparsity:g} beside what its copy reads: {budget:.2f} in all"
                 )
-        thresholds = Cuts(view, calibration, budget, copies, scores)
+        thresholds = Cuts(view, calibration, budget, copies, grids)
         constants = {
             (p, n): torch.zeros(m.out_features, device=view.device)
             for p, n, m in projections(view)
@@ -147,9 +152,8 @@ class Combined(Method):
             )
         ]
         warm_up = min(WARM_UP, self.steps // 4)
-        batches = drawn(calibration, self.steps, self.batch)
         with added(view, constants), thresholds.installed():
-            kl = distil(view, batches, groups, thresholds.settle, warm_up) if batches else []
+            kl = distil(view, batches, groups, thresholds.settle, warm_up, teacher) if batches else []
             thresholds.meet(calibration.batches[:2])
         state |= {"kl": torch.tensor(kl), "read": torch.tensor(thresholds.read[: len(kl)])}
         for name in sorted({name for name, _ in thresholds.gates}):
@@ -222,6 +226,25 @@ def drawn(calibration: Calibration, steps: int, batch: int) -> list[Tensor]:
     return [windows[order[i * batch : (i + 1) * batch].to(windows.device)] for i in range(steps)]
 
 
+def quantiles(
+    calibration: Calibration, teacher: Teacher | None = None, inputs: Inputs | None = None
+) -> dict[str, Tensor]:
+    """Of the inputs, float32 [layers, grid] by projection, in one pass: with `inputs`, which see theirs, not the MLP's.
+
+    The pass teaches as well where it is the dense model's. In 16 bits it doesn't: rounding depends on how many windows
+    pass at once, and should be as the student's.
+    """
+    view = calibration.view
+    sites = [site for site in PROJECTIONS if inputs is None or site.startswith("attn")]
+    found = {site: Quantiles(view.n_layers) for site in sites}
+    see: dict[str, Callable[[int, Tensor], None]] = {site: found[site].see for site in sites}
+    if inputs is not None:
+        see["mlp_in"] = inputs.see
+    teaches = teacher is not None and calibration.bare and view.dtype == torch.float32
+    calibration.visit(see, teacher.learn if teacher is not None and teaches else None)
+    return {p: found[site].grid() for site in sites for p in PROJECTIONS[site]}
+
+
 class Gate(NamedTuple):
     """Where a threshold acts: the inputs of a module, each of which reads so many weights."""
 
@@ -244,8 +267,8 @@ class Cuts:
     """Thresholds in training, and the price of reading that keeps them at a budget.
 
     levels [1] and offsets [channels], float32 by (projection or "neurons", layer): their sum is log t. read: the share
-    of weights read in each forward pass of the sparse model. copies, and scores float32 [layers, grid], quantiles of
-    what they give: of every layer, or neither.
+    of weights read in each forward pass of the sparse model. copies: of every layer, or none. grids: float32 [layers,
+    grid] by name, quantiles of what the thresholds see; seen here if there are no copies.
     """
 
     def __init__(
@@ -254,12 +277,12 @@ class Cuts:
         calibration: Calibration,
         sparsity: float,
         copies: list[Copy] | None = None,
-        scores: Tensor | None = None,
+        grids: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.view, self.sparsity = view, sparsity
         self.gates = gates(view, copies)
         self.total = sum(module.weight.numel() for _, _, module in projections(view))
-        grids = self._grids(calibration, scores)
+        grids = grids or quantiles(calibration)
         self.levels: dict[Key, Tensor] = {}
         self.offsets: dict[Key, Tensor] = {}
         for (name, layer), gate in self.gates.items():
@@ -271,13 +294,6 @@ class Cuts:
         self._scores: dict[int, Tensor] = {}  # by layer, what the copy gave in this pass
         self._kept: list[Tensor] = []
         self._slopes: dict[Key, Tensor] = {}
-
-    def _grids(self, calibration: Calibration, scores: Tensor | None) -> dict[str, Tensor]:
-        sites = [site for site in PROJECTIONS if scores is None or site.startswith("attn")]
-        quantiles = {site: Quantiles(self.view.n_layers) for site in sites}
-        calibration.visit({site: quantiles[site].see for site in sites})
-        grids = {p: quantiles[site].grid() for site in sites for p in PROJECTIONS[site]}
-        return grids if scores is None else grids | {"neurons": scores}
 
     def log_cut(self, name: str, layer: int) -> Tensor:
         """log t, [channels]."""
@@ -337,7 +353,8 @@ class Cuts:
 
     def saw(self, key: Key, kept: Tensor) -> None:
         """Note what the kept entries read. kept: bool [..., channels]."""
-        self._kept.append(kept.sum() * self.share(key))
+        total = kept.count_nonzero() if kept.dtype == torch.bool else kept.sum()  # a CPU sums booleans slowly
+        self._kept.append(total * self.share(key))
 
     def sloped(self, key: Key, slope: Tensor) -> None:
         """Note by how much fewer entries are kept as log t rises, summed over tokens, float32 [channels]."""
@@ -388,9 +405,9 @@ class Histogram:
         def hook_of(key: Key, weight: float):  # noqa: ANN202 (a torch hook)
             def hook(_m: nn.Module, args: tuple) -> None:
                 # Counted where it lies: of a billion weights these are gigabytes a layer.
-                z = cuts.distance(key, args[0]).flatten()
-                places = ((z + self.reach) / (2 * self.reach) * len(self.counts)).long()
-                counted = torch.bincount(places.clamp(0, len(self.counts) - 1), minlength=len(self.counts))
+                z = cuts.distance(key, args[0]).flatten().add_(self.reach).div_(2 * self.reach).mul_(len(self.counts))
+                places = z.int().clamp_(0, len(self.counts) - 1)
+                counted = torch.bincount(places, minlength=len(self.counts))
                 self.counts += counted.cpu() * (weight / z.numel())
 
             return hook
@@ -411,7 +428,7 @@ class Histogram:
 
 def distance(x: Tensor, log_cut: Tensor) -> Tensor:
     """log|x| - log t, float32; above 0 where x is kept. x: [..., channels]; log_cut: [channels]."""
-    return x.detach().float().abs().clamp_min(LEAST).log_() - log_cut
+    return x.detach().abs().float().clamp_min_(LEAST).log_().sub_(log_cut.detach())
 
 
 class Cut(torch.autograd.Function):
@@ -431,9 +448,9 @@ class Cut(torch.autograd.Function):
         x, z = ctx.saved_tensors
         to_cut = None
         if ctx.needs_input_grad[1]:
-            step = torch.sigmoid(z.float() / WIDTH)
-            slope = (step * (1 - step) / WIDTH).flatten(0, -2)
+            step = (z.float() / WIDTH).sigmoid_()  # in place from here: memory is what these cost
+            slope = (1 - step).mul_(step).div_(WIDTH).flatten(0, -2)
             # Raising log t by d drops slope * d of a channel: that much less of the loss's pull, and of what is read.
-            to_cut = -((gradient.float() * x.float()).flatten(0, -2) * slope).sum(0)
+            to_cut = -(gradient.float() * x.float()).flatten(0, -2).mul_(slope).sum(0)
             ctx.cuts.sloped(ctx.key, slope.sum(0))
         return gradient * (z > 0), to_cut, None, None

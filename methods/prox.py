@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.fitting.inputs import Inputs
 from harness.fitting.quantiles import Quantiles
 from harness.model.few_bits import Copy, FewBits
 from harness.model.sees import INPUT, Sees
@@ -61,14 +62,20 @@ class Prox(Method):
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """`cut` float32 [layers], on |x|, and `scores` float32 [layers, grid], quantiles of what the copy gives."""
+        inputs = Inputs(calibration)
+        if self.input_sparsity:
+            calibration.visit({"mlp_in": inputs.see})
+        return self.learnt(inputs)[0]
+
+    def learnt(self, inputs: Inputs) -> tuple[State, list[Copy]]:
+        """What `fit` gives, from inputs that are seen unless all of them are read; and the copies that gave it."""
+        view = inputs.calibration.view
         cut = torch.full((view.n_layers,), -1.0)
         if self.input_sparsity:
-            inputs = Quantiles(view.n_layers)
-            calibration.visit({"mlp_in": inputs.see})
-            cut = torch.tensor([Quantiles.at(grid, self.input_sparsity) for grid in inputs.grid()])
+            cut = torch.tensor([Quantiles.at(grid, self.input_sparsity) for grid in inputs.quantiles.grid()])
         scores, copies = Quantiles(view.n_layers), self.copies(view, cut)
-        calibration.visit({"mlp_in": lambda layer, x: scores.see(layer, copies[layer].score(x))})
-        return {"cut": cut, "scores": scores.grid()}
+        inputs.again(lambda layer, x: scores.see(layer, copies[layer].score(x)))
+        return {"cut": cut, "scores": scores.grid()}, copies
 
     def plan(self, view: View, state: State) -> list[tuple[Copy, float]]:
         """For every layer the copy, and the threshold on its scores."""

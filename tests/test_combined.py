@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached
 from harness.execution.kernel import kernel_execution
+from harness.fitting import inputs
+from harness.fitting.calibration import Calibration
 from harness.model import logits
 from harness.model.step import Policy
 from harness.run.config import check
@@ -137,11 +139,49 @@ def test_a_batch_in_parts_learns_what_the_whole_learns(monkeypatch):
     monkeypatch.setattr(logits, "PIECE", 1000)
     seen = []
     add = distillation.add_gradients
-    monkeypatch.setattr(distillation, "add_gradients", lambda v, w, n: seen.append(len(w)) or add(v, w, n))
+    monkeypatch.setattr(distillation, "add_gradients", lambda v, w, n, t: seen.append(len(w)) or add(v, w, n, t))
     found = Combined(0.5, steps=6, batch=4).fit(view, tiny.calibration(view))
     assert seen == [1] * 24
     torch.testing.assert_close(found["kl"], whole["kl"], rtol=0.01, atol=0)  # an input at its threshold may flip
     torch.testing.assert_close(found["read"], whole["read"], rtol=1e-3, atol=0)
+
+
+def test_the_dense_model_is_asked_once_for_each_window(monkeypatch):
+    """By the first pass where that is known to be its, else by the first step that needs it; what is learnt is one."""
+    view = tiny.view("llama")
+    asked, states = [], []
+    run = distillation.run
+    monkeypatch.setattr(distillation, "run", lambda v, w, dense: asked.append(len(w) * dense) or run(v, w, dense))
+    for bare, room in ((True, distillation.KEPT), (False, distillation.KEPT), (False, 0)):
+        monkeypatch.setattr(distillation, "KEPT", room)
+        text = Calibration(view, tiny.calibration(view).batches, bare=bare)
+        states.append(Combined(0.5, bits=4, steps=20).fit(view, text))  # over 8 windows
+        assert sum(asked) == (0 if bare else 8 if room else 20)
+        asked.clear()
+    for state in states[:2]:
+        for key, value in states[2].items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_states_are_let_go_of_with_their_last_step():
+    view, batches = tiny.view("llama"), [tiny.tokens(2, 8), tiny.tokens(2, 8), tiny.tokens(1, 8, seed=5)]
+    teacher = distillation.Teacher(view, batches)
+    with view.tracker.tracking(Policy()):
+        first = teacher.states(batches[0])
+        assert len(teacher._kept) == 2
+        assert torch.equal(teacher.states(batches[1]), first) and not teacher._kept
+        teacher.states(batches[2])
+        assert not teacher._kept and teacher._room == distillation.KEPT
+
+
+def test_inputs_without_room_pass_again(monkeypatch):
+    view = tiny.view("llama")
+    kept, again = tiny.calibration(view), tiny.calibration(view)
+    first = Combined(0.5, bits=4, steps=0).fit(view, kept)
+    monkeypatch.setattr(inputs, "HELD", 0)
+    second = Combined(0.5, bits=4, steps=0).fit(view, again)
+    assert (kept.passes, again.passes) == (1, 2)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_rates_rise_and_fall(monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from harness.fitting.scratch import Scratch
+from harness.model.logits import final_hidden
 from harness.model.step import Policy
 from harness.model.view import View
 from harness.progress import track
@@ -22,10 +24,11 @@ class Calibration:
     batches: int64 token windows [batch, length], no padding. passes: forward passes over the text made so far.
     used: whether anybody has looked at the text since this was last set to False.
     scratch: where a long fit keeps its finished layers.
+    bare: whether the caller knows that no method is attached, so that a pass is the dense model's.
     """
 
-    def __init__(self, view: View, batches: Iterable[Tensor]) -> None:
-        self.view = view
+    def __init__(self, view: View, batches: Iterable[Tensor], bare: bool = False) -> None:
+        self.view, self.bare = view, bare
         self._batches = [batch.to(view.device) for batch in batches]
         self.passes = 0
         self.used = False
@@ -43,11 +46,16 @@ class Calibration:
         """Number of calibration tokens."""
         return sum(batch.numel() for batch in self._batches)
 
-    def visit(self, see: Mapping[str, Callable[[int, Tensor], None]]) -> None:
+    def visit(
+        self,
+        see: Mapping[str, Callable[[int, Tensor], None]],
+        final: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
         """One pass over the text; `see[point](layer, x)` gets x [batch, length, n] of every layer and batch.
 
         Points: residual (input of the block), attn_in, attn_out, mlp_in, mlp_hidden (inputs of the projections) and
-        gate (the activated gate).
+        gate (the activated gate). final: gets every batch [batch, length] with the final hidden states of all of its
+        places [batch, length, d_model].
         """
         handles = []
         for layer, block in enumerate(self.view.blocks):
@@ -68,8 +76,12 @@ class Calibration:
                 for batch in track(self.batches, "calibration pass"):
                     self._shape = batch.shape
                     valid = torch.ones_like(batch, dtype=torch.bool)
-                    with self.view.tracker.hint(valid, decode=~valid):
-                        self.view.model(batch, use_cache=False, logits_to_keep=1)
+                    with ExitStack() as stack:
+                        states = stack.enter_context(final_hidden(self.view)) if final else []
+                        stack.enter_context(self.view.tracker.hint(valid, decode=~valid))
+                        self.view.model(batch, use_cache=False, logits_to_keep=0 if final else 1)
+                    if final:
+                        final(batch, states[0])
         finally:
             for handle in handles:
                 handle.remove()

@@ -18,7 +18,8 @@ class Quantiles:
 
     def see(self, layer: int, x: Tensor) -> None:
         """Count x (any shape and float dtype)."""
-        bins = (x.detach().float().abs().flatten().view(torch.int32) >> _SHIFT).long()
+        # In place, and counted as int32: copies of a large x cost more than the counting.
+        bins = x.detach().abs().float().flatten().view(torch.int32).bitwise_right_shift_(_SHIFT)
         counts = torch.bincount(bins, minlength=_BINS)
         before = self.counts[layer]
         self.counts[layer] = counts if before is None else before + counts

@@ -108,7 +108,7 @@ def magnitudes(
     ups = up.product(x, cut, up_bias)
     if gate is None:
         return act(ups).abs()
-    return (act(gate.product(x, cut, gate_bias)) * ups).abs()
+    return (act(gate.product(x, cut, gate_bias)) * ups).abs_()
 
 
 def _channels(weight: FewBits | None) -> few_bits.Channels | None:

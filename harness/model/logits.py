@@ -39,10 +39,16 @@ def final_hidden(view: View) -> Iterator[list[Tensor]]:
 
 def pieces(view: View, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(places, log-probabilities float32 [places, vocabulary]) of final hidden states [n, d_model], in order."""
+    for places, logits in logit_pieces(view, hidden):
+        yield places, F.log_softmax(logits.float(), dim=-1)
+
+
+def logit_pieces(view: View, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(places, logits [places, vocabulary] in the head's dtype) of final hidden states [n, d_model], in order."""
     size = max(1, PIECE // view.model.get_output_embeddings().weight.shape[0])
     for start in range(0, len(hidden), size):
         logits = view.logits(hidden[start : start + size].contiguous()).to(view.device)
-        yield slice(start, start + len(logits)), F.log_softmax(logits.float(), dim=-1)
+        yield slice(start, start + len(logits)), logits
 
 
 @contextmanager

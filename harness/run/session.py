@@ -235,7 +235,7 @@ def _calibration(loaded: Loaded, config: CellConfig, outer: list[Any]) -> tuple[
     nest = content_key(facts)
     if nest not in loaded.calibrations:  # one at a time: it holds activations
         windows = calibration_windows(loaded, config["calibration"])
-        loaded.calibrations = {nest: Calibration(loaded.view, windows.split(4))}
+        loaded.calibrations = {nest: Calibration(loaded.view, windows.split(4), bare=not outer)}
     return loaded.calibrations[nest], facts
 
 
