@@ -24,7 +24,8 @@ from harness.progress import track
 HELD = 4 << 30  # bytes of activations, about, that a backward pass may need at once
 KEPT = 2 << 30  # bytes of the dense model's final hidden states that wait in main memory for their windows
 ROWS = 16  # of logits that a CPU compares at a time: their temporaries stay in its caches
-OF_A_CARD = 4  # a quarter of it: there a part costs its launches, which are the same for one window and for eight
+# Of a card, or of what a process may take of it: there a part costs its launches, as many for one window as for eight.
+OF_A_CARD = 4
 
 
 def distil(
@@ -77,7 +78,9 @@ def parts(view: View, batch: Tensor) -> Sequence[Tensor]:
     window = kept * view.n_layers * view.dtype.itemsize * batch.shape[1]
     held = HELD
     if view.device.type == "cuda":
-        held = max(held, torch.cuda.get_device_properties(view.device).total_memory // OF_A_CARD)
+        total = torch.cuda.get_device_properties(view.device).total_memory
+        # workers that share a card are each held to a part of it
+        held = max(held, int(total * torch.cuda.get_per_process_memory_fraction(view.device)) // OF_A_CARD)
     return batch.chunk(-(-len(batch) // max(1, held // window)))
 
 
