@@ -83,7 +83,10 @@ class Prox(Method):
         return list(zip(self.copies(view, state["cut"]), levels, strict=True))
 
     def copies(self, view: View, cut: Tensor) -> list[Copy]:
-        """By layer. cut: float32 [layers], on |x|."""
+        """By layer. cut: float32 [layers], on |x|; in the copies rounded as inputs are, or one token would compare with
+        another number than a batch does.
+        """
+        cut = cut.to(view.dtype)
         return [
             Copy(
                 None if block.gate is None else copied(block.gate.weight.to(view.device), self.bits),

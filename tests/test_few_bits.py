@@ -209,6 +209,17 @@ def test_where_no_kernel_is_values_decide(monkeypatch):
     torch.testing.assert_close(magnitudes(x, gate, up, nn.SiLU(), 0.4), expected, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize(("cut", "read"), [(0.3001, False), (0.299, True)])
+def test_an_input_at_the_rounded_cut_is_dropped_alone_as_in_a_batch(cut, read):
+    """0.3001 is 0.30078125 in bfloat16, and 0.299 is 0.298828125."""
+    view = tiny.view("llama")
+    view.model.to(torch.bfloat16)
+    copy = Prox(0.5).copies(view, torch.full((view.n_layers,), cut))[0]
+    x = torch.full((1, 1, view.d_model), 0.30078125).bfloat16()
+    for inputs in (x, x.repeat(2, 1, 1)):
+        assert bool((copy.up.product(inputs, copy.cut) != 0).any()) == read
+
+
 # --- on a GPU
 
 
