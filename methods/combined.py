@@ -382,6 +382,8 @@ class Cuts:
 
         What is cut in one layer changes the inputs of those behind it a little, hence more than one round.
         """
+        if self.view.device.type == "cpu":  # where the temporaries of several windows take longer than their products
+            batches = [window for batch in batches for window in batch.split(1)]
         for _ in range(rounds):
             found = Histogram()
             with found.over(self):

@@ -160,15 +160,16 @@ def divergence(view: View, student: Tensor, teacher: Tensor) -> tuple[float, Ten
         own = student[rows].detach().requires_grad_()
         with torch.enable_grad():
             logits = view.logits(own)
-        pull = torch.empty_like(logits)
+        pull, points = torch.empty_like(logits), taught.float()
         size = ROWS if taught.is_cpu else len(taught)
         for some in (slice(start, start + size) for start in range(0, len(taught), size)):
             target = F.log_softmax(taught[some].float(), dim=-1)
             with torch.enable_grad():
                 free = logits.detach()[some].requires_grad_()
                 found = F.log_softmax(free.to(target.device).float(), dim=-1)
-                loss = F.kl_div(found, target, log_target=True, reduction="sum")
-                [pull[some]] = torch.autograd.grad(loss, free)
-            total += loss
+                own_points = F.kl_div(found, target, log_target=True, reduction="none")
+                [pull[some]] = torch.autograd.grad(own_points.sum(), free)
+            points[some] = own_points.detach()  # in the logits' place: one sum, however many rows at a time
+        total += points.sum()
         [gradient[rows]] = torch.autograd.grad(logits, own, pull)
     return total.item(), gradient

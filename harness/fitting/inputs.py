@@ -26,10 +26,11 @@ class Inputs:
         """Count x [batch, length, d_model], and keep it if there is room."""
         self.quantiles.see(layer, x)
         if self._keeps:
-            self._kept.append((layer, x.clone()))
+            # One window at a time on a CPU: temporaries of several are beyond its caches, and of fresh pages each.
+            self._kept += [(layer, part.clone()) for part in (x.split(1) if x.is_cpu else [x])]
 
     def again(self, see: Callable[[int, Tensor], None]) -> None:
-        """Give `see` every layer's inputs of every batch, which are let go of; where none is kept by another pass."""
+        """Give `see` all inputs, in batches or windows, and let go of them; by another pass where none is kept."""
         if not self._kept:
             self.calibration.visit({"mlp_in": see})
         while self._kept:
