@@ -206,7 +206,7 @@ def test_a_setting_timed_on_two_devices_counts_once_a_device():
 
 
 def test_a_setting_counts_with_the_engine_that_runs_it_fastest():
-    """A chained step at 1.25x stands beside the same cell's plain graph at 0.5x: the scheme saves a fifth of the time."""
+    """A chained step at 1.25x stands beside the same cell's graph at 0.5x: the scheme saves a fifth of the time."""
     study = Planted()
     study.rows = [row for row in study.rows if row["probe"] != "latency"]
     study.cell("other", "teal", 0.5, time=1.25)
