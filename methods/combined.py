@@ -137,7 +137,7 @@ class Combined(Method):
                 raise UnsupportedError(
                     f"combined can't skip {self.sparsity:g} beside what its copy reads: {budget:.2f} in all"
                 )
-        thresholds = Cuts(view, calibration, budget, copies, grids)
+        thresholds = Cuts(view, budget, grids, copies)
         constants = {
             (p, n): torch.zeros(m.out_features, device=view.device)
             for p, n, m in projections(view)
@@ -226,9 +226,7 @@ def drawn(calibration: Calibration, steps: int, batch: int) -> list[Tensor]:
     return [windows[order[i * batch : (i + 1) * batch].to(windows.device)] for i in range(steps)]
 
 
-def quantiles(
-    calibration: Calibration, teacher: Teacher | None = None, inputs: Inputs | None = None
-) -> dict[str, Tensor]:
+def quantiles(calibration: Calibration, teacher: Teacher, inputs: Inputs | None = None) -> dict[str, Tensor]:
     """Of the inputs, float32 [layers, grid] by projection, in one pass: with `inputs`, which see theirs, not the MLP's.
 
     The pass teaches as well where it is the dense model's. In 16 bits it doesn't: rounding depends on how many windows
@@ -240,8 +238,8 @@ def quantiles(
     see: dict[str, Callable[[int, Tensor], None]] = {site: found[site].see for site in sites}
     if inputs is not None:
         see["mlp_in"] = inputs.see
-    teaches = teacher is not None and calibration.bare and view.dtype == torch.float32
-    calibration.visit(see, teacher.learn if teacher is not None and teaches else None)
+    teaches = calibration.bare and view.dtype == torch.float32
+    calibration.visit(see, teacher.learn if teaches else None)
     return {p: found[site].grid() for site in sites for p in PROJECTIONS[site]}
 
 
@@ -267,22 +265,20 @@ class Cuts:
     """Thresholds in training, and the price of reading that keeps them at a budget.
 
     levels [1] and offsets [channels], float32 by (projection or "neurons", layer): their sum is log t. read: the share
-    of weights read in each forward pass of the sparse model. copies: of every layer, or none. grids: float32 [layers,
-    grid] by name, quantiles of what the thresholds see; seen here if there are no copies.
+    of weights read in each forward pass of the sparse model. grids: float32 [layers, grid] by name, quantiles of what
+    the thresholds see. copies: of every layer, or none.
     """
 
     def __init__(
         self,
         view: View,
-        calibration: Calibration,
         sparsity: float,
+        grids: Mapping[str, Tensor],
         copies: list[Copy] | None = None,
-        grids: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.view, self.sparsity = view, sparsity
         self.gates = gates(view, copies)
         self.total = sum(module.weight.numel() for _, _, module in projections(view))
-        grids = grids or quantiles(calibration)
         self.levels: dict[Key, Tensor] = {}
         self.offsets: dict[Key, Tensor] = {}
         for (name, layer), gate in self.gates.items():
@@ -353,8 +349,7 @@ class Cuts:
 
     def saw(self, key: Key, kept: Tensor) -> None:
         """Note what the kept entries read. kept: bool [..., channels]."""
-        total = kept.count_nonzero() if kept.dtype == torch.bool else kept.sum()  # a CPU sums booleans slowly
-        self._kept.append(total * self.share(key))
+        self._kept.append(kept.count_nonzero() * self.share(key))
 
     def sloped(self, key: Key, slope: Tensor) -> None:
         """Note by how much fewer entries are kept as log t rises, summed over tokens, float32 [channels]."""

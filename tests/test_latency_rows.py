@@ -242,7 +242,7 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
     view, fitted = teal
     asked = []
 
-    def stand_in(view, thresholds, capacity):
+    def stand_in(view, thresholds, capacity, choices):
         asked.append((len(thresholds), capacity))
         return own_gemv(view, thresholds)
 
@@ -264,7 +264,7 @@ def test_the_chained_step_is_checked_then_timed_at_batch_1(teal, monkeypatch):
     assert [(r["batch"], r["execution"]) for r in of] == [(1, "dense"), (1, "kernel")]
     assert all("chained step equals masked within" in r["message"] for r in of)
 
-    monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, {}))
+    monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity, _: own_gemv(view, {}))
     with pytest.raises(KernelMismatchError, match="block 0"):
         planned(view, fitted)
 
@@ -276,7 +276,7 @@ def test_what_a_copy_chooses_has_a_chained_step_beside_the_frame(method, monkeyp
     fitted = [(method, method.fit(view, tiny.calibration(view)))]
     chosen = []
 
-    def stand_in(view, thresholds, capacity, choices=None):
+    def stand_in(view, thresholds, capacity, choices):
         chosen.append(choices)
         return nullcontext() if choices is None else attached(view, fitted, Policy())
 
@@ -309,7 +309,7 @@ def test_constants_as_biases_run_fused_and_what_hooks_in_the_frame(name, monkeyp
         return lambda: own_gemv(view, limits)
 
     monkeypatch.setattr(chained, "no_chain", lambda view: None)
-    monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity: own_gemv(view, thresholds))
+    monkeypatch.setattr(chained, "chained_decode", lambda view, thresholds, capacity, _: own_gemv(view, thresholds))
     monkeypatch.setattr(plans, "fits_fused_step", lambda view: True)
     monkeypatch.setattr(plans, "fits_frame", lambda view: True)
     monkeypatch.setattr(plans, "fused", stand_in)

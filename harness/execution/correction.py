@@ -207,12 +207,12 @@ class Correction:
             places = _places(mask)[:, -1:]
             now = Step(~over[:, None], torch.ones_like(over[:, None]), places, None, cache.get_seq_length(), None)
             logits = self._verified(drafts, {"attention_mask": mask, "position_ids": places, **facts}, now).logits
-            kept = [0] * len(ended)
-            token = token.clone()
+            refused, token = [0] * len(ended), token.clone()
             for row in [row for row, done in enumerate(ended) if not done]:
                 chances = logits[row : row + 1].float()
-                kept[row] = accepted(chances, drafts[row : row + 1], self.threshold)
-                new = torch.cat([drafts[row, 1 : kept[row] + 1], chances[0, kept[row]].argmax(-1, keepdim=True)])
+                kept = accepted(chances, drafts[row : row + 1], self.threshold)
+                refused[row] = self.period - 1 - kept
+                new = torch.cat([drafts[row, 1 : kept + 1], chances[0, kept].argmax(-1, keepdim=True)])
                 used = 0
                 while used < len(new) and not ended[row]:
                     used += 1
@@ -221,7 +221,6 @@ class Correction:
                 token[row] = new[used - 1]
                 if self.view.ledger is not None:
                     self.view.ledger.waste(self.period - used)
-            refused = [0 if done else self.period - 1 - count for done, count in zip(ended, kept, strict=True)]
             mask = _cut(cache, mask, refused, ended)
         return wholes
 

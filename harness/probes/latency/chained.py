@@ -60,7 +60,7 @@ def _attach(
     view: View, thresholds: ThresholdOf, config: Mapping[str, Any], chosen: list[Choice] | None = None
 ) -> Attach:
     capacity = max(CHECKED + 1, max(config["context"]) + config["new_tokens"])
-    return lambda: chained_decode(view, thresholds, capacity, *([] if chosen is None else [chosen]))
+    return lambda: chained_decode(view, thresholds, capacity, chosen)
 
 
 def _variant(

@@ -328,7 +328,7 @@ def fused_choice(view: View, methods: Fitted, policy: Policy) -> tuple[Threshold
         if hooked(view) is not None or no_fused_step(view) is not None:
             return None
         guesses = method.guesses(view, method.plan(view, state))
-    thresholds = _thresholds(view, method, state, beside=("neurons",))
+    thresholds = _thresholds(view, method, state, without=("neurons",))
     return None if thresholds is None or not guesses else (thresholds, guesses)
 
 
@@ -339,16 +339,16 @@ def static_thresholds(view: View, methods: Fitted) -> ThresholdOf | None:
     return _thresholds(view, *methods[0])
 
 
-def _thresholds(view: View, method: Method, state: State, beside: Collection[str] = ()) -> ThresholdOf | None:
+def _thresholds(view: View, method: Method, state: State, without: Collection[str] = ()) -> ThresholdOf | None:
     """(projection, layer) -> threshold, where a method comes to fixed thresholds at channel sites; else None.
 
-    beside: sites that are left out.
+    without: sites that are left out.
     """
     thresholds: dict[tuple[str, int], Tensor | float] = {}
     if not has_kernels(method):
         return None
     plan = method.plan(view, state)
-    for site in (site for site in method.sites if site not in beside):
+    for site in (site for site in method.sites if site not in without):
         for layer in range(view.n_layers):
             for projection in PROJECTIONS.get(site, ()):
                 if projection not in view.projection_names():
