@@ -215,6 +215,19 @@ def test_nominal_is_beside_the_time_that_its_bytes_would_take(study: pd.DataFram
     assert list(ideal.get_ydata()) == pytest.approx([1 / (1 - x) for x in ideal.get_xdata()])
 
 
+def test_nominal_keeps_devices_apart(kernel: pd.DataFrame) -> None:
+    other = kernel.copy()
+    other["cell_id"], other["device"] = other["cell_id"] + "-b", "cpu: another"
+    slow = (other["metric"] == "tpot_median") & (other["execution"] == "kernel")
+    other.loc[slow, "speedup"] = other.loc[slow, "speedup"] / 2
+    kernel = kernel.assign(device=kernel["device"].where(kernel["probe"] != "latency", "NVIDIA H100 80GB HBM3"))
+    fig = figures.nominal_against_measured(pd.concat([kernel, other]))
+    panels = {ax.get_title(loc="left"): [line for line in ax.lines if line.get_color() == "#009E73"] for ax in fig.axes}
+    assert sorted(panels) == ["timed on CPU, float32", "timed on H100, float32"]
+    slow_y, fast_y = (line[0].get_ydata() for _, line in sorted(panels.items()))
+    assert slow_y == pytest.approx([y / 2 for y in fast_y])
+
+
 def test_cells_scored_on_more_items_are_no_second_point(kernel: pd.DataFrame) -> None:
     one = kernel[(kernel["method"] == "teal") & (kernel["sparsity_requested"] == SPARSITIES[0])]
     more = one.assign(cell_id="whole", n=one["n"] * 10, value=one["value"] * 2)

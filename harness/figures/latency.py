@@ -65,24 +65,29 @@ SCHEME = ["model", "method", "variant", "phase", "dense_prefix", "seed"]
 
 def _speedups(rows: pd.DataFrame) -> pd.DataFrame:
     """Cells that were timed skipping bytes: `SCHEME`, `ASKED`, achieved_model, timed_on, speedup."""
-    lines = headline(rows[~no_speed(rows)])
+    return _timed(headline(rows[~no_speed(rows)]), rows)[[*SCHEME, *ASKED, "achieved_model", "timed_on", "speedup"]]
+
+
+def _timed(lines: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Of cells' lines those that were timed skipping bytes, with `timed_on`: device and dtype, in words."""
     timed = lines[lines["execution"].isin(SKIPPING) & lines["speedup"].notna()]
     ran = rows[rows["probe"] == "latency"].drop_duplicates("cell_id").set_index("cell_id")
     on = "timed on " + ran["device"].map(short_device, na_action="ignore").astype("string") + ", " + ran["dtype"]
-    timed = timed.assign(timed_on=timed["cell_id"].map(on).astype("string").fillna(""))
-    return timed[[*SCHEME, *ASKED, "achieved_model", "timed_on", "speedup"]]
+    return timed.assign(timed_on=timed["cell_id"].map(on).astype("string").fillna(""))
 
 
 def nominal_against_measured(df: pd.DataFrame, limited: bool = False) -> Figure:
     """Measured speed-up over the share of weight bytes skipped, beside what skipping those bytes should give.
 
-    Below the line at 1 a scheme is slower than dense. Masked execution is never drawn.
+    Below the line at 1 a scheme is slower than dense. Each device that something was timed on has a panel of its own.
+    Masked execution is never drawn.
     """
-    lines, _ = select.lines(df, limited, ["achieved_model"])
-    lines = lines[lines["execution"].isin(SKIPPING) & lines["speedup"].notna()]
+    rows = select.drawable(df, limited)
+    rows = rows[~no_speed(rows)]
+    lines = _timed(headline(rows), rows).dropna(subset=["achieved_model"])
     select.need(lines, "no cell was timed with a kernel, and masked execution says nothing of speed")
     with mpl.rc_context(fname=style.STYLE):
-        heading, panels = select.panels(lines, select.POLICY)
+        heading, panels = select.panels(lines, [*select.POLICY, "timed_on"])
         fig, axes = style.canvas(heading, len(panels), width=4.0, height=3.4)
         looks = style.looks(lines)
         x = np.linspace(0, min(0.95, float(lines["achieved_model"].max()) + 0.05), 60)
