@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import kernels
 from harness.errors import UnsupportedError
 from harness.execution.attach import Fitted, attached
 from harness.execution.kernel import kernel_execution
+from harness.execution.method import Method, State
 from harness.model.step import Policy, Step
 from harness.model.view import View
 
@@ -50,13 +52,15 @@ class Recorded:
 
     projections: (layer, name, input, output) in the order of computation; the input as it was before any method
     dropped of it, since not every decision from what it has left comes out the same. masked: by (layer, name), the
-    inputs of o and down after that. attentions: (arguments, keywords, output) of every block, where heads are dropped.
-    residual: the residual stream by layer, which look-ahead predictors see.
+    inputs of o and down after that. attentions: (arguments, keywords, output) of every block, where heads are dropped,
+    and cache: the prompt's keys and values that they saw. residual: the residual stream by layer, which look-ahead
+    predictors see.
     """
 
     projections: list[tuple[int, str, Tensor, Tensor]] = field(default_factory=list)
     masked: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     attentions: list[tuple[tuple, dict[str, Any], Tensor]] = field(default_factory=list)
+    cache: Any = None
     residual: dict[int, Tensor] = field(default_factory=dict)
     step: Step | None = None
 
@@ -77,10 +81,12 @@ def check_kernels(view: View, methods: Fitted, prompt: Tensor) -> Check:
 
     Deep logits of a thresholded model amplify rounding (a flip near a threshold breeds flips), so each projection is
     shown the input that masked execution showed it. Where heads are dropped, so is each attention as a whole, over the
-    cache of the prompt. prompt: int64 [batch, tokens], its last token is decoded.
+    same cache. What is fixed from the prompt is fixed once, in masked execution: a second prompt, by a matrix product
+    that rounds otherwise, would fix others near the cut. prompt: int64 [batch, tokens], its last token is decoded.
     Raises `KernelMismatchError` where the relative L2 error is above the dtype's tolerance, and for one sequence
     `NoKernelRanError` where no kernel computed anything.
     """
+    methods = [(_planned_once(method), state) for method, state in methods]
     recorded = record(view, methods, prompt)
     replayed = replay(view, methods, prompt, recorded)
     if len(prompt) == 1 and not replayed.ran:
@@ -98,7 +104,10 @@ def record(view: View, methods: Fitted, prompt: Tensor) -> Recorded:
     recorded = Recorded()
     with attached(view, methods, POLICY):
         out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)
-        with _recording(view, recorded, attentions=not {"heads", "kv"}.isdisjoint(_sites(methods))):
+        attentions = not {"heads", "kv"}.isdisjoint(_sites(methods))
+        if attentions:
+            recorded.cache = deepcopy(out.past_key_values)
+        with _recording(view, recorded, attentions):
             view.model(prompt[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         recorded.step = view.tracker.step
     return recorded
@@ -136,10 +145,12 @@ def _recording(view: View, recorded: Recorded, attentions: bool) -> Iterator[Non
 
 
 def replay(view: View, methods: Fitted, prompt: Tensor, recorded: Recorded) -> Replayed:
-    """Show the kernels the recorded inputs, after a prompt of their own."""
+    """Show the kernels the recorded inputs. Methods with kernels of their own see the prompt first, for their cache."""
     projections, attentions, by_torch = [], [], set()
     with kernel_execution(view, methods, POLICY) as installations:
-        out = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1)  # who decides from a prompt decides here
+        past = recorded.cache
+        if any(method.own_kernels for method, _ in methods):
+            past = view.model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         view.tracker.step = recorded.step
         for installation in installations:
             installation.called.clear()
@@ -152,7 +163,7 @@ def replay(view: View, methods: Fitted, prompt: Tensor, recorded: Recorded) -> R
             if name == "gate":
                 view.blocks[layer].act(projections[-1])  # methods that decide from the gate decide here
         for block, (args, kwargs, _) in zip(view.blocks, recorded.attentions, strict=False):
-            cache = {key: out.past_key_values for key in ("past_key_values", "layer_past") if key in kwargs}
+            cache = {key: past for key in ("past_key_values", "layer_past") if key in kwargs}
             before = kernels.calls_by_torch()
             attentions.append(block.attn(*args, **(kwargs | cache))[0])
             if kernels.calls_by_torch() > before:  # of its projections too: then no kernel is said to have run
@@ -196,6 +207,19 @@ class Rows:
         if name in ("gate", "up") and "neurons" in self.sites:
             return self.needed[layer, "down"]
         return slice(None)
+
+
+def _planned_once(method: Method) -> Method:
+    """A copy whose plan is made once: what masked execution put there while it saw the prompt, kernels find."""
+    own, plans = copy(method), list[Any]()
+
+    def plan(view: View, state: State) -> Any:
+        if not plans:
+            plans.append(method.plan(view, state))
+        return plans[0]
+
+    object.__setattr__(own, "plan", plan)  # methods are frozen
+    return own
 
 
 def _error(view: View, what: str, y: Tensor, expected: Tensor) -> float:
