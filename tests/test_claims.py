@@ -121,6 +121,15 @@ def test_the_loss_of_accuracy_is_beside_what_there_was_to_lose():
     assert line["note"].endswith(f"can do, SwiGLU loses {shares[0]:.0%}, ReLU {shares[1]:.0%}")
 
 
+def test_answers_that_the_dense_model_corrects_say_nothing_of_neurons_that_a_prompt_fixes():
+    """Sirius gives generated answers back and no scored ones: its cells would turn the sign."""
+    study = Planted()
+    before = study.verdict("prompt_fixed_fails_generation")
+    study.cell(SWIGLU, "sirius+griffin", 0.5, phase="decode", text=0.1, wrong=0.9, failed=0.0)
+    after = study.verdict("prompt_fixed_fails_generation")
+    assert after["cells"] == before["cells"] and after["effect"] == before["effect"]
+
+
 def test_what_grows_is_told_step_by_step(planted):
     """The steps that a note tells rise from the first to the last where the planted effect grows."""
     for name in ("gap_widens", "kv_grows_with_sparsity", "kv_grows_with_length", "prompt_fixed_fades"):

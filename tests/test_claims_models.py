@@ -195,6 +195,8 @@ def test_what_holds_on_one_model_only_is_said_in_words():
     assert _line({"m-1b": 1.0, "n-2b": 0.001})["holds"] == "on one model only: m-1b; not shown on n-2b"
     three = {"m-1b": 1.0, "n-2b": 0.9, "o-3b": 0.001}
     assert _line(three)["holds"] == "on 2 of 3 models; not shown on o-3b"
+    made_from_one = three | {"m-1b-relu": 0.001}  # a base holds if all that were made from it do, and it says which not
+    assert _line(made_from_one)["holds"] == "on one model only: n-2b; not shown on m-1b-relu, o-3b"
     assert _line({f"m-{place}b": 1.0 + 0.01 * place for place in range(12)})["holds"] == "over models like these 12"
     assert _line({"m-1b": 1.0, "n-2b": -0.8})["holds"] == "seen on 2 models"  # inconclusive: the signs differ
 

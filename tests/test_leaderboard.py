@@ -317,6 +317,8 @@ def test_letters_show_every_pair_and_no_other():
 def test_the_readme_shows_the_committed_rows():
     page = readme_board.PAGE.read_text()
     assert readme_board.written(page) == page, "run `make written`"
+    levels = readme_board.LEVELS_PAGE.read_text()
+    assert readme_board.written_levels(levels) == levels, "run `make written`"
 
 
 def test_the_levels_are_those_of_the_experiment():

@@ -14,6 +14,7 @@ from harness.results import stats
 
 KV = "kv_skip with kv=skip beside kv=mask_output"
 PROMPT_FIXED = ("griffin", "tda")
+CORRECTION = "sirius"  # its dense steps mend what the prompt's neurons did to an answer
 
 
 def _kv_pairs(study: Study, choice: str = "skip") -> pd.DataFrame:
@@ -118,12 +119,18 @@ def kv_grows_with_length(study: Study) -> Evidence:
     return _grows_with_length(study, pairs, keys, ["cell_id_worse", "cell_id_better"], gap, KV)
 
 
+def _prompt_fixed(study: Study) -> pd.DataFrame:
+    """Lines of methods that fix neurons from the prompt, with nothing that corrects them."""
+    lines = study.select(*PROMPT_FIXED)
+    return lines[[CORRECTION not in names.split("+") for names in lines["method"]]]
+
+
 def prompt_fixed_fails_generation(study: Study) -> Evidence:
     """Share of what the dense model can do that is lost: in generated answers against in scored ones.
 
     Cells count that were measured on both; an item's loss is its mean over them.
     """
-    lines = need(study.select(*PROMPT_FIXED), "cells of griffin or tda")
+    lines = need(_prompt_fixed(study), "cells of griffin or tda")
     generative = study.rows[study.rows["metric"].str.startswith("exact_match").fillna(False)]["task"].unique()
     parts: dict[bool, list[pd.DataFrame]] = {True: [], False: []}  # generated, scored
     cells, scored = [], {True: 0, False: 0}
@@ -177,9 +184,7 @@ def _shares_by_model(sides: Sequence[pd.DataFrame]) -> OnModels:
 
 def prompt_fixed_fades(study: Study) -> Evidence:
     """What prompt-fixed neurons cost in long texts minus in short ones, by stretch of text."""
-    lines = need(study.select(*PROMPT_FIXED), "cells of griffin or tda").assign(
-        variant=lambda f: f["variant"].fillna("")
-    )
+    lines = need(_prompt_fixed(study), "cells of griffin or tda").assign(variant=lambda f: f["variant"].fillna(""))
     keys = ["model", "method", "variant", "sparsity_requested", *POLICY[:-1]]
     return _grows_with_length(
         study, lines, keys, ["cell_id"], lambda line: study.loss(line["cell_id"], "text"), "griffin or tda"

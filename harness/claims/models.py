@@ -73,11 +73,10 @@ def holds(line: dict[str, Any], evidence: Evidence) -> str:
         trained = "one training run" if runs == 1 else f"{runs} training runs"
         return f"on one model only: {bases[0]}, {trained}"
     sign = 1 if line["verdict"] == "reproduced" else -1
-    sure = {base: all(_sure(each, sign) for each in effects if _base(each.model) == base) for base in bases}
-    without = [base for base in bases if not sure[base]]
+    without = [each.model for each in effects if not _sure(each, sign)]
     if not without:
         return f"on each of {len(bases)} models"
-    alone = [base for base in bases if sure[base]]
+    alone = sorted(set(bases) - {_base(model) for model in without})  # a base holds if all that were made from it do
     if len(alone) == 1:
         return f"on one model only: {alone[0]}; not shown on {', '.join(without)}"
     return f"on {len(alone)} of {len(bases)} models; not shown on {', '.join(without)}"

@@ -6,10 +6,11 @@ terminal, for a README and for the report.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness.arguments import add_results, finish
@@ -217,7 +218,58 @@ def _cells(line: dict[str, Any], speeds: Sequence[str]) -> Iterator[str]:
     yield text(PHASES.get(line["phase"], line["phase"]))
 
 
-# --------------------------------------------------------------------------------------------------------- a README
+# ------------------------------------------------------------------------------------------------ a README, a page
+
+
+def by_model(lines: pd.DataFrame, models: Sequence[str], level: float) -> str:
+    """The short table of several models at one level: a line a scheme, a column a model, best on average first.
+
+    Only schemes that two of the models have. A cell is as in `markdown`; what missed the level has no letters and says
+    where it is. Speed is told once a model, of the GPU that most of its schemes were timed on, else of another; then
+    of a CPU. Of its options a scheme names those that tell it from others of its method here.
+    """
+    own = lines[lines["model"].isin(models) & (lines["level"] == level) & (lines["dense_prefix"] == 0)]
+    own = own[~own["method"].isin(NO_SCHEME) & ~own["oracle"].fillna(False).astype(bool) & own["text"].notna()]
+    own = own[own.groupby(["phase", "scheme"])["model"].transform("nunique") >= min(2, len(models))]
+    if own.empty:
+        return "No committed cell comes near this level."
+    own = own.assign(gpu=_first_of(own, [c for c in timed_on(own) if not c.startswith("speedup:CPU")]))
+    own = own.assign(cpu=_first_of(own, [c for c in timed_on(own) if c.startswith("speedup:CPU")]))
+    named = _told_apart(own["scheme"].unique())
+    worth = own["text"].astype(float).map(np.log).groupby([own["phase"], own["scheme"]]).mean()
+    short = [model.removeprefix("qwen2.5-coder-").removeprefix("smollm2-").upper() for model in models]
+    heads = ["scheme", "needs", *short, f"step on a GPU, {' / '.join(short)}", "on a CPU thread"]
+    found = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for phase, scheme in worth.sort_values(kind="stable").index:
+        at = own[(own["phase"] == phase) & (own["scheme"] == scheme)].set_index("model")
+        there = [at.loc[model] if model in at.index else None for model in models]
+        shown = [f"`{named[scheme]}`" + ("" if phase == "all" else " (prompt dense)"), _given(at.iloc[0].to_dict())]
+        shown += ["" if line is None else _brief(line) for line in there]
+        steps = ["–" if line is None or pd.isna(line["gpu"]) else _form(line["gpu"], ".2f") for line in there]
+        shown += [" / ".join(steps) if set(steps) != {"–"} else "", _form(at["cpu"].max(), ".2f")]
+        found.append(f"| {' | '.join(shown)} |")
+    return "\n".join(found)
+
+
+def _first_of(own: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
+    """By line the first of these columns that holds something; of a model, those that hold most come first."""
+    found = pd.Series(np.nan, own.index)
+    for _, cells in own.groupby("model"):
+        for name in cells[list(columns)].notna().sum().sort_values(ascending=False, kind="stable").index:
+            found[cells.index] = found[cells.index].fillna(cells[name].astype(float))
+    return found
+
+
+def _told_apart(schemes: Iterable[str]) -> dict[str, str]:
+    """Names without the options that all schemes of one method share: `combined steps=400` alone is `combined`."""
+    options = {scheme: scheme.partition(" ")[2].split(",") for scheme in schemes}
+    named = {}
+    for scheme in options:
+        method = scheme.partition(" ")[0]
+        shared = set.intersection(*(set(given) for other, given in options.items() if other.split(" ")[0] == method))
+        own = ",".join(option for option in options[scheme] if option not in shared)
+        named[scheme] = f"{method} {own}".strip()
+    return named
 
 
 def markdown(lines: pd.DataFrame, model: str) -> str:
@@ -247,6 +299,8 @@ def markdown(lines: pd.DataFrame, model: str) -> str:
 
 def _brief(line: pd.Series) -> str:
     parts = [f"{_big(line['text'])}x", f"<sup>{line['text:group']}</sup>" if not pd.isna(line["text:group"]) else ""]
+    if not pd.isna(line["missing"]):
+        parts[1] = f" ({_form(line['achieved_model'], '.1f', POINTS)} %)"
     if line["leads"]:
         parts[0] = f"**{parts[0]}**"
     points = "" if pd.isna(line["accuracy"]) else f", {_form(line['accuracy'], '+.1f', POINTS)}"
