@@ -187,12 +187,13 @@ def main(arguments: Sequence[str]) -> int:
     def do() -> None:
         table, found = load(given.results)
         limited = given.limited or only_limited(table)
-        verdicts = claims.verdicts(table[table["source"] == "measured"], read_samples(found), limited)
-        drawn, missing = draw_all(table, limited, verdicts)
-        if not drawn:
-            raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
-        for name, fig in drawn.items():
-            say(stdout(), " ".join(map(str, save(fig, given.results / "figures" / name))))
+        with remembering():
+            verdicts = claims.verdicts(table[table["source"] == "measured"], read_samples(found), limited)
+            drawn, missing = draw_all(table, limited, verdicts)
+            if not drawn:
+                raise ConfigError(f"the rows in {found} allow no figure: {next(iter(missing.values()))}")
+            for name, fig in drawn.items():
+                say(stdout(), " ".join(map(str, save(fig, given.results / "figures" / name))))
         if missing:
             say(stdout(), f"not drawn, for want of rows: {', '.join(missing)}")
 

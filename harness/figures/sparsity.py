@@ -15,6 +15,7 @@ from harness.model.selection import Projection, Site
 from harness.results.collect import ACHIEVED
 
 FEW = 8  # maps of one method each; more methods share a map
+EVEN = 0.005  # of a share: nothing to see by layer
 NOTHING = 1e-6  # a magnitude; below it lie only quantiles between exact zeros and the least of the others
 PROJECTED = get_args(Projection)
 SITES = get_args(Site)  # in the order that a token meets them
@@ -46,9 +47,9 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
 
 
 def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
-    """Heat maps of achieved sparsity, site by layer, one for each method at one requested sparsity.
+    """Heat maps of achieved sparsity, site by layer, at one requested sparsity.
 
-    sparsity: the request to show; by default the one that most methods have, of several the nearest to a half.
+X
     """
     rows = select.drawable(df, limited)
     rows = rows[(rows["probe"] == "sparsity") & (rows["metric"] == ACHIEVED) & (rows["method"] != "dense")]
@@ -56,8 +57,13 @@ def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: 
     rows = rows[rows["layer"].notna() & rows["task"].isna() & (rows["step_phase"] == counted)]
     rows, sparsity = select.at_one_request(rows, sparsity, "no achieved sparsity by layer at this request")
     rows = rows.assign(name=select.names(rows))
+    layers = rows.groupby([*select.POLICY, "name", "site"], dropna=False)["value"]
+    differ = layers.transform("max") - layers.transform("min") > EVEN
+    label = f"achieved, {sparsity:.0%} requested"
+    if differ.any() and not differ.all():
+        rows, label = rows[differ], f"{label}; left out: what is the same in every layer"
     with mpl.rc_context(fname=style.STYLE, rc={"axes.grid": False}):
-        return style.marked(_by_site(rows, SITES, f"achieved, {sparsity:.0%} requested"), df, limited)
+        return style.marked(_by_site(rows, SITES, label), df, limited)
 
 
 def recall_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:

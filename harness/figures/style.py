@@ -90,6 +90,9 @@ def maps(
     heading, panels = select.panels(rows, keys)
     heights = [0.75 + tall * panel[by].nunique() for _, panel in panels]
     columns = 1 if len(panels) <= 3 else 2
+    if columns > 1:  # a row is as high as its highest map: the next highest beside it
+        panels = [panels[place] for place in np.argsort([-height for height in heights], kind="stable")]
+        heights = sorted(heights, reverse=True)
     fig, axes = canvas(heading, len(panels), width=7.4, height=heights, columns=columns, share=False)
     top = max(0.01, float(rows["value"].max())) if top is None else top
     for ax, (title, panel) in zip(axes, panels, strict=True):
