@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, UnsupportedError
 from harness.execution.method import Method, State
 from harness.fitting.calibration import Calibration
+from harness.model.activations import ACTIVATIONS
 from harness.model.view import View
 
 
@@ -21,9 +23,10 @@ from harness.model.view import View
 class MeanGate(Method):
     """Splits act(g) * u into (act(g) - m) * u and m * u, m a neuron's mean gate, for the method nested inside.
 
-    The second part is linear in the MLP's input, M x with M = W_down diag(m) W_up [d_model, d_model], and is always
-    computed; the method inside drops by (and of) the first. Where it drops nothing and M is whole, this is the dense
-    model. To be nested outside of another method: `method=[meangate,cats]`.
+    The second part is linear in the MLP's input, M x + W_down (m * b) with M = W_down diag(m) W_up [d_model, d_model]
+    and b the bias of up, where it has one, and is always computed; the method inside drops by (and of) the first. Where
+    it drops nothing and M is whole, this is the dense model: of any gated MLP whose up half is linear. To be nested
+    outside of another method: `method=[meangate,cats]`.
 
     rank: of M, from a truncated SVD; 0 keeps it whole. What M reads for each token is charged.
     """
@@ -34,16 +37,26 @@ class MeanGate(Method):
     paper: ClassVar[str] = "-"
     needs: ClassVar[str] = "calibration"
     wraps: ClassVar[bool] = True
-    families: ClassVar[tuple[str, ...]] = ("llama",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 0:
             raise ConfigError(f"method.meangate.rank must be a whole number of at least 0, not {self.rank!r}")
 
     @property
+    def names_neurons(self) -> bool:
+        """Each has a mean of its own."""
+        return True
+
+    @property
     def knows_inputs(self) -> bool:
         """M is of the MLP's inputs."""
         return True
+
+    def unsupported(self, view: View) -> str | None:
+        """There must be a gate, and an up half that is linear."""
+        if not view.gated:
+            return f"{self.name} takes the mean of the gate, and the MLP of {view.name} has none"
+        return bent(view) or super().unsupported(view)
 
     def fit(self, view: View, calibration: Calibration) -> State:
         """`mean` float32 [layers, neurons]: the mean of the activated gate over calibration tokens."""
@@ -68,12 +81,18 @@ class MeanGate(Method):
 
     @contextmanager
     def _split(self, view: View, mean: Tensor) -> Iterator[None]:
+        if sentence := bent(view):  # by a method outside
+            raise UnsupportedError(sentence)
         wide = torch.promote_types(view.dtype, torch.float32)
         means = [m.to(block.up.weight.device, wide) for m, block in zip(mean, view.blocks, strict=True)]
         modules = [Centred(block.act, m.to(view.dtype)) for block, m in zip(view.blocks, means, strict=True)]
         with ExitStack() as stack:
-            for block, m in zip(view.blocks, means, strict=True):
-                whole = (block.down.weight.to(wide) * m.to(view.dtype).to(wide)) @ block.up.weight.to(wide)
+            for layer, (block, m) in enumerate(zip(view.blocks, means, strict=True)):
+                gated = block.down.weight.to(wide) * m.to(view.dtype).to(wide)
+                whole = gated @ block.up.weight.to(wide)
+                # What others fold into it stands for inputs that they drop or move: M sees them as they are.
+                bias = view.own_biases.get(("up", layer), block.up.bias)
+                constant = None if bias is None else (gated @ bias.to(wide)).to(view.dtype)
                 parts = [whole]
                 if self.rank:
                     u, s, v = torch.linalg.svd(whole, full_matrices=False)
@@ -85,15 +104,27 @@ class MeanGate(Method):
                 )
                 stack.callback(before.remove)
 
-                def add(_m: nn.Module, _a: tuple, out: Tensor, seen: list = seen, weights: list = weights) -> Tensor:
-                    x = seen.pop()
-                    for weight in weights:
-                        x = F.linear(x, weight)
-                    return out + x
-
-                stack.callback(block.down.register_forward_hook(add).remove)
+                stack.callback(block.down.register_forward_hook(partial(_add, seen, weights, constant)).remove)
             stack.enter_context(view.activation_swapped(f"{view.activation} less its mean", modules))
             yield
+
+
+def _add(
+    seen: list[Tensor], weights: list[Tensor], constant: Tensor | None, _m: nn.Module, _args: tuple, out: Tensor
+) -> Tensor:
+    """A forward hook of down: what it gives, and the product of the input that up has seen with all weights in turn."""
+    x = seen.pop()
+    for weight in weights[:-1]:
+        x = F.linear(x, weight)
+    return out + F.linear(x, weights[-1], constant)
+
+
+def bent(view: View) -> str | None:
+    """One sentence why m * u is not linear in the MLP's input, or None."""
+    activation = ACTIVATIONS.get(view.activation)
+    if activation is None or not activation.relu_on_up:
+        return None
+    return f"meangate needs an up half that is linear, and that of {view.name} goes through a ReLU ({view.activation})"
 
 
 class Centred(nn.Module):

@@ -80,16 +80,21 @@ class Spon(Method):
 def biased(view: View, constants: Constants) -> Iterator[None]:
     """Fold constants into the biases of the projections that have one until the context ends."""
     before: list[tuple[nn.Linear, Any]] = []  # a parameter, or None where there was no bias
+    outside = view.own_biases
+    own_biases: dict[tuple[str, int], Tensor | None] = {}
     try:
         for layer, block in enumerate(view.blocks):
             for name, module in block.projections():
                 if (name, layer) in constants:
                     before.append((module, module.bias))
+                    own_biases[name, layer] = module.bias
                     own = constants[name, layer].to(module.weight.device)
                     bias = own if module.bias is None else module.bias.data + own
                     module.bias = nn.Parameter(bias, requires_grad=False)
+        view.own_biases = {**own_biases, **outside}
         yield
     finally:
+        view.own_biases = outside
         for module, own in reversed(before):
             module.bias = own
 

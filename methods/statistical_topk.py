@@ -25,7 +25,8 @@ ZEROS = Thresholds(0.0)  # drops exact zeros and nothing else
 class StatisticalTopK(Method):
     """Drops neurons whose gate pre-activation a lies at or below mean(a) + std(a) * Phi^-1(sparsity), by token.
 
-    Neither sorted nor calibrated: exact for Gaussian a only. Mean and deviation (of the population) are over neurons.
+    Neither sorted nor calibrated: exact for Gaussian a only. Mean and deviation (of the population) are over neurons:
+    in a mixture of experts over those of all experts that the token is routed to.
 
     Where blocks have a statistical top-k of their own (the first of Gemma 3n) that one stays, at the share that they
     were trained with: neurons are dropped whose gates it has set to zero, and `sparsity` is for the other blocks.
@@ -38,7 +39,6 @@ class StatisticalTopK(Method):
 
     name: ClassVar[str] = "statistical_topk"
     paper: ClassVar[str] = "arXiv 2506.06644"
-    families: ClassVar[tuple[str, ...]] = ("llama", "gemma3n")
 
     def __post_init__(self) -> None:
         if not isinstance(self.shift, bool):
@@ -82,7 +82,8 @@ class Thresholded(nn.Module):
         step = self.tracker.step
         if step is None or step.sparse is None:
             return out
-        return torch.where(step.sparse[..., None].to(a.device), out, self.act(a))
+        sparse = step.sparse.reshape(*a.shape[:-1], 1)  # experts see the batch flat
+        return torch.where(sparse.to(a.device), out, self.act(a))
 
 
 def threshold(a: Tensor, quantile: float) -> Tensor:

@@ -53,4 +53,5 @@ def test_every_method_runs_or_says_why(family: str) -> None:
             )
             assert skipped.sum() == 0 and 0 < read < seen, name
             continue
-        assert 0 < skipped.sum() < total.sum() or name in ("dense", "lte") or method.compensates, name
+        nothing = name in ("dense", "lte") or method.compensates or method.wraps
+        assert nothing or 0 < skipped.sum() < total.sum(), name

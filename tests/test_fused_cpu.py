@@ -56,6 +56,13 @@ def test_every_method(name: str) -> None:
     assert found.part < 2e-6 and found.logits < 1e-4
 
 
+@pytest.mark.parametrize("name", ["statistical_topk", "meangate"])
+def test_an_activation_of_a_methods_own_is_refused_on_qwen_too(name: str) -> None:
+    view, methods, policy = fitted(name, "qwen2")
+    with pytest.raises(UnsupportedError, match=REFUSED[name]):
+        check_fused(view, methods, policy, tiny.tokens(1, 24))
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "panel"), [(49152, 2048), (151936, 2374), (128256, 2004), (50257, 1733), (259, 259), (64, None)]
 )

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, UnsupportedError
 from harness.execution.attach import attached, overhead
 from harness.model.selection import Mask, Thresholds, keep_mask
 from harness.model.step import Policy
 from harness.run.nest import incomplete
 from harness.run.scope import to_native
+from methods.cats import Cats
+from methods.drelu import DRelu
 from methods.larosa import LaRoSA, tilted
 from methods.meangate import MeanGate
 from methods.norms import column_norms, contribution_quantiles
@@ -28,8 +30,8 @@ from tests import tiny
 IDS = tiny.tokens(2, 32)
 
 
-def wide_view(family: str = "llama"):
-    view = tiny.view(family)
+def wide_view(family: str = "llama", **changes):
+    view = tiny.view(family, **changes)
     view.model.double()
     return view
 
@@ -255,6 +257,42 @@ def test_statistical_topk_is_gemmas_rule(shift):
         torch.testing.assert_close(view.blocks[0].act(a), expected, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "olmo2", "mixtral", "olmoe"])
+def test_statistical_topk_drops_by_the_gates_of_any_family_and_leaves_dense_tokens_alone(family):
+    """What down reads of a sparse token: in a mixture of experts by the neurons of all that it is routed to."""
+    view = wide_view(family)
+    block, seen = view.blocks[0], {}
+    decode = torch.zeros_like(IDS, dtype=torch.bool)
+    decode[:, 20:] = True
+    hooks = [
+        block.gate.register_forward_hook(lambda _m, _a, out: seen.__setitem__("gate", out)),
+        block.up.register_forward_hook(lambda _m, _a, out: seen.__setitem__("up", out)),
+    ]
+    with attached(view, [(StatisticalTopK(0.6), {})], Policy("decode")):
+        hooks.append(block.down.register_forward_pre_hook(lambda _m, args: seen.__setitem__("down", args[0])))
+        with view.tracker.hint(torch.ones_like(decode), decode):
+            view.model(IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    gate, up, down = (seen[name].view(*IDS.shape, -1) for name in ("gate", "up", "down"))
+    whole = block.act(gate) * up
+    kept = gate > gate.mean(-1, keepdim=True) + gate.std(-1, correction=0, keepdim=True) * 0.2533471
+    torch.testing.assert_close(down, torch.where(decode[..., None] & ~kept, 0, whole))
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "sentence"),
+    [
+        (StatisticalTopK(0.5), "opt", "statistical_topk decides from the gate, and the MLP of tiny-opt has none"),
+        (MeanGate(0.5), "falcon", "meangate takes the mean of the gate, and the MLP of tiny-falcon has none"),
+        (MeanGate(0.5), "mixtral", tiny.view("mixtral").limits["neurons"]),
+    ],
+)
+def test_rules_of_the_gate_say_where_they_mean_nothing(method, family, sentence):
+    assert method.refusal(tiny.view(family)).endswith(sentence)
+
+
 # --- Prox
 
 
@@ -324,21 +362,65 @@ def test_proxs_copy_is_charged():
 # --- mean gate
 
 
-def test_the_mean_gate_alone_changes_nothing():
+GATED = [pytest.param(f, {}, id=f) for f in tiny.FAMILIES if MeanGate(0.5).refusal(tiny.view(f)) is None]
+BIASED = [pytest.param(f, {"mlp_bias": True}, id=f"{f}-biased") for f in ("llama", "smollm3")]
+
+
+@torch.no_grad()
+def mlp_outputs(view, *fitted, policy: Policy = Policy()):  # noqa: B008 (frozen)
+    """What every down gives: [layers, ...]. Logits would come through norms in float32."""
+    found = []
+    with attached(view, fitted, policy):
+        hooks = [block.down.register_forward_hook(lambda _m, _a, out: found.append(out)) for block in view.blocks]
+        view.model(IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("family", "changes"), [*GATED, *BIASED])
+def test_the_mean_gate_is_the_dense_model_where_nothing_is_dropped(family, changes):
+    """The first block to rounding in float64: those behind it read norms, which round to float32."""
+    view = wide_view(family, **changes)
+    method, cats = MeanGate(0.5), Cats(0.5)
+    state = method.fit(view, tiny.calibration(view))
+    assert all(mean.abs().max() > 0.01 for mean in state["mean"])
+    assert (view.blocks[0].up.bias is not None) == bool(changes)
+    dense = mlp_outputs(view)
+    nothing = {"quantiles": torch.zeros(view.n_layers, 513)}
+    for nest in ([(method, state)], [(method, state), (cats, nothing)]):
+        found = mlp_outputs(view, *nest)
+        torch.testing.assert_close(found[0], dense[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5)
+    kept = cats.fit(view, tiny.calibration(view))
+    assert not torch.allclose(mlp_outputs(view, (method, state), (cats, kept)), dense, rtol=1e-2, atol=1e-3)
+
+
+def test_all_gated_families_have_a_mean_gate():
+    ungated = ("gpt_neox", "falcon", "opt")
+    assert {param.id for param in GATED} == {*tiny.FAMILIES} - {*tiny.MIXTURES, *ungated}
+
+
+def test_the_mean_gate_needs_an_up_half_that_is_linear():
     view = wide_view()
-    calibration = tiny.calibration(view)
-    method = MeanGate(0.5)
-    torch.testing.assert_close(logits(view, (method, method.fit(view, calibration))), logits(view))
+    method, drelu = MeanGate(0.5), DRelu()
+    state, swapped = method.fit(view, tiny.calibration(view)), drelu.fit(view, tiny.calibration(view))
+    with drelu.attach(view, swapped):
+        assert "goes through a ReLU (drelu)" in method.refusal(view)
+    with pytest.raises(UnsupportedError, match="needs an up half that is linear"):
+        logits(view, (drelu, swapped), (method, state))
+    assert method.refusal(view) is None
 
 
 OTHERS = [MeanGate(0.5), RSparse(0.5), LaRoSA(0.5), Wina(0.5, transform=True)]
 
 
 @pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"mlp_bias": True}], ids=["plain", "biased"])
 @pytest.mark.parametrize("other", OTHERS, ids=lambda method: method.name)
-def test_a_shift_and_a_rewrite_leave_dense_tokens_alone_whoever_stands_outside(other, inside):
+def test_a_shift_and_a_rewrite_leave_dense_tokens_alone_whoever_stands_outside(other, changes, inside):
     """SCAP moves inputs and folds what that changes into biases, while others rewrite weights and add to outputs."""
-    view = wide_view()
+    view = wide_view(**changes)
     calibration, scap = tiny.calibration(view), Scap(0.5)
     moved = scap.fit(view, calibration) | {f"{site}.centre": torch.full((view.n_layers,), 0.5) for site in SITES}
     nest = [(scap, moved), (other, other.fit(view, calibration))]
@@ -352,11 +434,13 @@ def test_a_shift_and_a_rewrite_leave_dense_tokens_alone_whoever_stands_outside(o
     with torch.no_grad(), attached(view, nest if inside else nest[::-1], Policy("decode")):
         found = view.model(IDS, use_cache=False).logits
     torch.testing.assert_close(found, logits(view), rtol=1e-5, atol=1e-6)
+    assert not view.own_biases
 
 
-def test_the_mean_gate_stands_in_for_dropped_neurons():
+@pytest.mark.parametrize("changes", [{}, {"mlp_bias": True}], ids=["plain", "biased"])
+def test_the_mean_gate_stands_in_for_dropped_neurons(changes):
     """With all neurons dropped the MLP gives down(m * up(x))."""
-    view = wide_view()
+    view = wide_view(**changes)
     calibration = tiny.calibration(view)
     outer = MeanGate(0.5)
     state = outer.fit(view, calibration)

@@ -69,6 +69,8 @@ class View:
         of. around: those outside of the blocks, the head's aside: a step reads them, and no share is of them.
     stored: how the projections' weights are stored where the modules hold what they stand for; None: as they are held.
     source: the type of few bits that plain weights were made from, in a word.
+    own_biases: the biases of the model itself where methods have folded constants into them at the moment, by
+        (projection, layer); None where it has none.
     """
 
     model: Any  # a transformers causal language model; nn.Module would type every attribute as Tensor | Module
@@ -90,6 +92,7 @@ class View:
     around: int = 0
     stored: Format | None = None
     source: str | None = None
+    own_biases: Mapping[tuple[str, int], Tensor | None] = field(default_factory=dict)
     ledger: Any = None  # the harness.execution.ledger.Ledger that counts at the moment
     generator: Any = None  # what generates in place of transformers' own loop, called as its decoding methods are
 
