@@ -11,6 +11,8 @@ from harness.execution.correction import corrected
 from harness.execution.method import Method, State
 from harness.model.view import View
 
+FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "olmo2")  # that it is defined for
+
 
 @dataclass(frozen=True)
 class Sirius(Method):
@@ -36,7 +38,6 @@ class Sirius(Method):
     paper: ClassVar[str] = "arXiv 2409.03856"
     phases: ClassVar[tuple[str, ...]] = ("decode",)
     wraps: ClassVar[bool] = True
-    families: ClassVar[tuple[str, ...]] = ("llama", "qwen2", "qwen3", "phi3", "olmo2")
 
     def __post_init__(self) -> None:
         if not isinstance(self.kernel_size, int) or self.kernel_size < 2:
@@ -52,10 +53,12 @@ class Sirius(Method):
         return 1 / self.kernel_size
 
     def unsupported(self, view: View) -> str | None:
-        """Attention must find every key before a token."""
+        """Some families only, whose attention finds every key before a token."""
         config: Any = view.model.config
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             return f"sirius rewrites keys that windows of attention have let go in {view.name}"
+        if view.family not in FAMILIES:
+            return f"{self.name} is not defined for the {view.family} family (only {', '.join(FAMILIES)})"
         return super().unsupported(view)
 
     def rewrite(self, view: View, state: State) -> AbstractContextManager[Any]:

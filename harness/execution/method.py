@@ -36,7 +36,6 @@ class Method:
         needs: "nothing", "calibration" or "training".
         phases: phase policies in which the method means something, the default first.
         batch_coupled: whether rows of a batch influence each other.
-        families: families it is defined for (empty = all).
         fit_fields: fields that change what `fit` returns. Keep `sparsity` out wherever the maths allows.
     """
 
@@ -48,7 +47,6 @@ class Method:
     needs: ClassVar[str] = "nothing"
     phases: ClassVar[tuple[str, ...]] = ("all", "decode")
     batch_coupled: ClassVar[bool] = False
-    families: ClassVar[tuple[str, ...]] = ()
     fit_fields: ClassVar[tuple[str, ...]] = ()
     compensates: ClassVar[bool] = False  # makes up for what the methods beside it drop: fitted last, with them attached
     compensated: ClassVar[bool] = (
@@ -133,8 +131,6 @@ class Method:
 
     def unsupported(self, view: View) -> str | None:
         """One sentence why this method makes no sense on this model, or None."""
-        if self.families and view.family not in self.families:
-            return f"{self.name} is not defined for the {view.family} family (only {', '.join(self.families)})"
         if self.sites.get("neurons") == GATE and not view.gated:
             return f"{self.name} decides from the gate, and the MLP of {view.name} has none"
         return None

@@ -91,7 +91,6 @@ def _page(entry: Entry, own: pd.DataFrame) -> str:
         ("phases", ", ".join(entry.cls.phases)),
         ("sites", _sites(entry.cls)),
         ("rows of a batch influence each other", "yes" if entry.cls.batch_coupled else "no"),
-        ("families", ", ".join(entry.cls.families) or "all that have its sites"),
     ]
     parts = [f"# {entry.name}", _plain(module), _listed(_plain(inspect.getdoc(entry.cls) or ""), entry.cls)]
     parts.append(
