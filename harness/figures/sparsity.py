@@ -15,7 +15,7 @@ from harness.model.selection import Projection, Site
 from harness.results.collect import ACHIEVED
 
 FEW = 8  # maps of one method each; more methods share a map
-EVEN = 0.005  # of a share: nothing to see by layer
+EVEN = 0.02  # of a share: nothing to see by layer
 NOTHING = 1e-6  # a magnitude; below it lie only quantiles between exact zeros and the least of the others
 PROJECTED = get_args(Projection)
 SITES = get_args(Site)  # in the order that a token meets them
@@ -49,7 +49,8 @@ def requested_against_achieved(df: pd.DataFrame, limited: bool = False) -> Figur
 def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: bool = False) -> Figure:
     """Heat maps of achieved sparsity, site by layer, at one requested sparsity.
 
-X
+    Sites whose share is the same in every layer, as any top-k's is, are left out where others differ.
+    sparsity: the request to show; by default the one that most methods have, of several the nearest to a half.
     """
     rows = select.drawable(df, limited)
     rows = rows[(rows["probe"] == "sparsity") & (rows["metric"] == ACHIEVED) & (rows["method"] != "dense")]
