@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +114,7 @@ def loss_shrinks_with_size_text(study: Study) -> Evidence:
     Tokens of two tokenizers are not the same text: losses are told a byte, and windows are laid on one grid of bytes.
     """
     found = list(ladders(study, "text"))
-    tokens = {rung.cell: _bytes_a_token(study, rung.cell) for _, rungs in found for rung in rungs}
+    tokens = _bytes_a_token(study, {rung.cell for _, rungs in found for rung in rungs})
     found = [(name, [rung for rung in rungs if tokens[rung.cell]]) for name, rungs in found]
     found = [(name, rungs) for name, rungs in found if len({parameters(r.model) for r in rungs}) >= SIZES]
     if not found:
@@ -153,13 +153,14 @@ def on_grid(losses: pd.Series, window: float, stretch: float, count: int) -> pd.
     return pd.Series((shared[whole] @ losses.to_numpy(dtype=float)) / covered[whole], index=np.flatnonzero(whole))
 
 
-def _bytes_a_token(study: Study, cell: str) -> float:
-    """Of the text that the cell was scored on; 0 where its rows don't say."""
-    own = study.rows[(study.rows["cell_id"] == cell) & study.rows["metric"].isin(["nll", BITS_PER_BYTE])]
-    values = own.drop_duplicates("metric").set_index("metric")["value"]
-    if len(values) < 2 or not values[BITS_PER_BYTE] > 0:
-        return 0.0
-    return float(values["nll"] / (math.log(2) * values[BITS_PER_BYTE]))
+def _bytes_a_token(study: Study, cells: Collection[str]) -> dict[str, float]:
+    """By cell, of the text that it was scored on; 0 where its rows don't say."""
+    told = study.rows[study.rows["metric"].isin(["nll", BITS_PER_BYTE])]
+    told = told[told["cell_id"].isin(list(cells))].drop_duplicates(["cell_id", "metric"])
+    values = told.pivot(index="cell_id", columns="metric", values="value").reindex(columns=["nll", BITS_PER_BYTE])
+    tokens = values["nll"].astype(float) / (math.log(2) * values[BITS_PER_BYTE].astype(float))
+    known = tokens[np.isfinite(tokens)].to_dict()
+    return {cell: known.get(cell, 0.0) for cell in cells}
 
 
 def loss_shrinks_with_size_accuracy(study: Study) -> Evidence:
