@@ -115,6 +115,18 @@ def test_layers_are_a_map_of_site_by_layer(kernel: pd.DataFrame) -> None:
         figures.achieved_by_layer(kernel, sparsity=0.123)
 
 
+def test_sites_that_are_the_same_in_every_layer_are_left_out_of_the_map_by_layer(kernel: pd.DataFrame) -> None:
+    even = kernel.copy()
+    site = (even["metric"] == "achieved") & even["layer"].notna() & (even["site"] == "mlp_in")
+    others = (even["metric"] == "achieved") & even["layer"].notna() & ~site
+    even.loc[site, "value"] = 0.4
+    even.loc[others, "value"] = 0.3 + 0.01 * even.loc[others, "layer"].astype(float)
+    told = words(figures.achieved_by_layer(even, sparsity=0.4))
+    assert "mlp in" not in told and "mlp hidden" in told and "left out" in told
+    even.loc[others, "value"] = 0.3
+    assert "mlp in" in words(figures.achieved_by_layer(even, sparsity=0.4))
+
+
 def test_flips_are_drawn_against_the_accuracy_lost(kernel: pd.DataFrame) -> None:
     x, y = line_of(figures.flips(kernel), "#009E73")
     lines = headline(kernel)

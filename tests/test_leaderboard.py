@@ -16,6 +16,7 @@ from harness.results.samples import SAMPLES
 from tests import readme_board
 
 WINDOWS, ITEMS = 64, 400
+SPEEDS = ["speedup:H100, bfloat16", "speedup:H200, bfloat16", "speedup:CPU, bfloat16"]
 
 
 class Field:
@@ -312,6 +313,38 @@ def test_letters_show_every_pair_and_no_other():
 
 
 # ----------------------------------------------------------------------------------------------------- the README
+
+
+def test_models_stand_side_by_side():
+    """What is not placed says where it is, a step is told once a model, a name only what tells it from others."""
+    board = pd.DataFrame(
+        [
+            ["a-1b", "teal", None, 1.5, True, None, 0.5, 1.1, 1.2, None],
+            ["b-2b", "teal", None, 1.4, True, None, 0.5, None, 1.3, 2.0],
+            ["a-1b", "wina", "rule=threshold,k=1", 1.2, False, None, 0.5, 0.9, None, None],
+            ["b-2b", "wina", "rule=threshold,k=1", 1.3, False, "asked for 50%", 0.47, None, None, None],
+            ["a-1b", "wina", "k=1", 9.0, False, None, 0.5, 0.8, None, None],
+            ["b-2b", "wina", "k=1", 8.0, False, None, 0.5, None, None, None],
+            ["a-1b", "prox", None, 1.1, False, None, 0.5, 0.7, None, None],
+        ],
+        columns=["model", "method", "variant", "text", "leads", "missing", "achieved_model", *SPEEDS],
+    )
+    board = board.assign(level=0.5, phase="all", dense_prefix=0, oracle=False, accuracy=-0.01, needs="nothing")
+    board["scheme"] = board["method"].str.cat(board["variant"].fillna(""), sep=" ").str.strip()
+    board = board.assign(**{"text:group": "a", "needs_tokens": pd.NA})
+    table = leaderboard.by_model(board, ["a-1b", "b-2b"], 0.5).splitlines()
+    assert table[0] == "| scheme | needs | 1B | 2B | step on a GPU, 1B / 2B | on a CPU thread |"
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| `wina rule=threshold`",
+        "| `teal`",
+        "| `wina`",
+    ]  # no prox
+    assert (
+        table[2]
+        == "| `wina rule=threshold` | nothing | 1.200x<sup>a</sup>, -1.0 | 1.300x (47.0 %), -1.0 | 0.90 / – |  |"
+    )
+    assert table[3].endswith("| **1.400x**<sup>a</sup>, -1.0 | 1.10 / 1.30 | 2.00 |")  # H100 has more of the first
+    assert leaderboard.by_model(board, ["c"], 0.5).startswith("No committed cell")
 
 
 def test_the_readme_shows_the_committed_rows():

@@ -237,7 +237,7 @@ def by_model(lines: pd.DataFrame, models: Sequence[str], level: float) -> str:
     own = own.assign(cpu=_first_of(own, [c for c in timed_on(own) if c.startswith("speedup:CPU")]))
     named = _told_apart(own["scheme"].unique())
     worth = own["text"].astype(float).map(np.log).groupby([own["phase"], own["scheme"]]).mean()
-    short = [model.removeprefix("qwen2.5-coder-").removeprefix("smollm2-").upper() for model in models]
+    short = [model.rpartition("-")[2].upper() for model in models]  # the size that a name ends with
     heads = ["scheme", "needs", *short, f"step on a GPU, {' / '.join(short)}", "on a CPU thread"]
     found = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for phase, scheme in worth.sort_values(kind="stable").index:
