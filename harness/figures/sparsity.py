@@ -58,7 +58,9 @@ def achieved_by_layer(df: pd.DataFrame, sparsity: float | None = None, limited: 
     rows = rows[rows["layer"].notna() & rows["task"].isna() & (rows["step_phase"] == counted)]
     rows, sparsity = select.at_one_request(rows, sparsity, "no achieved sparsity by layer at this request")
     rows = rows.assign(name=select.names(rows))
-    layers = rows.groupby([*select.POLICY, "name", "site"], dropna=False)["value"]
+    line = [*select.POLICY, "name", "site"]
+    means = rows.assign(value=rows.groupby([*line, "layer"], dropna=False)["value"].transform("mean"))  # as drawn
+    layers = means.groupby(line, dropna=False)["value"]
     differ = layers.transform("max") - layers.transform("min") > EVEN
     label = f"achieved, {sparsity:.0%} requested"
     if differ.any() and not differ.all():
